@@ -1,0 +1,21 @@
+"""The two kinds of failure a person sees: a request that cannot be met, and numbers that are not finite."""
+
+
+class UserError(Exception):
+    """A request that cannot be met. The message names the value, says what is allowed and what to do."""
+
+
+class NonFiniteError(Exception):
+    """A NaN or an infinity where a number is needed. The message names the matrix or the batch."""
+
+
+def require_choice(setting: str, value: object, allowed: list[str]) -> None:
+    """Raise UserError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{setting}={value} is not known; allowed: {', '.join(allowed)}")
+
+
+def require_positive(setting: str, value: float) -> None:
+    """Raise UserError unless `value` is above zero."""
+    if not value > 0:
+        raise UserError(f"{setting}={value} must be above 0")

@@ -1,0 +1,121 @@
+"""The contract of a kernel, and the two ways to compute with one: as thin factors, or tile by tile."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nla.errors import require_positive
+from nla.linalg import Spectrum
+from nla.triplets import Triplets, triplet_size
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a fit begins. `optimum` is the kernel's smallest possible relative squared error, where theory knows it."""
+
+    triplets: Triplets
+    optimum: float | None = None
+
+
+class Kernel(ABC):
+    """W'[i, j] = sum_l mu_l k(A[i, l], B[j, l]). Stateless: it holds hyper-parameters only.
+
+    Args:
+        r: columns of a triplet, at most.
+        min_h: r is lowered, per matrix, until the budget holds at least this many triplets.
+    """
+
+    exact_apply: bool
+
+    def __init__(self, r: int = 1, min_h: int = 1) -> None:
+        require_positive("kernel.r", r)
+        require_positive("kernel.min_h", min_h)
+        self.r = r
+        self.min_h = min_h
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def size(self, out_features: int, in_features: int, n_params: int) -> tuple[int, int]:
+        """(h, r) that a budget of n_params buys; h = 0 if it does not buy one triplet."""
+        wide = n_params // self.min_h - 1  # (out + in) * r may be at most this for min_h triplets to fit
+        r = min(self.r, max(1, wide // (out_features + in_features)))
+        return n_params // triplet_size(out_features, in_features, r), r
+
+    @abstractmethod
+    def dense(self, t: Triplets) -> Tensor:
+        """The matrix itself: (out, in)."""
+
+    @abstractmethod
+    def apply(self, t: Triplets, x: Tensor) -> Tensor:
+        """x @ dense(t).T without ever holding dense(t): (..., in) -> (..., out)."""
+
+    @abstractmethod
+    def squared_error(self, t: Triplets, weight: Tensor, products: torch.dtype) -> tuple[Tensor, Triplets]:
+        """||dense(t) - weight||_F^2 and its gradient with respect to A, B, mu.
+
+        `products` is the type that large matrix products are computed in.
+        """
+
+    @abstractmethod
+    def rank_bound(self, h: int, r: int) -> int | None:
+        """The largest rank that dense() can have, or None where the kernel does not bound it."""
+
+    @abstractmethod
+    def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
+        """Floating-point operations of apply() on `tokens` rows."""
+
+    @abstractmethod
+    def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        """Floating-point operations of one squared_error()."""
+
+    @abstractmethod
+    def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
+        """Random triplets whose matrix has entries of about unit size (the paper's start)."""
+
+    @abstractmethod
+    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
+        """Triplets made from the weight's singular vectors; `weight` has unit root mean square."""
+
+
+class FactoredKernel(Kernel):
+    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin L and R: exact, and never out x in elements."""
+
+    exact_apply = True
+
+    @abstractmethod
+    def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
+        """L (out, k) and R (in, k), k = rank_bound(h, r)."""
+
+    @abstractmethod
+    def rank_bound(self, h: int, r: int) -> int: ...
+
+    def dense(self, t: Triplets) -> Tensor:
+        left, right = self.factors(t)
+        return left @ right.T
+
+    def apply(self, t: Triplets, x: Tensor) -> Tensor:
+        left, right = self.factors(t)
+        return (x @ right) @ left.T
+
+    def squared_error(self, t: Triplets, weight: Tensor, products: torch.dtype) -> tuple[Tensor, Triplets]:
+        # Three thin products, 6 * out * in * k operations: E = L R^T - W, dL = 2 E R, dR = 2 E^T L. Only the
+        # element-wise way from triplets to L and R is left to autograd.
+        t = t.map(lambda p: p.detach().requires_grad_())
+        left, right = self.factors(t)
+        with torch.no_grad():
+            low_left, low_right, target = left.to(products), right.to(products), weight.to(products)
+            error = torch.addmm(target, low_left, low_right.T, beta=-1)
+            loss = torch.linalg.vector_norm(error, dtype=weight.dtype).square()
+            d_left = (error @ low_right).to(weight.dtype).mul_(2)
+            d_right = (error.T @ low_left).to(weight.dtype).mul_(2)
+        return loss, Triplets(*torch.autograd.grad((left, right), (t.A, t.B, t.mu), (d_left, d_right)))
+
+    def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
+        return 2 * tokens * (out_features + in_features) * self.rank_bound(h, r)
+
+    def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return 6 * out_features * in_features * self.rank_bound(h, r)

@@ -1,0 +1,21 @@
+"""The unsquared distance kernel, as in DyN and SNELL, where the paper's kernel comes from."""
+
+import torch
+from torch import Tensor
+
+from nla.kernels.tiled import DifferenceKernel
+from nla.triplets import Triplets
+
+
+class Distance(DifferenceKernel):
+    """W'[i, j] = sum_l mu_l ||A_il - B_jl||, with slope 0 where the two points meet."""
+
+    def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
+        """Distances grow with the spread where local kernels fade: mu is reduced to entries of about unit size."""
+        return super().random_start(out_features, in_features, h, r, generator).scaled(1 / h**0.5)
+
+    def value(self, z: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(z, dim=-1)
+
+    def slope(self, z: Tensor, k: Tensor) -> Tensor:
+        return z.div_(k.clamp(min=torch.finfo(k.dtype).tiny)[..., None])

@@ -1,0 +1,52 @@
+"""The phase kernel: squared distances between points on the unit circle, stored as one angle each."""
+
+import torch
+from torch import Tensor
+
+from nla.kernels.base import FactoredKernel, Start
+from nla.linalg import Spectrum
+from nla.triplets import Triplets
+
+
+class Phase(FactoredKernel):
+    """W'[i, j] = sum_l mu_l sum_k cos(A_ilk - B_jlk). Rank at most 2*h*r, twice what its parameters buy a linear kernel.
+
+    |exp(ia) - exp(ib)|^2 = 2 - 2 cos(a - b): the piecewise kernel on the circle, up to a constant.
+    """
+
+    def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
+        A, B, mu = t.A.flatten(1), t.B.flatten(1), t.mu.repeat_interleave(t.r)
+        return torch.cat((A.cos() * mu, A.sin() * mu), 1), torch.cat((B.cos(), B.sin()), 1)
+
+    def rank_bound(self, h: int, r: int) -> int:
+        return 2 * h * r
+
+    def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
+        A = torch.rand(out_features, h, r, generator=generator).sub_(0.5).mul_(2 * torch.pi)
+        B = torch.rand(in_features, h, r, generator=generator).sub_(0.5).mul_(2 * torch.pi)
+        return Triplets(A, B, torch.full((h,), 0.3 * (2 / (h * r)) ** 0.5))
+
+    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
+        """Angles of consecutive pairs of singular vectors read as complex numbers.
+
+        With equal singular values s, u1 v1^T + u2 v2^T is |a_i| |b_j| cos(arg a_i - arg b_j) for a = u1 + i u2 and
+        b = v1 + i v2: the angles carry over, the moduli are given up. mu is then the least-squares coefficient.
+        """
+        t = self.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight))
+        left, s, right = spectrum.truncated(2 * h * r)
+        pairs = int((s > 0).sum()) // 2  # angles beyond them stay random
+        A, B = t.A.flatten(1), t.B.flatten(1)
+        A[:, :pairs] = torch.atan2(left[:, 1 : 2 * pairs : 2], left[:, 0 : 2 * pairs : 2])
+        B[:, :pairs] = torch.atan2(right[:, 1 : 2 * pairs : 2], right[:, 0 : 2 * pairs : 2])
+        angles = Triplets(A.unflatten(1, (h, r)), B.unflatten(1, (h, r)), torch.ones_like(t.mu))
+        return Start(Triplets(angles.A, angles.B, self.best_mu(angles, weight)))
+
+    def best_mu(self, t: Triplets, weight: Tensor) -> Tensor:
+        """Least-squares mu (h,) for given angles, from the h x h normal equations (ridge 1e-3, in fp64)."""
+        left, right = (f.double() for f in self.factors(t))
+        # column (half, l, k) of the factors belongs to triplet l
+        gram = ((left.T @ left) * (right.T @ right)).unflatten(0, (2, t.h, t.r)).unflatten(3, (2, t.h, t.r))
+        normal = gram.sum((0, 2, 3, 5))
+        moment = ((weight.double() @ right) * left).sum(0).unflatten(0, (2, t.h, t.r)).sum((0, 2))
+        normal.diagonal().add_(1e-3 * normal.diagonal().mean())
+        return torch.linalg.solve(normal, moment).to(weight.dtype)

@@ -1,0 +1,94 @@
+"""The paper's kernel: weighted squared distances between factor rows, with a forward of three terms."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nla.kernels.base import FactoredKernel, Start
+from nla.linalg import Spectrum
+from nla.solvers.self_terms import fit_self_terms
+from nla.triplets import Triplets
+
+
+class Piecewise(FactoredKernel):
+    """W'[i, j] = sum_l mu_l ||A_il - B_jl||^2  (NLA, eq. 3).
+
+    Expanded: s_out 1^T + 1 s_in^T - 2 sum_l mu_l A_l B_l^T with the self-terms s_out = sum_l mu_l ||A_il||^2 and s_in alike;
+    rank at most h*r + 2.
+    """
+
+    def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
+        s_out, s_in = self_term(t.A, t.mu), self_term(t.B, t.mu)
+        left = torch.cat((s_out[:, None], torch.ones_like(s_out)[:, None], (t.A * (-2 * t.mu[:, None])).flatten(1)), 1)
+        right = torch.cat((torch.ones_like(s_in)[:, None], s_in[:, None], t.B.flatten(1)), 1)
+        return left, right
+
+    def apply(self, t: Triplets, x: Tensor) -> Tensor:
+        return ThreeTerms.apply(x, t.A, t.B, t.mu)
+
+    def rank_bound(self, h: int, r: int) -> int:
+        return h * r + 2
+
+    def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
+        A = torch.randn(out_features, h, r, generator=generator)
+        B = torch.randn(in_features, h, r, generator=generator)
+        mu = torch.randn(h, generator=generator) / (8 * h * r) ** 0.5  # each ||a - b||^2 has variance 8 r
+        return Triplets(A, B, mu)
+
+    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
+        """The global optimum, or near it: see `nla.solvers.self_terms`."""
+        t, optimum = fit_self_terms(weight, h, r)
+        return Start(t, optimum)
+
+
+def self_term(factor: Tensor, mu: Tensor) -> Tensor:
+    """sum_l mu_l ||factor_il||^2: (n, h, r), (h,) -> (n,)"""
+    return factor.square().sum(-1) @ mu
+
+
+class ThreeTerms(torch.autograd.Function):
+    """Y = (X 1) s_out^T + (X s_in) 1^T - 2 (X B) diag(mu) A^T  (NLA, algorithm 1), and its gradient.
+
+    By hand, because mu is put on the (tokens, h*r) side and the squares are added in place: beside its inputs, outputs and
+    gradients it holds (tokens, h*r) and (features, h) numbers only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, mu):  # type: ignore[no-untyped-def]
+        tokens = x.reshape(-1, x.shape[-1])  # (..., in) -> (tokens, in)
+        inner = tokens @ B.flatten(1)  # (tokens, h*r)
+        y = (inner * (-2 * mu).repeat_interleave(A.shape[2])) @ A.flatten(1).T
+        y.addr_(tokens.sum(-1), squares(A) @ mu)
+        y.add_((tokens @ (squares(B) @ mu))[:, None])
+        ctx.save_for_backward(x, A, B, mu, inner)
+        return y.view(*x.shape[:-1], A.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):  # type: ignore[no-untyped-def]
+        x, A, B, mu, inner = ctx.saved_tensors
+        r = A.shape[2]
+        tokens, d_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, A.shape[0])
+        scale = (-2 * mu).repeat_interleave(r)
+        A2, B2 = squares(A), squares(B)
+        row, column = tokens.sum(-1), d_y.sum(-1)  # (tokens,)
+        d_s_out, d_s_in = row @ d_y, column @ tokens  # (out,), (in,)
+        d_scaled = d_y @ A.flatten(1)  # (tokens, h*r)
+
+        d_mu = d_s_out @ A2 + d_s_in @ B2 - 2 * (d_scaled * inner).sum(0).unflatten(0, (-1, r)).sum(-1)
+        d_A = (d_y.T @ (inner * scale)).view_as(A)
+        d_A.addcmul_(A, (d_s_out[:, None] * mu)[:, :, None], value=2)
+        d_inner = d_scaled.mul_(scale)
+        d_B = (tokens.T @ d_inner).view_as(B)
+        d_B.addcmul_(B, (d_s_in[:, None] * mu)[:, :, None], value=2)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_inner @ B.flatten(1).T
+            d_x.addr_(column, B2 @ mu).add_((d_y @ (A2 @ mu))[:, None])
+            d_x = d_x.view_as(x)
+        return d_x, d_A, d_B, d_mu
+
+
+def squares(factor: Tensor) -> Tensor:
+    """||factor_il||^2 without a copy of the factor: (n, h, r) -> (n, h)"""
+    return torch.linalg.vector_norm(factor, dim=-1).square_()

@@ -1,0 +1,1 @@
+"""How triplets are found: in closed form, or by gradient descent."""

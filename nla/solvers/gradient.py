@@ -1,0 +1,137 @@
+"""Triplets by gradient descent on the mean squared error, the paper's fit, with starts that make it short."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from nla.errors import NonFiniteError, UserError, require_choice, require_positive
+from nla.kernels.base import Kernel, Start
+from nla.linalg import Spectrum
+from nla.triplets import Triplets
+
+PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AT_OPTIMUM = 1e-4  # relative distance to a known optimum that counts as reached
+
+
+class Status(str, Enum):
+    """How a fit ended, as a sentence."""
+
+    CLOSED_FORM = "closed form, the best this kernel can do at this size"
+    CONVERGED = "converged: the error fell by less than the tolerance within the patience"
+    STEP_LIMIT = "step limit reached while the error was still falling; solver.steps=... goes on"
+    ZERO = "the matrix is zero and needs no triplets"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Triplets and how they were found; `losses` are (step, relative squared error) pairs."""
+
+    triplets: Triplets
+    losses: list[tuple[int, float]]
+    steps: int
+    status: Status
+    optimum: float | None
+
+
+class GradientFit:
+    """Minimise ||dense(A, B, mu) - W||^2 / ||W||^2.
+
+    Args:
+        optimiser: params -> torch optimiser; W is scaled to unit root mean square before.
+        start: `warm` (from singular vectors, see each kernel's warm_start) or `random` (the paper's).
+        steps: at most this many.
+        lr: step size relative to the root mean square of each of A, B and mu at the start.
+        warmup: steps over which the step size rises linearly.
+        schedule: `cosine` (falls to zero at `steps`) or `constant`.
+        tolerance: a fit is converged once the error fell by less than this fraction within `patience` steps.
+        interval: steps between two logged losses.
+        products: type of the large matrix products; A, B, mu and the optimiser stay in fp32.
+    """
+
+    def __init__(
+        self,
+        optimiser: Callable[[list[dict]], torch.optim.Optimizer],
+        start: str,
+        steps: int,
+        lr: float,
+        warmup: int,
+        schedule: str,
+        tolerance: float,
+        patience: int,
+        interval: int,
+        products: str,
+    ) -> None:
+        require_choice("solver.start", start, ["warm", "random"])
+        require_choice("solver.schedule", schedule, ["cosine", "constant"])
+        require_choice("solver.products", products, list(PRODUCTS))
+        for name, value in dict(lr=lr, interval=interval, patience=patience).items():
+            require_positive(f"solver.{name}", value)
+        for name, value in dict(steps=steps, warmup=warmup, tolerance=tolerance).items():
+            if value < 0:
+                raise UserError(f"solver.{name}={value} must be 0 or more")
+        self.optimiser, self.start, self.steps, self.lr = optimiser, start, steps, lr
+        self.warmup, self.schedule, self.tolerance = warmup, schedule, tolerance
+        self.patience, self.interval, self.products = patience, interval, PRODUCTS[products]
+
+    def fit(self, kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Solution:
+        """Triplets for a finite fp32 weight (out, in).
+
+        Raises:
+            NonFiniteError: the loss left the finite numbers (a smaller solver.lr helps).
+        """
+        scale = float(weight.square().mean().sqrt())
+        if scale == 0:
+            zero = kernel.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)).scaled(0)
+            return Solution(zero, [(0, 0.0)], 0, Status.ZERO, 0.0)
+        begin = self.begin(kernel, weight / scale, h, r, generator)
+        solution = self.descend(kernel, weight / scale, begin)
+        return Solution(
+            solution.triplets.scaled(scale), solution.losses, solution.steps, solution.status, solution.optimum
+        )
+
+    def begin(self, kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Start:
+        if self.start == "random":
+            return Start(kernel.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)))
+        return kernel.warm_start(weight, Spectrum(weight), h, r, generator)
+
+    def descend(self, kernel: Kernel, weight: Tensor, begin: Start) -> Solution:
+        """The loop: the best iterate is returned, so that no fit is worse than its start."""
+        t = begin.triplets.map(lambda p: p.clone().contiguous())
+        energy = float(weight.square().sum())
+        sizes = [max(float(p.square().mean().sqrt()), 1e-12) for p in (t.A, t.B, t.mu)]
+        groups = [{"params": [p], "lr": self.lr * size} for p, size in zip((t.A, t.B, t.mu), sizes, strict=True)]
+        optimiser = self.optimiser(groups)
+        best, best_error, reference = t, math.inf, math.inf
+        losses: list[tuple[int, float]] = []
+        for step in range(self.steps + 1):
+            loss, gradient = kernel.squared_error(t, weight, self.products)
+            error = float(loss) / energy
+            if not math.isfinite(error):
+                raise NonFiniteError(f"the loss is {error} at step {step}; try solver.lr={self.lr / 3:.2g}")
+            if error < best_error:
+                best, best_error = t.map(Tensor.clone), error
+            if step % self.interval == 0 or step == self.steps:
+                losses.append((step, error))
+            if begin.optimum is not None and best_error <= begin.optimum * (1 + AT_OPTIMUM) + 1e-9:
+                return Solution(best, losses, step, Status.CLOSED_FORM, begin.optimum)
+            if step % self.patience == 0 and step > self.warmup:
+                if best_error > reference * (1 - self.tolerance):
+                    return Solution(best, losses, step, Status.CONVERGED, begin.optimum)
+                reference = best_error
+            if step < self.steps:
+                for group, size in zip(optimiser.param_groups, sizes, strict=True):
+                    group["lr"] = self.lr * size * self.rate(step)
+                for p, g in zip((t.A, t.B, t.mu), (gradient.A, gradient.B, gradient.mu), strict=True):
+                    p.grad = g.div_(energy)
+                optimiser.step()
+        return Solution(best, losses, self.steps, Status.STEP_LIMIT, begin.optimum)
+
+    def rate(self, step: int) -> float:
+        """The fraction of lr that this step takes."""
+        rising = min(1.0, (step + 1) / (self.warmup + 1))
+        falling = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.schedule == "cosine" else 1.0
+        return rising * falling
