@@ -54,3 +54,9 @@ def balanced_factors(spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
     left, s, right = spectrum.truncated(rank)
     missing = (0, rank - len(s))
     return pad(left * s.sqrt(), missing), pad(right * s.sqrt(), missing)
+
+
+def spectrum_flops(out_features: int, in_features: int) -> int:
+    """Operations of a Spectrum: the Gram matrix of the shorter side and its eigenvectors."""
+    short, long = sorted((out_features, in_features))
+    return 2 * short * short * long + 9 * short**3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nla.errors import require_positive
-from nla.linalg import Spectrum
+from nla.linalg import Spectrum, spectrum_flops
 from nla.triplets import Triplets, triplet_size
 
 
@@ -71,6 +71,10 @@ class Kernel(ABC):
     @abstractmethod
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         """Floating-point operations of one squared_error()."""
+
+    def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        """Floating-point operations of warm_start(), to first order."""
+        return spectrum_flops(out_features, in_features)
 
     @abstractmethod
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:

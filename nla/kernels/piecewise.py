@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nla.kernels.base import FactoredKernel, Start
-from nla.linalg import Spectrum
-from nla.solvers.self_terms import fit_self_terms
+from nla.linalg import Spectrum, spectrum_flops
+from nla.solvers.self_terms import fit_self_terms, fit_self_terms_flops
 from nla.triplets import Triplets
 
 
@@ -39,6 +39,9 @@ class Piecewise(FactoredKernel):
         """The global optimum, or near it: see `nla.solvers.self_terms`."""
         t, optimum = fit_self_terms(weight, h, r)
         return Start(t, optimum)
+
+    def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return spectrum_flops(out_features, in_features) + fit_self_terms_flops(out_features, in_features, h * r)
 
 
 def self_term(factor: Tensor, mu: Tensor) -> Tensor:

@@ -93,6 +93,9 @@ class DifferenceKernel(TiledKernel):
     def relate_gradient(self, d_z: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return d_z.sum(1), d_z.sum(0).neg_()
 
+    def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return 0
+
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
         spread = self.spread / r**0.5
         A = spread * torch.randn(out_features, h, r, generator=generator)

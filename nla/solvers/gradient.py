@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from nla.errors import NonFiniteError, UserError, require_choice, require_positive
 from nla.kernels.base import Kernel, Start
 from nla.linalg import Spectrum
+from nla.memory import PeakMemory
 from nla.triplets import Triplets
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,6 +37,7 @@ class Solution:
     steps: int
     status: Status
     optimum: float | None
+    peak_bytes: int = 0
 
 
 class GradientFit:
@@ -87,19 +90,23 @@ class GradientFit:
         if scale == 0:
             zero = kernel.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)).scaled(0)
             return Solution(zero, [(0, 0.0)], 0, Status.ZERO, 0.0)
-        begin = self.begin(kernel, weight / scale, h, r, generator)
-        solution = self.descend(kernel, weight / scale, begin)
-        return Solution(
-            solution.triplets.scaled(scale), solution.losses, solution.steps, solution.status, solution.optimum
-        )
+        memory = PeakMemory(weight.device)
+        with ExitStack() as measured:
+            measured.enter_context(memory)
+            begin = self.begin(kernel, weight / scale, h, r, generator)
+            solution = self.descend(kernel, weight / scale, begin, measured)
+        return replace(solution, triplets=solution.triplets.scaled(scale), peak_bytes=memory.peak_bytes)
 
     def begin(self, kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Start:
         if self.start == "random":
             return Start(kernel.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)))
         return kernel.warm_start(weight, Spectrum(weight), h, r, generator)
 
-    def descend(self, kernel: Kernel, weight: Tensor, begin: Start) -> Solution:
-        """The loop: the best iterate is returned, so that no fit is worse than its start."""
+    def descend(self, kernel: Kernel, weight: Tensor, begin: Start, measured: ExitStack) -> Solution:
+        """The loop: the best iterate is returned, so that no fit is worse than its start.
+
+        `measured` is closed once the optimiser's state is there: later steps repeat the second, and measuring is not free.
+        """
         t = begin.triplets.map(lambda p: p.clone().contiguous())
         energy = float(weight.square().sum())
         sizes = [max(float(p.square().mean().sqrt()), 1e-12) for p in (t.A, t.B, t.mu)]
@@ -108,6 +115,8 @@ class GradientFit:
         best, best_error, reference = t, math.inf, math.inf
         losses: list[tuple[int, float]] = []
         for step in range(self.steps + 1):
+            if step == 2:
+                measured.close()
             loss, gradient = kernel.squared_error(t, weight, self.products)
             error = float(loss) / energy
             if not math.isfinite(error):

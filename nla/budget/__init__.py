@@ -1,0 +1,1 @@
+"""How the parameters that are kept are shared among the matrices. `conf/budget/` names the ways."""

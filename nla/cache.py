@@ -1,0 +1,153 @@
+"""A store on disk for whatever took long, keyed by the hash of everything it was made from."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, type and shape."""
+    raw = tensor.detach().cpu().contiguous()
+    header = f"{raw.dtype}{tuple(raw.shape)}".encode()
+    return hashlib.sha256(header + raw.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or not there, also when the process is killed or another writes it too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.write_bytes(data)
+    os.replace(draft, path)
+
+
+class Cache:
+    """Entries `<root>/<kind>/<key>`. A damaged one is reported by name, removed and made again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def load_json(self, kind: str, key: str) -> Any | None:
+        """The stored value, or None."""
+        path = self.root / kind / f"{key}.json"
+        if not path.exists():
+            return None
+        try:
+            entry = json.loads(path.read_text())
+            if entry["digest"] != digest(entry["value"]):
+                raise ValueError("its digest does not match")
+            return entry["value"]
+        except (ValueError, KeyError, TypeError) as error:
+            return self._discard(path, error)
+
+    def store_json(self, kind: str, key: str, value: Any) -> None:
+        entry = {"digest": digest(value), "value": value}
+        write_atomically(self.root / kind / f"{key}.json", json.dumps(entry).encode())
+
+    def load_tensors(self, kind: str, key: str) -> tuple[dict[str, Tensor], Any] | None:
+        """The stored tensors and the JSON value beside them, or None."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.root / kind / f"{key}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+            if metadata["digest"] != contents_digest(tensors, metadata["info"]):
+                raise ValueError("its digest does not match")
+            return tensors, json.loads(metadata["info"])
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            return self._discard(path, error)
+
+    def store_tensors(self, kind: str, key: str, tensors: dict[str, Tensor], info: Any) -> None:
+        from safetensors.torch import save
+
+        text = json.dumps(info)
+        metadata = {"info": text, "digest": contents_digest(tensors, text)}
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.root / kind / f"{key}.safetensors", save(whole, metadata))
+
+    def journal(self, kind: str, key: str) -> "Journal":
+        return Journal(self.root / kind / f"{key}.jsonl")
+
+    @contextmanager
+    def lock(self, kind: str, key: str) -> Iterator[None]:
+        """One process at a time; released by the system if the process dies."""
+        path = self.root / "locks" / f"{kind}-{key}"
+        with exclusive(path):
+            yield
+
+    @staticmethod
+    def _discard(path: Path, error: Exception) -> None:
+        log.warning("cache file %s is damaged (%s); making it again", path, error)
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def contents_digest(tensors: dict[str, Tensor], info: str) -> str:
+    return digest([info, {name: tensor_digest(tensor) for name, tensor in tensors.items()}])
+
+
+class Journal:
+    """Results of equal parts of one piece of work, a line each, so that a killed process loses one part at the most."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[int, dict]:
+        """Part number -> result. A line that was cut off or damaged is reported and its part made again."""
+        parts: dict[int, dict] = {}
+        if not self.path.exists():
+            return parts
+        for number, line in enumerate(self.path.read_text(errors="replace").splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                if entry["digest"] != digest(entry["result"]):
+                    raise ValueError("its digest does not match")
+                parts[entry["part"]] = entry["result"]
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("line %d of cache file %s is damaged (%s); making it again", number, self.path, error)
+        return parts
+
+    def append(self, part: int, result: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"part": part, "result": result, "digest": digest(result)}) + "\n"
+        with open(self.path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.tell():  # a killed writer may have left half a line
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(line.encode())

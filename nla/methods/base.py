@@ -1,0 +1,96 @@
+"""The contract of a compression method, and what every fit reports."""
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nla.errors import NonFiniteError
+from nla.kernels.base import Kernel
+from nla.linalg import Spectrum
+from nla.solvers.gradient import Solution
+from nla.triplets import Triplets, triplet_size
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One compressed matrix. Errors are relative squared errors, ||W' - W||^2 / ||W||^2.
+
+    Attributes:
+        terms: W' is the sum over them.
+        status: how the fit ended, a sentence.
+        losses: (step, error) as the fit went on.
+        relative_error: of the terms as stored.
+        svd_error: of truncated SVD with as many parameters.
+        floor: no matrix of a rank that the terms can have is below it (Eckart-Young); 0 where the kernel does not bound rank.
+        optimum: the smallest error the kernel can reach at this size, where theory knows it.
+        flops: counted operations of the start and all steps.
+        seconds: wall time, one processor thread (or the GPU).
+        peak_bytes: see PeakMemory.
+    """
+
+    terms: tuple[tuple[Kernel, Triplets], ...]
+    status: str
+    losses: list[tuple[int, float]]
+    relative_error: float
+    svd_error: float
+    floor: float
+    optimum: float | None
+    steps: int
+    flops: int
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def n_params(self) -> int:
+        return sum(t.count() for _, t in self.terms)
+
+
+class Method(ABC):
+    """Compresses one weight matrix to a budget of parameters with triplets of one kernel."""
+
+    kernel: Kernel
+
+    @abstractmethod
+    def find(self, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Solution:
+        """Triplets for a finite fp32 weight (out, in)."""
+
+    @abstractmethod
+    def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        """Operations of find() before its first step."""
+
+    @abstractmethod
+    def descent_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        """Operations of find()'s steps, if it takes all that it may."""
+
+    def compress(self, weight: Tensor, n_params: int, generator: torch.Generator) -> Fit:
+        """Fit `weight` (out, in), of any floating type, with at most n_params parameters of the same type.
+
+        Raises:
+            NonFiniteError: the weight, or the fit, is not finite.
+        """
+        begun = time.perf_counter()
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteError("the weight holds NaN or infinite values")
+        w = weight.float()
+        h, r = self.kernel.size(*w.shape, n_params)
+        solution = self.find(w, h, r, generator)
+        stored = solution.triplets.map(lambda p: p.to(weight.dtype))
+        spectrum, energy = Spectrum(w), float(w.square().sum())
+        squared_error, _ = self.kernel.squared_error(stored.map(Tensor.float), w, torch.float32)
+        rank = self.kernel.rank_bound(h, r)
+        return Fit(
+            terms=((self.kernel, stored),),
+            status=solution.status.value,
+            losses=solution.losses,
+            relative_error=float(squared_error) / energy if energy else 0.0,
+            svd_error=spectrum.tail(n_params // triplet_size(*w.shape, 1)),
+            floor=0.0 if rank is None else spectrum.tail(rank),
+            optimum=solution.optimum,
+            steps=solution.steps,
+            flops=self.start_flops(*w.shape, h, r) + solution.steps * self.kernel.fit_flops(*w.shape, h, r),
+            seconds=time.perf_counter() - begun,
+            peak_bytes=solution.peak_bytes,
+        )

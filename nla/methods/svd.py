@@ -1,0 +1,32 @@
+"""Truncated SVD, the baseline of baselines."""
+
+import torch
+from torch import Tensor
+
+from nla.kernels.linear import Linear
+from nla.linalg import Spectrum, spectrum_flops
+from nla.memory import PeakMemory
+from nla.methods.base import Method
+from nla.solvers.gradient import Solution, Status
+from nla.triplets import Triplets
+
+
+class SVD(Method):
+    """W' = U_R diag(s_R) V_R^T: the linear kernel with h = R triplets of r = 1 and mu = the singular values."""
+
+    def __init__(self) -> None:
+        self.kernel = Linear(r=1)
+
+    def find(self, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Solution:
+        with PeakMemory(weight.device) as memory:
+            spectrum = Spectrum(weight)
+            left, s, right = (f.to(weight.dtype) for f in spectrum.truncated(h))
+            error = spectrum.tail(h)
+        triplets = Triplets(left[:, :, None], right[:, :, None], s)
+        return Solution(triplets, [(0, error)], 0, Status.CLOSED_FORM, error, memory.peak_bytes)
+
+    def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return spectrum_flops(out_features, in_features)
+
+    def descent_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return 0

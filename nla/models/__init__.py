@@ -1,0 +1,1 @@
+"""Where models come from. Loaders only: nothing here knows about compression."""

@@ -1,0 +1,188 @@
+"""Causal language models: what every source offers, and models from the hub or a local folder."""
+
+import json
+import logging
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla.cache import Cache, digest, file_digest
+from nla.errors import UserError
+from nla.select import LinearSpec, linear_specs
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in evaluation mode, and its tokeniser: text -> token ids (tokens,)."""
+
+    module: nn.Module
+    encode: Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What is known of a model without its weights."""
+
+    linears: list[LinearSpec]
+    parameters: int
+    max_positions: int
+
+
+class CausalLM(ABC):
+    """A source of one causal language model."""
+
+    @abstractmethod
+    def configuration(self, cache: Cache) -> dict[str, Any]:
+        """The transformers configuration, with `model_type`; no weights are touched."""
+
+    @abstractmethod
+    def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
+        """The model with its weights."""
+
+    @abstractmethod
+    def check(self, dtype: str, cache: Cache) -> None:
+        """Raise UserError, in one sentence, if load() could not succeed."""
+
+    def identity(self) -> str:
+        """What the configuration does not say of the weights, for the signature of a run."""
+        return ""
+
+    def inventory(self, cache: Cache) -> Inventory:
+        """Linear layers and counts, from the architecture on the meta device; remembered, for importing takes seconds."""
+        configuration = self.configuration(cache)
+        key = digest([configuration, version("transformers")])
+        known = cache.load_json("inventories", key)
+        if known is None:
+            known = take_inventory(configuration)
+            cache.store_json("inventories", key, known)
+        return Inventory([LinearSpec(*row) for row in known["linears"]], known["parameters"], known["max_positions"])
+
+
+def take_inventory(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The linear layers (name, out, in), the parameter count and the longest input, by building the model without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = {key: value for key, value in configuration.items() if key != "model_type"}
+    config = AutoConfig.for_model(configuration["model_type"], **kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        "linears": [[s.name, s.out_features, s.in_features] for s in linear_specs(model)],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "max_positions": config.max_position_embeddings,
+    }
+
+
+def load_folder(source: str, device: str, dtype: str, device_map: str | None = None) -> LanguageModel:
+    """A model and its tokeniser from a local folder or a hub name."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=DTYPES[dtype], device_map=device_map, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if device_map is None:
+        model = model.to(device)
+
+    def encode(text: str) -> Tensor:
+        return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+
+    return LanguageModel(model.eval(), encode)
+
+
+class HubModel(CausalLM):
+    """A model of the Hugging Face hub, or of a local folder with the same files.
+
+    Args:
+        name: hub name; its cache is used where it is filled.
+        revision: branch, tag or commit on the hub.
+        path: a folder with config.json, weights and tokeniser, instead of the hub.
+        device_map: as in transformers; null puts the whole model on `device`.
+        licence: what the user must have accepted.
+        architecture: the transformers configuration, so that a plan needs neither weights nor network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        revision: str,
+        path: str | None,
+        device_map: str | None,
+        licence: str,
+        architecture: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        self.name, self.revision, self.device_map, self.licence = name, revision, device_map, licence
+        self.path = None if path is None else Path(path).expanduser()
+        self.architecture = dict(architecture)
+
+    def configuration(self, cache: Cache) -> dict[str, Any]:
+        if self.path is None:
+            return self.architecture
+        file = self.path / "config.json"
+        if not file.is_file():
+            state = "has no config.json" if self.path.is_dir() else "is not a folder"
+            raise UserError(
+                f"model.path={self.path} {state}; give a folder that save_pretrained wrote, "
+                "with config.json, *.safetensors and the tokeniser"
+            )
+        return json.loads(file.read_text())
+
+    def identity(self) -> str:
+        if self.path is None:
+            return ""
+        files = sorted(p for p in self.path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model"})
+        return digest({p.name: file_digest(p) for p in files})
+
+    def check(self, dtype: str, cache: Cache) -> None:
+        if self.path is not None:
+            if not any(self.path.glob("*.safetensors")) and not any(self.path.glob("*.bin")):
+                raise UserError(f"model.path={self.path} holds no weights (*.safetensors)")
+            return
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        if isinstance(try_to_load_from_cache(self.name, "config.json", revision=self.revision), str):
+            return
+        size = self.inventory(cache).parameters * DTYPES[dtype].itemsize / 1e9
+        Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(constants.HF_HOME).free / 1e9
+        reachable = hub_answers(self.name, self.revision)
+        if reachable and free > 1.1 * size:
+            log.info("%s: licence %s", self.name, self.licence)
+            return
+        lack = f"only {free:.0f} GB of disk are free" if reachable else "the hub does not answer"
+        raise UserError(
+            f"model {self.name} needs model.path=<folder with config.json, *.safetensors and tokeniser>, or the network to "
+            f"fetch it ({size:.1f} GB of disk, {size:.1f} GB of memory in {dtype}; licence: {self.licence}); {lack}"
+        )
+
+    def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
+        return load_folder(str(self.path or self.name), device, dtype, self.device_map)
+
+
+def hub_answers(name: str, revision: str) -> bool:
+    """Whether the hub offers this model's configuration, asked with a short time limit."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=2)
+    except (OSError, HfHubHTTPError, ValueError):
+        return False
+    except Exception as error:  # the client's transport errors are not part of its interface
+        log.debug("hub: %s", error)
+        return False
+    return True

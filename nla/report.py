@@ -1,0 +1,128 @@
+"""What a person reads in the terminal: the plan, the result, the sweep. Everything fits 80 columns."""
+
+import logging
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from nla.budget.base import PlanEntry
+from nla.config import Request
+from nla.cost import estimate
+from nla.models.causal_lm import DTYPES
+from nla.record import RunRecord, read_record
+
+log = logging.getLogger(__name__)
+
+
+def announce(request: Request) -> None:
+    """What is about to be removed, before the work begins."""
+    selected = sum(e.spec.n_params for e in request.plan)
+    kept = sum(e.realised for e in request.plan)
+    total = request.inventory.parameters
+    log.info(
+        "removing %.1f %%, keeping %.1f %% of %s parameters in %d matrices;\nwhole model %s -> %s",
+        100 * (1 - kept / selected),
+        100 * kept / selected,
+        millions(selected),
+        len(request.plan),
+        millions(total),
+        millions(total - selected + kept),
+    )
+
+
+def show_plan(request: Request) -> None:
+    """A dry run: matrices by kind, their sizes and costs, and how long they should take here."""
+    kinds: dict[tuple, list[PlanEntry]] = defaultdict(list)
+    for entry in request.plan:
+        kind = re.sub(r".*\blayers\.\d+\.", "", entry.spec.name)
+        kinds[kind, entry.spec.out_features, entry.spec.in_features, entry.h, entry.r].append(entry)
+    rows = [
+        [kind, len(group), f"{m}x{n}", h, r, millions(len(group) * m * n), millions(sum(e.realised for e in group))]
+        for (kind, m, n, h, r), group in kinds.items()
+    ]
+    announce(request)
+    log.info("\n%s", tabulate(rows, ["matrix", "count", "shape", "h", "r", "before", "after"], disable_numparse=True))
+    size = DTYPES[request.values["dtype"]].itemsize
+    cost = estimate(request)
+    saved = sum(e.spec.n_params - e.realised for e in request.plan)
+    before = request.inventory.parameters * size
+    rows = [
+        ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved * size) / 1e9:.2f} GB ({request.values['dtype']})"],
+        ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
+        ["fit, if starts suffice", f"{cost.fit_least / 1e12:.2f} TFLOP, {duration(cost.fit_least / cost.rate)}"],
+        ["fit, if all steps run", f"{cost.fit_most / 1e12:.2f} TFLOP, {duration(cost.fit_most / cost.rate)}"],
+        ["measured rate", f"{cost.rate / 1e9:.0f} GFLOP/s ({request.device}, matrix products)"],
+    ]
+    log.info("\n%s\n\nNothing was fitted: dry_run=true.", tabulate(rows, tablefmt="plain"))
+
+
+def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
+    """The figures of a finished run and where they are."""
+    rows = []
+    for stage, tasks in record.metrics.items():
+        for task, sets in tasks.items():
+            for data, figures in sets.items():
+                speed = f"{figures['tokens_per_second']:.0f}"
+                rows.append([stage, f"{task} {data}", number(figures["perplexity"]), int(figures["tokens"]), speed])
+    log.info("\n%s", tabulate(rows, ["model", "task", "perplexity", "tokens", "tokens/s"], disable_numparse=True))
+    p = record.parameters
+    assert p is not None
+    fits = record.fits
+    log.info(
+        "\n%s of the selected parameters removed (%s -> %s), %s of the model's (%s -> %s)",
+        f"{100 * p.ratio:.1f} %",
+        millions(p.selected_before),
+        millions(p.selected_after),
+        f"{100 * p.model_ratio:.1f} %",
+        millions(p.model_before),
+        millions(p.model_after),
+    )
+    log.info(
+        "mean relative error %.4f; SVD with as many parameters %.4f; floor %.4f",
+        *(sum(getattr(f, key) for f in fits) / len(fits) for key in ("relative_error", "svd_error", "floor")),
+    )
+    log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
+
+
+def show_sweep(outcomes: list[dict[str, Any]]) -> None:
+    """One line per job, failures last in their own lines."""
+    rows, failures = [], []
+    for outcome in outcomes:
+        overrides = " ".join(outcome["overrides"])
+        if "error" in outcome:
+            failures.append(f"failed: {overrides}: {outcome['error']}")
+            rows.append([overrides, "failed", "", ""])
+        elif outcome["record"]:
+            record = read_record(Path(outcome["record"]))
+            error = sum(f.relative_error for f in record.fits) / len(record.fits)
+            stages = [stage_perplexity(record, stage) for stage in ("dense", "compressed")]
+            rows.append([overrides, *stages, f"{error:.4f}"])
+    if rows:
+        log.info("\n%s", tabulate(rows, ["sweep", "dense", "compressed", "error"], disable_numparse=True))
+    for failure in failures:
+        log.error("%s", failure)
+
+
+def stage_perplexity(record: RunRecord, stage: str) -> str:
+    sets = [figures for data in record.metrics.get(stage, {}).values() for figures in data.values()]
+    return number(sets[0]["perplexity"]) if sets else ""
+
+
+def number(value: float) -> str:
+    if not math.isfinite(value):
+        return "infinite"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,35 @@
+"""Replace layers of a model by their qualified names."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from nla.layers import CompressedLinear
+from nla.methods.base import Fit
+
+
+def swap(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Put a CompressedLinear in the place of every dense linear layer that has a fit."""
+    for name, fit in fits.items():
+        dense = model.get_submodule(name)
+        layer = CompressedLinear(fit.terms, dense.bias).to(dense.weight.device)
+        set_submodule(model, name, layer.requires_grad_(dense.weight.requires_grad))
+
+
+def merge(model: nn.Module) -> None:
+    """Put the dense layer of the same matrix in the place of every CompressedLinear."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CompressedLinear):
+            set_submodule(model, name, module.dense())
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of a model as counted everywhere: tied ones once, of triplets those with mu != 0."""
+    layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
+    stored = sum(p.numel() for layer in layers for p in layer.terms.parameters())
+    return sum(p.numel() for p in model.parameters()) - stored + sum(layer.count() for layer in layers)

@@ -1,0 +1,128 @@
+"""Experiment tracking. The jsonl and the record are always written; a tracker shows the same figures elsewhere."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from nla.methods.base import Fit
+from nla.record import RunRecord
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Receives figures as they come into being."""
+
+    def begin(self, record: RunRecord, folder: Path) -> None: ...
+
+    def fit(self, name: str, fit: Fit) -> None: ...
+
+    def metrics(self, stage: str, figures: dict[str, float]) -> None: ...
+
+    def finish(self, record: RunRecord) -> None: ...
+
+
+class NoTracker:
+    """`track=none`."""
+
+    def begin(self, record: RunRecord, folder: Path) -> None:
+        pass
+
+    def fit(self, name: str, fit: Fit) -> None:
+        pass
+
+    def metrics(self, stage: str, figures: dict[str, float]) -> None:
+        pass
+
+    def finish(self, record: RunRecord) -> None:
+        pass
+
+
+class WandbTracker:
+    """Weights & Biases: online with an account (WANDB_API_KEY or `wandb login`), else offline; never asks, never stops a run.
+
+    Args:
+        project: W&B project.
+        mode: `auto`, `online` or `offline`; the environment's WANDB_MODE wins.
+    """
+
+    def __init__(self, project: str, mode: str) -> None:
+        self.project, self.mode = project, mode
+        self.run: Any = None
+
+    def begin(self, record: RunRecord, folder: Path) -> None:
+        self._safely(self._begin, record, folder)
+
+    def fit(self, name: str, fit: Fit) -> None:
+        self._safely(self._fit, name, fit)
+
+    def metrics(self, stage: str, figures: dict[str, float]) -> None:
+        self._safely(self._metrics, stage, figures)
+
+    def finish(self, record: RunRecord) -> None:
+        self._safely(self._finish, record)
+
+    def _safely(self, action: Any, *arguments: Any) -> None:
+        """W&B is a guest: whatever it raises ends the tracking, not the run."""
+        if action != self._begin and self.run is None:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:
+            log.warning("Weights & Biases failed (%s); the run goes on, its figures are in the record", error)
+            self.run = None
+
+    def _begin(self, record: RunRecord, folder: Path) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        self.run = wandb.init(
+            project=self.project,
+            id=record.signature,
+            resume="allow",
+            dir=folder,
+            mode=os.environ.get("WANDB_MODE") or (self._mode() if self.mode == "auto" else self.mode),
+            config=record.config,
+            settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True),
+        )
+        self.run.define_metric("fit/step")
+        self.run.define_metric("loss/*", step_metric="fit/step")
+        rows = [[p.name, p.n_params, p.h, p.r] for p in record.plan]
+        self.run.log({"plan": wandb.Table(columns=["matrix", "n_params", "h", "r"], data=rows)})
+
+    @staticmethod
+    def _mode() -> str:
+        import wandb
+
+        return "online" if wandb.Api is not None and wandb.setup().settings.api_key else "offline"
+
+    def _fit(self, name: str, fit: Fit) -> None:
+        for step, loss in fit.losses:
+            self.run.log({"fit/step": step, f"loss/{name}": loss})
+        figures = {
+            "relative_error": fit.relative_error,
+            "svd_error": fit.svd_error,
+            "floor": fit.floor,
+            "seconds": fit.seconds,
+            "peak_bytes": fit.peak_bytes,
+            "n_params": fit.n_params,
+        }
+        self.run.log({f"fit/{name}/{key}": value for key, value in figures.items()})
+
+    def _metrics(self, stage: str, figures: dict[str, float]) -> None:
+        self.run.log({f"{stage}/{key}": value for key, value in figures.items()})
+
+    def _finish(self, record: RunRecord) -> None:
+        import wandb
+
+        from analysis.plots import loss_by_layer
+        from analysis.records import fits_frame
+
+        if record.status == "done":
+            figure = loss_by_layer(fits_frame([record]))
+            self.run.log({"loss_by_layer": wandb.Image(figure)})
+        if record.parameters is not None:
+            self.run.summary.update({f"parameters/{k}": v for k, v in record.parameters.model_dump().items()})
+        self.run.summary.update({f"peak_bytes/{stage}": value for stage, value in record.peak_bytes.items()})
+        self.run.finish(exit_code=0 if record.status == "done" else 1)
