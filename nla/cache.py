@@ -31,7 +31,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -40,7 +40,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.write_bytes(data)
-    os.replace(draft, path)
+    draft.replace(path)
 
 
 class Cache:
@@ -111,7 +111,7 @@ class Cache:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold an advisory lock on a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -144,7 +144,7 @@ class Journal:
     def append(self, part: int, result: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"part": part, "result": result, "digest": digest(result)}) + "\n"
-        with open(self.path, "ab+") as file:
+        with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if file.tell():  # a killed writer may have left half a line
                 file.seek(-1, os.SEEK_END)

@@ -38,7 +38,7 @@ def estimate(request: Request) -> Cost:
 def product_rate(device: str) -> float:
     """FLOP/s of fp32 matrix products with all threads."""
     a = torch.randn(PROBE, PROBE, device=device)
-    begun = repeats = 0
+    begun, repeats = 0.0, 0
     for repeats in range(-2, 8):  # two to warm up
         if repeats == 0:
             float((a @ a)[0, 0])

@@ -1,5 +1,7 @@
 """The two kinds of failure a person sees: a request that cannot be met, and numbers that are not finite."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A request that cannot be met. The message names the value, says what is allowed and what to do."""
@@ -9,10 +11,10 @@ class NonFiniteError(Exception):
     """A NaN or an infinity where a number is needed. The message names the matrix or the batch."""
 
 
-def require_choice(setting: str, value: object, allowed: list[str]) -> None:
+def require_choice(setting: str, value: object, allowed: Sequence[object]) -> None:
     """Raise UserError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise UserError(f"{setting}={value} is not known; allowed: {', '.join(allowed)}")
+        raise UserError(f"{setting}={value} is not known; allowed: {', '.join(map(str, allowed))}")
 
 
 def require_positive(setting: str, value: float) -> None:

@@ -13,6 +13,7 @@ from nla.cache import Cache, digest, tensor_digest
 from nla.errors import NonFiniteError
 from nla.methods.base import Fit, Method
 from nla.record import code_digest
+from nla.surgery import get_linear
 from nla.triplets import Triplets
 from nla.workers import ordered_map
 
@@ -34,7 +35,7 @@ def fit_model(
     device = next(model.parameters()).device
 
     def fit_one(entry: PlanEntry) -> tuple[str, str, Fit]:
-        weight = model.get_submodule(entry.spec.name).weight.detach()
+        weight = get_linear(model, entry.spec.name).weight.detach()
         key = digest(
             {
                 "format": FORMAT,

@@ -22,6 +22,9 @@ class Term(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel.apply(self.triplets, x)  # (..., in) -> (..., out)
 
+    def dense(self) -> Tensor:
+        return self.kernel.dense(self.triplets)  # (out, in)
+
     def extra_repr(self) -> str:
         return f"{self.kernel.name}, h={self.triplets.h}, r={self.triplets.r}"
 
@@ -34,6 +37,9 @@ class CompressedLinear(nn.Module):
         self.terms = nn.ModuleList(Term(kernel, triplets) for kernel, triplets in terms)
         self.bias = None if bias is None else nn.Parameter(bias)
 
+    def parts(self) -> list[Term]:
+        return [term for term in self.terms if isinstance(term, Term)]
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.terms[0](x)
         for term in self.terms[1:]:
@@ -43,7 +49,7 @@ class CompressedLinear(nn.Module):
     @torch.no_grad()
     def dense(self) -> nn.Linear:
         """The dense layer with the same matrix."""
-        weight = sum(term.kernel.dense(term.triplets) for term in self.terms)
+        weight = torch.stack([term.dense() for term in self.parts()]).sum(0)
         linear = nn.Linear(weight.shape[1], weight.shape[0], self.bias is not None, weight.device, weight.dtype)
         linear.weight.copy_(weight)
         if self.bias is not None:
@@ -52,4 +58,4 @@ class CompressedLinear(nn.Module):
 
     def count(self) -> int:
         """Parameters of the triplets with mu != 0; the bias is as in the dense layer and not counted."""
-        return sum(term.triplets.count() for term in self.terms)
+        return sum(term.triplets.count() for term in self.parts())

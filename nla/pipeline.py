@@ -12,7 +12,6 @@ from torch import nn
 from nla import report
 from nla.cache import digest, exclusive, tensor_digest, write_atomically
 from nla.config import Request, prepare
-from nla.errors import NonFiniteError
 from nla.fitting import fit_model
 from nla.methods.base import Fit
 from nla.models.causal_lm import DTYPES, LanguageModel
@@ -38,7 +37,9 @@ def run(cfg: DictConfig) -> RunRecord | None:
 
     Raises:
         UserError: the request cannot be met; nothing long was begun.
-        NonFiniteError: a matrix or a loss is not finite; the record says `failed`, what was done stays in the cache.
+        NonFiniteError: a matrix or a loss is not finite.
+
+    Whatever ends a run early, its record says `failed` and why, and what was done stays in the cache.
     """
     request = prepare(cfg)
     if request.values["dry_run"]:
@@ -68,17 +69,18 @@ def carry_out(request: Request, name: str, folder: Path) -> RunRecord:
     record.write(folder)
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(request.values).encode())
     report.announce(request)
-    request.tracker.begin(record, folder)
+    request.tracker.begin(record, Path(request.values["outputs_dir"]))
     try:
         stages(request, record, folder)
+        draw(record, folder)
         record.status = "done"
         report.show_result(record, folder)
-    except (NonFiniteError, KeyboardInterrupt) as error:
+    except BaseException as error:
         record.status, record.error = "failed", str(error) or type(error).__name__
         raise
     finally:
-        request.tracker.finish(record)
         record.write(folder)
+        request.tracker.finish(record, folder)
     return record
 
 
@@ -122,7 +124,7 @@ def fit(request: Request, record: RunRecord, model: nn.Module, folder: Path) -> 
     """Fits of all planned matrices and their cache keys; each is on disk and tracked as soon as it is there."""
     fits, keys = {}, []
     settings = request.values["method"]
-    with open(folder / "fits.jsonl", "w") as lines:
+    with (folder / "fits.jsonl").open("w") as lines:
         for name, key, result in fit_model(
             model, request.plan, request.method, settings, request.values["seed"], request.cache
         ):
@@ -158,6 +160,14 @@ def parameters(request: Request, before: int, after: int) -> Parameters:
         bytes_before=before * size,
         bytes_after=after * size,
     )
+
+
+def draw(record: RunRecord, folder: Path) -> None:
+    """The figure that W&B shows too."""
+    from analysis.plots import loss_by_layer
+    from analysis.records import fits_frame
+
+    loss_by_layer(fits_frame([record])).savefig(folder / "loss_by_layer.png", dpi=120)
 
 
 @contextmanager

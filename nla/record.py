@@ -99,7 +99,9 @@ def read_record(path: Path) -> RunRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{path} is not a record of schema {SCHEMA}: {where}: {first['msg']}; delete it to run again") from error
+        raise UserError(
+            f"{path} is not a record of schema {SCHEMA}: {where}: {first['msg']}; delete it to run again"
+        ) from error
 
 
 @cache
@@ -150,7 +152,9 @@ def processor() -> str:
     import torch
 
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    )
     return f"{names[0] if names else platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
 
 

@@ -11,7 +11,7 @@ from nla.methods.base import Fit
 def swap(model: nn.Module, fits: Mapping[str, Fit]) -> None:
     """Put a CompressedLinear in the place of every dense linear layer that has a fit."""
     for name, fit in fits.items():
-        dense = model.get_submodule(name)
+        dense = get_linear(model, name)
         layer = CompressedLinear(fit.terms, dense.bias).to(dense.weight.device)
         set_submodule(model, name, layer.requires_grad_(dense.weight.requires_grad))
 
@@ -21,6 +21,13 @@ def merge(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             set_submodule(model, name, module.dense())
+
+
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The dense linear layer of this name."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,10 +1,13 @@
 """Experiment tracking. The jsonl and the record are always written; a tracker shows the same figures elsewhere."""
 
 import logging
+import netrc
 import os
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlparse
 
+from nla.errors import require_choice
 from nla.methods.base import Fit
 from nla.record import RunRecord
 
@@ -12,21 +15,24 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Receives figures as they come into being."""
+    """Receives figures as they come into being.
 
-    def begin(self, record: RunRecord, folder: Path) -> None: ...
+    `outputs` is where a tracker may keep files of its own; `folder` is the run's, with its figure.
+    """
+
+    def begin(self, record: RunRecord, outputs: Path) -> None: ...
 
     def fit(self, name: str, fit: Fit) -> None: ...
 
     def metrics(self, stage: str, figures: dict[str, float]) -> None: ...
 
-    def finish(self, record: RunRecord) -> None: ...
+    def finish(self, record: RunRecord, folder: Path) -> None: ...
 
 
 class NoTracker:
     """`track=none`."""
 
-    def begin(self, record: RunRecord, folder: Path) -> None:
+    def begin(self, record: RunRecord, outputs: Path) -> None:
         pass
 
     def fit(self, name: str, fit: Fit) -> None:
@@ -35,7 +41,7 @@ class NoTracker:
     def metrics(self, stage: str, figures: dict[str, float]) -> None:
         pass
 
-    def finish(self, record: RunRecord) -> None:
+    def finish(self, record: RunRecord, folder: Path) -> None:
         pass
 
 
@@ -44,15 +50,16 @@ class WandbTracker:
 
     Args:
         project: W&B project.
-        mode: `auto`, `online` or `offline`; the environment's WANDB_MODE wins.
+        mode: `online`, `offline`, or `auto`: what WANDB_MODE says, else online if there is an account.
     """
 
     def __init__(self, project: str, mode: str) -> None:
+        require_choice("track.mode", mode, ["auto", "online", "offline"])
         self.project, self.mode = project, mode
         self.run: Any = None
 
-    def begin(self, record: RunRecord, folder: Path) -> None:
-        self._safely(self._begin, record, folder)
+    def begin(self, record: RunRecord, outputs: Path) -> None:
+        self._safely(self._begin, record, outputs)
 
     def fit(self, name: str, fit: Fit) -> None:
         self._safely(self._fit, name, fit)
@@ -60,8 +67,8 @@ class WandbTracker:
     def metrics(self, stage: str, figures: dict[str, float]) -> None:
         self._safely(self._metrics, stage, figures)
 
-    def finish(self, record: RunRecord) -> None:
-        self._safely(self._finish, record)
+    def finish(self, record: RunRecord, folder: Path) -> None:
+        self._safely(self._finish, record, folder)
 
     def _safely(self, action: Any, *arguments: Any) -> None:
         """W&B is a guest: whatever it raises ends the tracking, not the run."""
@@ -73,7 +80,7 @@ class WandbTracker:
             log.warning("Weights & Biases failed (%s); the run goes on, its figures are in the record", error)
             self.run = None
 
-    def _begin(self, record: RunRecord, folder: Path) -> None:
+    def _begin(self, record: RunRecord, outputs: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -81,21 +88,20 @@ class WandbTracker:
             project=self.project,
             id=record.signature,
             resume="allow",
-            dir=folder,
-            mode=os.environ.get("WANDB_MODE") or (self._mode() if self.mode == "auto" else self.mode),
+            dir=outputs,
+            mode=self._mode(),
             config=record.config,
             settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True),
         )
         self.run.define_metric("fit/step")
         self.run.define_metric("loss/*", step_metric="fit/step")
-        rows = [[p.name, p.n_params, p.h, p.r] for p in record.plan]
+        rows: list[Any] = [[p.name, p.n_params, p.h, p.r] for p in record.plan]
         self.run.log({"plan": wandb.Table(columns=["matrix", "n_params", "h", "r"], data=rows)})
 
-    @staticmethod
-    def _mode() -> str:
-        import wandb
-
-        return "online" if wandb.Api is not None and wandb.setup().settings.api_key else "offline"
+    def _mode(self) -> Any:
+        if self.mode == "auto":
+            return os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
+        return self.mode
 
     def _fit(self, name: str, fit: Fit) -> None:
         for step, loss in fit.losses:
@@ -113,16 +119,23 @@ class WandbTracker:
     def _metrics(self, stage: str, figures: dict[str, float]) -> None:
         self.run.log({f"{stage}/{key}": value for key, value in figures.items()})
 
-    def _finish(self, record: RunRecord) -> None:
+    def _finish(self, record: RunRecord, folder: Path) -> None:
         import wandb
 
-        from analysis.plots import loss_by_layer
-        from analysis.records import fits_frame
-
         if record.status == "done":
-            figure = loss_by_layer(fits_frame([record]))
-            self.run.log({"loss_by_layer": wandb.Image(figure)})
+            self.run.log({"loss_by_layer": wandb.Image(folder / "loss_by_layer.png")})
         if record.parameters is not None:
             self.run.summary.update({f"parameters/{k}": v for k, v in record.parameters.model_dump().items()})
         self.run.summary.update({f"peak_bytes/{stage}": value for stage, value in record.peak_bytes.items()})
         self.run.finish(exit_code=0 if record.status == "done" else 1)
+
+
+def has_account() -> bool:
+    """Whether W&B would log in without asking: a key in the environment or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

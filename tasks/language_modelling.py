@@ -77,7 +77,11 @@ def score_window(model: LanguageModel, tokens: Tensor) -> dict[str, float]:
         nll = 0.0
         for scores, targets in zip(logits.split(CHUNK), tokens[1:].split(CHUNK), strict=True):
             nll += float(cross_entropy(scores.float(), targets, reduction="sum"))
-    return {"nll": nll if math.isfinite(nll) else math.inf, "seconds": time.perf_counter() - begun, "peak_bytes": memory.peak_bytes}
+    return {
+        "nll": nll if math.isfinite(nll) else math.inf,
+        "seconds": time.perf_counter() - begun,
+        "peak_bytes": memory.peak_bytes,
+    }
 
 
 def summary(results: list[dict[str, Any]], scored: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ class Text(ABC):
     def documents(self) -> list[str]:
         """The documents, in their own order."""
 
+    @abstractmethod
     def check(self) -> None:
         """Raise UserError, in one sentence, if documents() could not succeed."""
 
@@ -93,13 +94,12 @@ class Corpus(Text):
         from datasets import load_dataset
 
         try:
-            rows = load_dataset(
-                self.dataset, self.subset, split=self.split, data_files=self.data_files, revision=self.revision
-            )
+            rows = load_dataset(self.dataset, self.subset, split=self.split, data_files=self.data_files, revision=self.revision)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"data={self.name} could not be fetched from the hub ({reason}); give data.path=<file or folder>, or use data=sotu"
+                f"data={self.name} could not be fetched from the hub ({reason}); "
+                "give data.path=<file or folder>, or use data=sotu"
             ) from error
         return [row[self.field] for row in rows.select(range(min(self.first or len(rows), len(rows))))]
 

@@ -41,8 +41,7 @@ def make_plan(specs: list[LinearSpec], ratio: float, budget: Budget, kernel: Ker
     """
     allocated = budget.allocate(specs, ratio)
     plan = [
-        PlanEntry(s, allocated[s.name], *kernel.size(s.out_features, s.in_features, allocated[s.name]), kernel)
-        for s in specs
+        PlanEntry(s, allocated[s.name], *kernel.size(s.out_features, s.in_features, allocated[s.name]), kernel) for s in specs
     ]
     for entry in plan:
         if entry.h == 0:

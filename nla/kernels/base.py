@@ -123,3 +123,9 @@ class FactoredKernel(Kernel):
 
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return 6 * out_features * in_features * self.rank_bound(h, r)
+
+
+def random_like(kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Triplets:
+    """A random start for a weight (out, in), of its type and on its device."""
+    m, n = weight.shape
+    return kernel.random_start(m, n, h, r, generator).map(lambda p: p.to(weight))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nla.kernels.base import FactoredKernel, Start
+from nla.kernels.base import FactoredKernel, Start, random_like
 from nla.linalg import Spectrum
 from nla.triplets import Triplets
 
@@ -32,7 +32,7 @@ class Phase(FactoredKernel):
         With equal singular values s, u1 v1^T + u2 v2^T is |a_i| |b_j| cos(arg a_i - arg b_j) for a = u1 + i u2 and
         b = v1 + i v2: the angles carry over, the moduli are given up. mu is then the least-squares coefficient.
         """
-        t = self.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight))
+        t = random_like(self, weight, h, r, generator)
         left, s, right = spectrum.truncated(2 * h * r)
         pairs = int((s > 0).sum()) // 2  # angles beyond them stay random
         A, B = t.A.flatten(1), t.B.flatten(1)

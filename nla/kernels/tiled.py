@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nla.kernels.base import Kernel, Start
+from nla.kernels.base import Kernel, Start, random_like
 from nla.linalg import Spectrum, balanced_factors
 from nla.triplets import Triplets, alternating_signs
 
@@ -103,7 +103,7 @@ class DifferenceKernel(TiledKernel):
         return Triplets(A, B, alternating_signs(h, A) * 0.5)
 
     def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
-        return Start(self.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)))
+        return Start(random_like(self, weight, h, r, generator))
 
 
 class ProductKernel(TiledKernel):
@@ -128,7 +128,7 @@ class ProductKernel(TiledKernel):
         A single triplet cannot cancel it, and begins at random.
         """
         if h == 1:
-            return Start(self.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)))
+            return Start(random_like(self, weight, h, r, generator))
         left, right = (f.unflatten(1, (h, r)) for f in balanced_factors(spectrum, h * r))
         signs = alternating_signs(h, left)
         size = torch.where(signs > 0, 1.0, (h + 1) // 2 / max(1, h // 2))

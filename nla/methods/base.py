@@ -75,7 +75,8 @@ class Method(ABC):
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError("the weight holds NaN or infinite values")
         w = weight.float()
-        h, r = self.kernel.size(*w.shape, n_params)
+        m, n = w.shape
+        h, r = self.kernel.size(m, n, n_params)
         solution = self.find(w, h, r, generator)
         stored = solution.triplets.map(lambda p: p.to(weight.dtype))
         spectrum, energy = Spectrum(w), float(w.square().sum())
@@ -86,11 +87,11 @@ class Method(ABC):
             status=solution.status.value,
             losses=solution.losses,
             relative_error=float(squared_error) / energy if energy else 0.0,
-            svd_error=spectrum.tail(n_params // triplet_size(*w.shape, 1)),
+            svd_error=spectrum.tail(n_params // triplet_size(m, n, 1)),
             floor=0.0 if rank is None else spectrum.tail(rank),
             optimum=solution.optimum,
             steps=solution.steps,
-            flops=self.start_flops(*w.shape, h, r) + solution.steps * self.kernel.fit_flops(*w.shape, h, r),
+            flops=self.start_flops(m, n, h, r) + solution.steps * self.kernel.fit_flops(m, n, h, r),
             seconds=time.perf_counter() - begun,
             peak_bytes=solution.peak_bytes,
         )

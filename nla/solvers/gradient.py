@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nla.errors import NonFiniteError, UserError, require_choice, require_positive
-from nla.kernels.base import Kernel, Start
+from nla.kernels.base import Kernel, Start, random_like
 from nla.linalg import Spectrum
 from nla.memory import PeakMemory
 from nla.triplets import Triplets
@@ -71,9 +71,9 @@ class GradientFit:
         require_choice("solver.start", start, ["warm", "random"])
         require_choice("solver.schedule", schedule, ["cosine", "constant"])
         require_choice("solver.products", products, list(PRODUCTS))
-        for name, value in dict(lr=lr, interval=interval, patience=patience).items():
+        for name, value in {"lr": lr, "interval": interval, "patience": patience}.items():
             require_positive(f"solver.{name}", value)
-        for name, value in dict(steps=steps, warmup=warmup, tolerance=tolerance).items():
+        for name, value in {"steps": steps, "warmup": warmup, "tolerance": tolerance}.items():
             if value < 0:
                 raise UserError(f"solver.{name}={value} must be 0 or more")
         self.optimiser, self.start, self.steps, self.lr = optimiser, start, steps, lr
@@ -88,7 +88,7 @@ class GradientFit:
         """
         scale = float(weight.square().mean().sqrt())
         if scale == 0:
-            zero = kernel.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)).scaled(0)
+            zero = random_like(kernel, weight, h, r, generator).scaled(0)
             return Solution(zero, [(0, 0.0)], 0, Status.ZERO, 0.0)
         memory = PeakMemory(weight.device)
         with ExitStack() as measured:
@@ -99,7 +99,7 @@ class GradientFit:
 
     def begin(self, kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Start:
         if self.start == "random":
-            return Start(kernel.random_start(*weight.shape, h, r, generator).map(lambda p: p.to(weight)))
+            return Start(random_like(kernel, weight, h, r, generator))
         return kernel.warm_start(weight, Spectrum(weight), h, r, generator)
 
     def descend(self, kernel: Kernel, weight: Tensor, begin: Start, measured: ExitStack) -> Solution:

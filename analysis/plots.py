@@ -1,0 +1,35 @@
+"""Figures, from the data frames of `analysis.records`."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+
+def loss_by_layer(fits: pd.DataFrame) -> Figure:
+    """Relative error of each matrix by layer, one panel per kind, one line per kernel; SVD and floor as references.
+
+    Args:
+        fits: rows of `fits_frame`, of one model at one ratio.
+    """
+    kinds = list(dict.fromkeys(fits["kind"]))
+    columns = min(4, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axis, kind in zip(axes, kinds, strict=False):
+        of_kind = fits[fits["kind"] == kind].sort_values("layer")
+        reference = of_kind.drop_duplicates("layer")
+        axis.plot(reference["layer"], reference["svd_error"], "k--", linewidth=1, label="SVD, equal parameters")
+        for kernel, line in of_kind[of_kind["method"] != "svd"].groupby("kernel", sort=True):
+            drawn = axis.plot(line["layer"], line["relative_error"], marker=".", markersize=3, linewidth=1, label=kernel)
+            if kernel == "piecewise":
+                colour = drawn[0].get_color()
+                axis.plot(line["layer"], line["floor"], ":", color=colour, linewidth=1, label="floor of piecewise")
+        axis.set_title(kind, fontsize=9)
+        axis.set_ylim(bottom=0)
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.supxlabel("layer", fontsize=9)
+    figure.supylabel("relative squared error", fontsize=9)
+    return figure
