@@ -1,0 +1,102 @@
+"""What all tests share: the project's own configurations, its command line, and a real model's weights."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Two busy processes (pytest -n 2) with two threads each would fight for two cores; set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+TINY = ["model=tiny_llama", "task.window=64", "task.max_windows=3", "track=none"]
+
+
+def options(group: str) -> list[str]:
+    """Every yaml of a configuration group: a new one is tested without a new test."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def configuration(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def make_kernel(*overrides: str):
+    return instantiate(configuration(*overrides).kernel)
+
+
+KERNELS = {name: (f"kernel={name}",) for name in options("kernel")}
+KERNELS |= {f"spline{d}": ("kernel=spline", f"kernel.degree={d}") for d in (1, 3)}
+
+
+@pytest.fixture(params=KERNELS, ids=str)
+def kernel(request):
+    return make_kernel(*KERNELS[request.param])
+
+
+@pytest.fixture
+def cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """`python run.py ...` as a user types it, with its outputs in a temporary folder."""
+
+    def run(*arguments: str, check: bool = True, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        result = subprocess.run(command(tmp_path, *arguments), **settings(environment))
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    return run
+
+
+def command(outputs: Path, *arguments: str) -> list[str]:
+    own = any(a.startswith("outputs_dir=") for a in arguments) or "--help" in arguments
+    return [sys.executable, "run.py", *arguments, *([] if own else [f"outputs_dir={outputs}"])]
+
+
+def settings(environment: dict[str, str] | None = None) -> dict:
+    return {"cwd": ROOT, "capture_output": True, "text": True, "env": os.environ | (environment or {}), "timeout": 300}
+
+
+def records(outputs: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((outputs / "runs").glob("*/record.json"))]
+
+
+def only_record(outputs: Path) -> dict:
+    (record,) = records(outputs)
+    return record
+
+
+def figures(record: dict) -> dict:
+    """A record without what may differ between two runs of the same request: times, threads, folders."""
+    record = json.loads(json.dumps(record))
+    for key in ("seconds", "environment"):
+        del record[key]
+    for key in ("outputs_dir", "cache_dir"):
+        del record["config"][key]
+    for fit in record["fits"]:
+        del fit["seconds"]
+    for tasks in record["metrics"].values():
+        for sets in tasks.values():
+            for metrics in sets.values():
+                del metrics["tokens_per_second"]
+    return record
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """name -> fp32 weight of SmolLM2-135M, from the project's own cache (fetched and converted on first use)."""
+    from safetensors import safe_open
+
+    from nla.cache import Cache
+
+    model = instantiate(configuration("model=smollm2_135m").model)
+    with safe_open(model.folder(Cache(ROOT / "outputs" / "cache")) / "model.safetensors", "pt") as file:
+        yield lambda name: file.get_tensor(f"model.layers.{name}.weight")

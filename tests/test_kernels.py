@@ -1,0 +1,182 @@
+"""Every kernel of conf/kernel: its formula, its forward, its gradients, its memory, its count."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nla.kernels.spline import Spline
+from nla.linalg import Spectrum
+from nla.memory import PeakMemory
+from nla.triplets import Triplets, triplet_size
+from tests.conftest import KERNELS, make_kernel
+
+ALL = {name: make_kernel(*overrides) for name, overrides in KERNELS.items()}
+CPU = torch.device("cpu")
+
+
+def draw_triplets(kernel, m, n, h, r, seed=0, dtype=torch.float64) -> Triplets:
+    generator = torch.Generator().manual_seed(seed)
+    return kernel.random_start(m, n, h, r, generator).map(lambda p: p.to(dtype).requires_grad_())
+
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 12))
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=25, deadline=None)
+@given(size=sizes, seed=st.integers(0, 99))
+def test_apply_is_multiplication_by_dense_with_the_same_gradients(name, size, seed):
+    kernel = ALL[name]
+    t = draw_triplets(kernel, *size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 3, size[1], dtype=torch.float64, generator=generator, requires_grad=True)
+    d_y = torch.randn(2, 3, size[0], dtype=torch.float64, generator=generator)
+    inputs = (x, t.A, t.B, t.mu)
+
+    y, expected = kernel.apply(t, x), x @ kernel.dense(t).T
+    torch.testing.assert_close(y, expected)
+    for got, want in zip(torch.autograd.grad(y, inputs, d_y), torch.autograd.grad(expected, inputs, d_y), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=25, deadline=None)
+@given(size=sizes, seed=st.integers(0, 99))
+def test_squared_error_and_its_gradient_are_those_of_dense(name, size, seed):
+    kernel = ALL[name]
+    t = draw_triplets(kernel, *size, seed)
+    weight = torch.randn(size[0], size[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    loss, gradient = kernel.squared_error(t, weight, torch.float64)
+    expected = (kernel.dense(t) - weight).square().sum()
+    torch.testing.assert_close(loss, expected.detach())
+    wanted = torch.autograd.grad(expected, (t.A, t.B, t.mu))
+    for got, want in zip((gradient.A, gradient.B, gradient.mu), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def inner(a, b) -> float:
+    return sum(p * q for p, q in zip(a, b, strict=True))
+
+
+def squared(a, b) -> float:
+    return sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
+
+
+FORMULAS = {
+    "piecewise": squared,
+    "linear": inner,
+    "distance": lambda a, b: math.sqrt(squared(a, b)),
+    "gaussian": lambda a, b: math.exp(-squared(a, b) / 2),
+    "sigmoid": lambda a, b: sigmoid(inner(a, b)),
+    "polynomial": lambda a, b: (inner(a, b) + 1) ** 2,
+    "phase": lambda a, b: sum(math.cos(p - q) for p, q in zip(a, b, strict=True)),
+    "spline1": lambda a, b: math.prod(max(0.0, 1 - abs(p - q)) for p, q in zip(a, b, strict=True)),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_dense_is_the_published_formula_entry_by_entry(name):
+    kernel = ALL[name]
+    t = draw_triplets(kernel, 4, 3, 3, 2).map(lambda p: p.detach() / 2)
+    dense = kernel.dense(t)
+    for i in range(4):
+        for j in range(3):
+            terms = [float(t.mu[k]) * FORMULAS[name](t.A[i, k].tolist(), t.B[j, k].tolist()) for k in range(3)]
+            assert float(dense[i, j]) == pytest.approx(sum(terms))
+
+
+@pytest.mark.parametrize("degree, at", [(1, {0: 1, 0.5: 0.5, 1: 0}), (2, {0: 3 / 4, 0.5: 1 / 2, 1.5: 0}), (3, {0: 2 / 3, 1: 1 / 6, 2: 0})])
+def test_b_splines_have_their_tabled_values_and_integer_shifts_add_up_to_one(degree, at):
+    spline = Spline(degree)
+    for d, value in at.items():
+        assert float(spline.beta(torch.tensor([d, -d], dtype=torch.float64), degree)[1]) == pytest.approx(value, abs=1e-12)
+    d = torch.linspace(-0.5, 0.5, 11, dtype=torch.float64)
+    total = sum(spline.beta(d + shift, degree) for shift in range(-3, 4))
+    torch.testing.assert_close(total, torch.ones_like(d))
+
+
+def test_bf16_agrees_with_fp32_to_the_precision_of_bf16(kernel):
+    t = draw_triplets(kernel, 40, 56, 6, 2, dtype=torch.float32).map(torch.Tensor.detach)
+    x = torch.randn(8, 56, generator=torch.Generator().manual_seed(1))
+    exact = kernel.apply(t, x)
+    rounded = kernel.apply(t.map(torch.Tensor.bfloat16), x.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_mu_scales_the_matrix_and_a_zero_mu_can_be_pruned(kernel):
+    t = draw_triplets(kernel, 6, 5, 4, 2).map(torch.Tensor.detach)
+    torch.testing.assert_close(kernel.dense(t.scaled(-3.0)), -3 * kernel.dense(t))
+    masked = Triplets(t.A, t.B, t.mu * torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    pruned = masked.prune(masked.mu != 0)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(kernel.apply(pruned, x), kernel.apply(masked, x))
+    assert pruned.count() == masked.count() == 2 * triplet_size(6, 5, 2)
+
+
+def test_without_triplets_the_matrix_is_zero(kernel):
+    t = draw_triplets(kernel, 6, 5, 2, 2).map(torch.Tensor.detach)
+    empty = t.prune(torch.zeros(2, dtype=torch.bool))
+    assert not kernel.apply(empty, torch.ones(3, 5, dtype=torch.float64)).any()
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(m=st.integers(1, 300), n=st.integers(1, 300), budget=st.integers(1, 60_000))
+def test_size_spends_the_budget_to_less_than_one_triplet(name, m, n, budget):
+    h, r = ALL[name].size(m, n, budget)
+    one = triplet_size(m, n, r)
+    assert h * one <= budget < (h + 1) * one
+    assert 1 <= r <= ALL[name].r
+
+
+def test_rank_never_exceeds_the_bound_by_which_the_floor_is_computed(kernel):
+    bound = kernel.rank_bound(3, 2)
+    if bound is not None:
+        t = draw_triplets(kernel, 30, 25, 3, 2).map(torch.Tensor.detach)
+        assert torch.linalg.matrix_rank(kernel.dense(t)) <= bound
+
+
+def test_forward_and_backward_never_hold_a_dense_matrix(kernel):
+    m = n = 2048
+    t = draw_triplets(kernel, m, n, 2, 1, dtype=torch.float32)
+    x = torch.randn(4, n, requires_grad=True)
+    with PeakMemory(CPU) as memory:
+        kernel.apply(t, x).sum().backward()
+    assert memory.peak_bytes < 4 * m * n / 2
+
+
+def test_piecewise_needs_at_most_15_percent_of_the_reconstructing_forms_memory():
+    """4096 x 4096 at 70 %, 512 tokens; beyond outputs and gradients, which any form must hold."""
+    kernel = ALL["piecewise"]
+    m = n = 4096
+    h, r = kernel.size(m, n, int(0.3 * m * n))
+    assert (h, r) == (30, 20)
+    t = draw_triplets(kernel, m, n, h, r, dtype=torch.float32)
+    x = torch.randn(512, n, requires_grad=True)
+    results = 4 * (512 * m + x.numel() + t.A.numel() + t.B.numel() + t.mu.numel())
+
+    def extra(forward) -> int:
+        with PeakMemory(CPU) as memory:
+            y = forward()
+            torch.autograd.grad(y, (x, t.A, t.B, t.mu), torch.ones_like(y))
+        return memory.peak_bytes - results
+
+    assert extra(lambda: kernel.apply(t, x)) <= 0.15 * extra(lambda: x @ kernel.dense(t).T)
+
+
+def test_a_warm_start_is_finite_for_any_matrix(kernel):
+    generator = torch.Generator().manual_seed(0)
+    rank_one = torch.ones(7, 1) @ torch.arange(1.0, 6.0)[None]
+    for weight in (torch.randn(7, 5), torch.randn(2, 9), rank_one, torch.eye(3), torch.ones(1, 1)):
+        for h, r in ((1, 1), (2, 3), (12, 1)):
+            t = kernel.warm_start(weight, Spectrum(weight), h, r, generator).triplets
+            assert (t.h, t.r) == (h, r)
+            assert all(bool(torch.isfinite(p).all()) for p in (t.A, t.B, t.mu))

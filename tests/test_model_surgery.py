@@ -1,0 +1,119 @@
+"""Selecting, planning, swapping and counting, on small models with biases and tied weights."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from nla.budget.base import make_plan
+from nla.cache import Cache
+from nla.errors import UserError
+from nla.kernels.linear import Linear
+from nla.layers import CompressedLinear
+from nla.methods.svd import SVD
+from nla.select import LinearSpec, linear_specs, select_linears
+from nla.surgery import count, merge, swap
+from tests.conftest import configuration, options
+
+SPECS = [LinearSpec("model.layers.0.fc", 40, 30), LinearSpec("model.layers.1.fc", 30, 40), LinearSpec("lm_head", 90, 30)]
+UNIFORM = instantiate(configuration().budget)
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_opt"])
+def model(request, tmp_path):
+    source = instantiate(configuration(f"model={request.param}").model, _convert_="all")
+    return source.load("cpu", "float32", Cache(tmp_path))
+
+
+def fit_all(module: nn.Module, ratio: float = 0.5) -> dict:
+    plan = make_plan(select_linears(linear_specs(module), "layers", None), ratio, UNIFORM, Linear())
+    generator = torch.Generator().manual_seed(0)
+    return {e.spec.name: SVD().compress(module.get_submodule(e.spec.name).weight, e.n_params, generator) for e in plan}
+
+
+def test_selection_searches_names_and_tells_nothing_found_from_all_excluded():
+    assert [s.name for s in select_linears(SPECS, "layers", r"\.1\.")] == ["model.layers.0.fc"]
+    with pytest.raises(UserError, match=r"select\.include=blocks is found in none of the 3 .*model\.layers\.0\.fc"):
+        select_linears(SPECS, "blocks", None)
+    with pytest.raises(UserError, match=r"select\.exclude=fc excludes all 2"):
+        select_linears(SPECS, "layers", "fc")
+    with pytest.raises(UserError, match=r"select\.include=\( is not a regular expression"):
+        select_linears(SPECS, "(", None)
+
+
+def test_a_plan_never_exceeds_what_the_ratio_leaves():
+    for ratio in (0.1, 0.37, 0.7, 0.9):
+        plan = make_plan(SPECS, ratio, UNIFORM, Linear())
+        assert sum(e.realised for e in plan) <= (1 - ratio) * sum(s.n_params for s in SPECS)
+
+
+def test_a_budget_below_one_triplet_names_the_matrix_and_a_ratio_that_works():
+    with pytest.raises(UserError, match=r"layers\.0\.fc \(40x30\) .*ratio=0\.94 at most") as caught:
+        make_plan(SPECS, 0.97, UNIFORM, Linear())
+    assert "71" in str(caught.value)
+    assert all(e.h for e in make_plan(SPECS, 0.94, UNIFORM, Linear()))
+
+
+def test_a_swapped_model_computes_with_the_compressed_matrices_and_keeps_biases(model):
+    module = model.module
+    fits = fit_all(module)
+    names = list(fits)
+    dense = {name: module.get_submodule(name) for name in names}
+    x = torch.randn(3, dense[names[0]].in_features)
+    first_bias = dense[names[0]].bias
+    expected = nn.functional.linear(x, Linear().dense(fits[names[0]].terms[0][1]), first_bias)
+    swap(module, fits)
+    torch.testing.assert_close(module.get_submodule(names[0])(x), expected)
+    assert all(isinstance(module.get_submodule(name), CompressedLinear) for name in names)
+
+
+def test_merging_gives_dense_layers_with_the_same_outputs(model):
+    tokens = model.encode("The state of the union is")[None]
+    swap(model.module, fit_all(model.module))
+    compressed = model.module(tokens).logits
+    merge(model.module)
+    assert not any(isinstance(m, CompressedLinear) for m in model.module.modules())
+    torch.testing.assert_close(model.module(tokens).logits, compressed, rtol=1e-4, atol=1e-4)
+
+
+def test_the_count_falls_by_exactly_what_the_fits_save(model):
+    before = count(model.module)
+    fits = fit_all(model.module)
+    saved = sum(model.module.get_submodule(n).weight.numel() - f.n_params for n, f in fits.items())
+    swap(model.module, fits)
+    assert count(model.module) == before - saved
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_models_inventory_is_known_without_weights(name, tmp_path):
+    source = instantiate(configuration(f"model={name}").model, _convert_="all")
+    inventory = source.inventory(Cache(tmp_path))
+    assert inventory.parameters > sum(s.n_params for s in select_linears(inventory.linears, r"\blayers\.", None))
+    assert source.inventory(Cache(tmp_path)) == inventory  # remembered
+
+
+PUBLISHED = {
+    "smollm2_135m": 134_515_008,
+    "llama7b": 6_738_415_616,
+    "llama13b": 13_015_864_320,
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "opt_125m": 125_239_296,
+    "opt_1_3b": 1_315_758_080,
+    "opt_6_7b": 6_658_473_984,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_architectures_have_the_published_parameter_counts(name, tmp_path):
+    source = instantiate(configuration(f"model={name}").model, _convert_="all")
+    assert source.inventory(Cache(tmp_path)).parameters == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_opt"])
+def test_an_untrained_model_reloads_bit_equal_without_touching_the_global_seed(name, tmp_path):
+    source = instantiate(configuration(f"model={name}").model, _convert_="all")
+    state = torch.random.get_rng_state()
+    first, again = (source.load("cpu", "float32", Cache(tmp_path)).module.state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,0 +1,158 @@
+"""Fits: against Eckart-Young, against the theory of the piecewise kernel, on real weights, and bit for bit."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nla.errors import NonFiniteError, UserError
+from nla.kernels.linear import Linear
+from nla.kernels.phase import Phase
+from nla.kernels.piecewise import Piecewise
+from nla.linalg import Spectrum
+from nla.solvers.gradient import GradientFit, Status
+from nla.solvers.self_terms import fit_self_terms
+from tests.conftest import configuration, make_kernel
+
+
+def make_solver(**changes) -> GradientFit:
+    given_settings = dict(configuration().solver) | {"products": "float32"} | changes
+    del given_settings["_target_"], given_settings["optimiser"]
+    return GradientFit(functools.partial(torch.optim.Adam, betas=(0.9, 0.99), fused=True), **given_settings)
+
+
+def fit(kernel, weight, h, r=1, **changes):
+    return make_solver(**changes).fit(kernel, weight, h, r, torch.Generator().manual_seed(0))
+
+
+def relative_error(kernel, triplets, weight) -> float:
+    return float((kernel.dense(triplets) - weight).square().sum() / weight.square().sum())
+
+
+def random_weight(m, n, seed=0):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def centred_tail(weight, rank: int) -> float:
+    """Relative energy beyond `rank` of the doubly centred weight, by torch's own SVD."""
+    w = weight.double()
+    centred = w - w.mean(0, keepdim=True) - w.mean(1, keepdim=True) + w.mean()
+    return float(torch.linalg.svdvals(centred)[rank:].square().sum() / w.square().sum())
+
+
+def test_spectrum_agrees_with_torchs_svd():
+    for shape in ((9, 5), (5, 9), (6, 6)):
+        weight = random_weight(*shape)
+        s = torch.linalg.svdvals(weight.double())
+        spectrum = Spectrum(weight)
+        left, values, right = spectrum.truncated(3)
+        torch.testing.assert_close(values, s[:3])
+        assert spectrum.tail(3) == pytest.approx(float(s[3:].square().sum() / s.square().sum()))
+        residual = (weight.double() - left * values @ right.T).square().sum()
+        assert float(residual) == pytest.approx(float(s[3:].square().sum()))
+
+
+def test_the_linear_kernel_begins_at_truncated_svd_and_stays_there():
+    weight = random_weight(20, 30)
+    solution = fit(Linear(), weight, 7)
+    assert solution.status is Status.CLOSED_FORM and solution.steps == 0
+    assert relative_error(Linear(), solution.triplets, weight) == pytest.approx(Spectrum(weight).tail(7), rel=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(2, 12), n=st.integers(2, 12), h=st.integers(1, 4), r=st.integers(1, 2), seed=st.integers(0, 99))
+def test_no_piecewise_matrix_is_closer_than_the_tail_of_the_doubly_centred_weight(m, n, h, r, seed):
+    weight = random_weight(m, n, seed)
+    _, optimum = fit_self_terms(weight, h, r)
+    assert optimum == pytest.approx(centred_tail(weight, h * r), abs=1e-9)
+    solution = fit(Piecewise(), weight, h, r, steps=60, warmup=5)
+    assert relative_error(Piecewise(), solution.triplets, weight) >= optimum - 1e-5
+    assert optimum >= Spectrum(weight).tail(h * r + 2) - 1e-9
+
+
+@pytest.mark.parametrize("h, r", [(20, 1), (10, 2), (5, 4), (2, 10)])
+def test_the_piecewise_optimum_is_reached_in_closed_form_where_the_gauge_has_room(h, r):
+    weight = random_weight(60, 80) + 0.5  # a mean that SVD would spend a direction on
+    solution = fit(Piecewise(), weight, h, r)
+    error = relative_error(Piecewise(), solution.triplets, weight)
+    assert solution.status is Status.CLOSED_FORM and solution.steps == 0
+    assert error == pytest.approx(centred_tail(weight, 20), rel=2e-4)
+    assert Spectrum(weight).tail(22) <= error <= Spectrum(weight).tail(20)
+
+
+@pytest.mark.parametrize("name", ["10.self_attn.k_proj", "0.self_attn.q_proj", "28.mlp.down_proj", "3.mlp.gate_proj"])
+def test_piecewise_on_a_real_weight_lies_between_floor_and_svd(smollm2, name):
+    weight = smollm2(name)
+    kernel = make_kernel("kernel=piecewise")
+    h, r = kernel.size(*weight.shape, int(0.3 * weight.numel()))
+    solution = fit(kernel, weight, h, r)
+    spectrum = Spectrum(weight)
+    assert spectrum.tail(h * r + 2) <= relative_error(kernel, solution.triplets, weight) <= spectrum.tail(h * r)
+
+
+def test_phase_on_a_real_weight_leaves_three_quarters_of_svds_error(smollm2):
+    weight = smollm2("10.self_attn.k_proj")
+    solution = fit(Phase(), weight, 43)
+    assert relative_error(Phase(), solution.triplets, weight) <= 0.75 * Spectrum(weight).tail(43)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "spline"])
+def test_local_kernels_on_a_real_weight_leave_55_percent_of_svds_error(smollm2, name):
+    weight = smollm2("10.self_attn.k_proj")
+    kernel = make_kernel(f"kernel={name}")
+    solution = fit(kernel, weight, 43, steps=600)
+    assert relative_error(kernel, solution.triplets, weight) <= 0.55 * Spectrum(weight).tail(43)
+
+
+def test_no_fit_is_worse_than_its_start_and_the_trace_begins_there(kernel):
+    weight = random_weight(24, 16)
+    solution = fit(kernel, weight, 6, steps=40, lr=3.0, interval=1)  # far too large a step
+    best = min(loss for _, loss in solution.losses)
+    assert relative_error(kernel, solution.triplets, weight) == pytest.approx(best, rel=1e-3, abs=1e-6)
+    assert best <= solution.losses[0][1]
+
+
+def test_gradient_descent_from_random_triplets_makes_progress(kernel):
+    weight = random_weight(24, 16)
+    losses = fit(kernel, weight, 6, start="random", steps=100).losses
+    assert losses[0][0] == 0 and losses[-1][1] < 0.9 * min(1.0, losses[0][1])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(kernel):
+    weight = random_weight(24, 16)
+    solver = make_solver(start="random", steps=20)
+    first, again, other = (solver.fit(kernel, weight, 4, 1, torch.Generator().manual_seed(s)).triplets for s in (1, 1, 2))
+    assert torch.equal(first.A, again.A) and torch.equal(first.B, again.B) and torch.equal(first.mu, again.mu)
+    assert not torch.equal(first.A, other.A)
+
+
+def test_scaling_the_weight_scales_the_fit(kernel):
+    weight = random_weight(24, 16)
+    one, thousand = fit(kernel, weight, 4, steps=30), fit(kernel, weight * 1024, 4, steps=30)
+    torch.testing.assert_close(kernel.dense(thousand.triplets), 1024 * kernel.dense(one.triplets))
+
+
+def test_products_in_bf16_end_within_one_percent_of_fp32():
+    weight = random_weight(48, 64)
+    errors = [fit(Phase(), weight, 8, products=products).triplets for products in ("float32", "bfloat16")]
+    exact, low = (relative_error(Phase(), t, weight) for t in errors)
+    assert low == pytest.approx(exact, rel=0.01)
+
+
+def test_a_zero_matrix_needs_no_triplets(kernel):
+    solution = fit(kernel, torch.zeros(5, 4), 2)
+    assert solution.status is Status.ZERO and solution.triplets.count() == 0
+
+
+def test_a_diverging_fit_is_an_error_with_a_remedy():
+    with pytest.raises(NonFiniteError, match=r"solver\.lr="):
+        fit(make_kernel("kernel=polynomial"), random_weight(8, 8), 2, lr=1e12, warmup=0, start="random")
+
+
+@pytest.mark.parametrize("change", [{"start": "wram"}, {"schedule": "linear"}, {"products": "int8"}, {"lr": 0}, {"steps": -1}])
+def test_a_wrong_setting_is_named_with_what_is_allowed(change):
+    ((name, value),) = change.items()
+    with pytest.raises(UserError, match=rf"solver\.{name}={value}"):
+        make_solver(**change)
