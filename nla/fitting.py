@@ -56,9 +56,10 @@ def fit_model(
             store_fit(cache, key, fit)
         return entry.spec.name, key, fit
 
-    with tqdm(total=sum(e.spec.n_params for e in plan), desc="fit", unit="param", unit_scale=True) as bar:
+    total = sum(e.spec.n_params for e in plan)
+    with tqdm(total=total, desc="fit", unit="param", unit_scale=True, dynamic_ncols=True) as bar:
         for entry, result in zip(plan, ordered_map(fit_one, plan, device), strict=True):
-            bar.set_postfix_str(f"{entry.spec.name} error {result[2].relative_error:.4f}", refresh=False)
+            bar.set_postfix_str(f"{entry.spec.name.rpartition('layers.')[2]} {result[2].relative_error:.3f}", refresh=False)
             bar.update(entry.spec.n_params)
             yield result
 

@@ -71,9 +71,8 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     log.info("\n%s", tabulate(rows, ["model", "task", "perplexity", "tokens", "tokens/s"], disable_numparse=True))
     p = record.parameters
     assert p is not None
-    fits = record.fits
     log.info(
-        "\n%s of the selected parameters removed (%s -> %s), %s of the model's (%s -> %s)",
+        "\nremoved %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)",
         f"{100 * p.ratio:.1f} %",
         millions(p.selected_before),
         millions(p.selected_after),
@@ -83,28 +82,41 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     )
     log.info(
         "mean relative error %.4f; SVD with as many parameters %.4f; floor %.4f",
-        *(sum(getattr(f, key) for f in fits) / len(fits) for key in ("relative_error", "svd_error", "floor")),
+        *(mean(record, key) for key in ("relative_error", "svd_error", "floor")),
+    )
+    seconds, flops = sum(f.seconds for f in record.fits), sum(f.flops for f in record.fits)
+    log.info(
+        "fits: %d matrices, %.2f TFLOP, %.0f s of one thread each (%.0f GFLOP/s)",
+        len(record.fits),
+        flops / 1e12,
+        seconds,
+        flops / seconds / 1e9,
     )
     log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
 
 
 def show_sweep(outcomes: list[dict[str, Any]]) -> None:
-    """One line per job, failures last in their own lines."""
+    """One line per job, labelled by the settings in which jobs differ; failures again below, with their reasons."""
+    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
     rows, failures = [], []
     for outcome in outcomes:
-        overrides = " ".join(outcome["overrides"])
+        label = " ".join(o for o in outcome["overrides"] if o not in shared)
         if "error" in outcome:
-            failures.append(f"failed: {overrides}: {outcome['error']}")
-            rows.append([overrides, "failed", "", ""])
+            failures.append(f"failed: {label}: {outcome['error']}")
+            rows.append([label, "failed", "", "", ""])
         elif outcome["record"]:
             record = read_record(Path(outcome["record"]))
-            error = sum(f.relative_error for f in record.fits) / len(record.fits)
             stages = [stage_perplexity(record, stage) for stage in ("dense", "compressed")]
-            rows.append([overrides, *stages, f"{error:.4f}"])
+            rows.append([label, *stages, *(f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error"))])
     if rows:
-        log.info("\n%s", tabulate(rows, ["sweep", "dense", "compressed", "error"], disable_numparse=True))
+        log.info("\n%s", tabulate(rows, ["sweep", "dense", "compressed", "error", "SVD's"], disable_numparse=True))
     for failure in failures:
         log.error("%s", failure)
+
+
+def mean(record: RunRecord, figure: str) -> float:
+    """Mean of a figure over the fitted matrices."""
+    return sum(getattr(fit, figure) for fit in record.fits) / len(record.fits)
 
 
 def stage_perplexity(record: RunRecord, stage: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -59,6 +60,7 @@ class SweepTable(Callback):
         global _exit_code
         from nla.report import show_sweep
 
+        configure_log(config.hydra.job_logging)  # the jobs may have run, and logged, in other processes
         files = sorted(Path(config.hydra.sweep.dir).glob("job-*.json"), key=lambda p: int(p.stem.split("-")[1]))
         outcomes = [json.loads(file.read_text()) for file in files]
         show_sweep(outcomes)

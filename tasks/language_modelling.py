@@ -62,7 +62,8 @@ class LanguageModelling:
             return score_window(model, windows[i].to(device))
 
         scored = zip(missing, ordered_map(score, missing, device), strict=True)
-        for i, result in tqdm(scored, label, total=len(windows), initial=len(windows) - len(missing), unit="window"):
+        done = len(windows) - len(missing)
+        for i, result in tqdm(scored, label, len(windows), initial=done, unit="window", dynamic_ncols=True):
             journal.append(i, result)
             results[i] = result
         return summary([results[i] for i in range(len(windows))], self.window - 1)

@@ -93,7 +93,9 @@ def test_dense_is_the_published_formula_entry_by_entry(name):
             assert float(dense[i, j]) == pytest.approx(sum(terms))
 
 
-@pytest.mark.parametrize("degree, at", [(1, {0: 1, 0.5: 0.5, 1: 0}), (2, {0: 3 / 4, 0.5: 1 / 2, 1.5: 0}), (3, {0: 2 / 3, 1: 1 / 6, 2: 0})])
+@pytest.mark.parametrize(
+    "degree, at", [(1, {0: 1, 0.5: 0.5, 1: 0}), (2, {0: 3 / 4, 0.5: 1 / 2, 1.5: 0}), (3, {0: 2 / 3, 1: 1 / 6, 2: 0})]
+)
 def test_b_splines_have_their_tabled_values_and_integer_shifts_add_up_to_one(degree, at):
     spline = Spline(degree)
     for d, value in at.items():

@@ -1,0 +1,105 @@
+"""Runs that are killed, caches that are damaged, runs side by side: the record is always that of a quiet run."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from nla.cache import Cache, Journal
+from tests.conftest import TINY, command, figures, only_record, settings
+
+# random starts and many steps: each matrix takes long enough to be interrupted in it
+SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=600", "solver.tolerance=0"]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory) -> dict:
+    """The record of an undisturbed run."""
+    outputs = tmp_path_factory.mktemp("quiet")
+    result = subprocess.run(command(outputs, *SLOW), **settings())
+    assert result.returncode == 0, result.stderr
+    return figures(only_record(outputs))
+
+
+def start(outputs: Path) -> subprocess.Popen:
+    quietly = settings() | {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    del quietly["capture_output"], quietly["timeout"]
+    return subprocess.Popen(command(outputs, *SLOW), **quietly)
+
+
+def finish(outputs: Path) -> subprocess.CompletedProcess:
+    result = subprocess.run(command(outputs, *SLOW), **settings())
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+MOMENTS = {
+    "at once": lambda out: True,
+    "once the record is there": lambda out: any(out.glob("runs/*/record.json")),
+    "in the dense evaluation": lambda out: any(out.glob("cache/windows/*.jsonl")),
+    "after two fits": lambda out: len(list(out.glob("cache/fits/*.safetensors"))) >= 2,
+    "after eleven fits": lambda out: len(list(out.glob("cache/fits/*.safetensors"))) >= 11,
+    "in the compressed evaluation": lambda out: len(list(out.glob("cache/windows/*.jsonl"))) >= 2,
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_record(quiet, tmp_path, moment):
+    process = start(tmp_path)
+    while process.poll() is None and not MOMENTS[moment](tmp_path):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/fits/*.safetensors")}
+    finish(tmp_path)
+    assert figures(only_record(tmp_path)) == quiet
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())  # nothing was fitted twice
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data[: len(data) // 2]) if how == "cut" else b"" if how == "emptied" else bytes(data))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied"])
+def test_damaged_cache_files_are_named_and_made_again(quiet, tmp_path, how):
+    finish(tmp_path)
+    next(tmp_path.glob("runs/*/record.json")).unlink()
+    damaged = [sorted(tmp_path.glob(f"cache/{pattern}"))[0] for pattern in ("fits/*", "windows/*", "inventories/*")]
+    for path in damaged:
+        damage(path, how)
+    result = finish(tmp_path)
+    for path in damaged:
+        assert f"{path} is damaged" in result.stdout or (how, path.suffix) == ("emptied", ".jsonl")
+    assert figures(only_record(tmp_path)) == quiet
+
+
+def test_two_runs_at_once_on_one_cache_do_no_harm(quiet, tmp_path):
+    first, second = start(tmp_path), start(tmp_path)
+    assert first.wait() == second.wait() == 0
+    assert figures(only_record(tmp_path)) == quiet
+
+
+def test_a_journal_survives_half_a_line(tmp_path):
+    journal = Journal(tmp_path / "parts.jsonl")
+    journal.append(0, {"nll": 1.5})
+    with journal.path.open("a") as file:
+        file.write('{"part": 1, "resu')
+    journal.append(2, {"nll": float("inf")})
+    assert journal.read() == {0: {"nll": 1.5}, 2: {"nll": float("inf")}}
+
+
+def test_a_lock_is_released_when_its_holder_dies(tmp_path):
+    cache = Cache(tmp_path)
+    child = os.fork()
+    if child == 0:
+        with cache.lock("kind", "key"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with cache.lock("kind", "key"):
+        pass

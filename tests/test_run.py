@@ -1,0 +1,167 @@
+"""`python run.py` as a user types it: results, records, errors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nla.record import read_record
+from tests.conftest import ROOT, TINY, figures, only_record, options, records
+
+FAST = [*TINY, "solver.steps=10"]
+
+
+def test_help_is_a_page_with_every_option_and_needs_no_heavy_import():
+    code = [sys.executable, "-X", "importtime", "run.py", "--help"]
+    result = subprocess.run(code, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0
+    for group in ("model", "method", "kernel", "solver", "budget", "task", "data", "track"):
+        for option in options(group):
+            assert option in result.stdout
+    assert "python run.py model=llama7b ratio=0.7" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "wandb", "datasets", "pandas"}
+
+
+def test_a_run_leaves_a_valid_record_a_line_per_fit_and_its_configuration(cli, tmp_path):
+    result = cli(*FAST)
+    record = only_record(tmp_path)
+    folder = tmp_path / "runs" / record["signature"]
+    assert read_record(folder / "record.json").status == "done"
+    assert "removing" in result.stdout and "perplexity" in result.stdout and str(folder / "record.json") in result.stdout
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
+
+    lines = [json.loads(line) for line in (folder / "fits.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == [fit["name"] for fit in record["fits"]] and len(lines) == 14
+    assert all(line["losses"][0][0] == 0 for line in lines)
+    assert (folder / "config.yaml").exists() and (folder / "loss_by_layer.png").stat().st_size > 10_000
+
+    p = record["parameters"]
+    assert p["selected_after"] == sum(fit["n_params"] for fit in record["fits"]) <= 0.3 * p["selected_before"]
+    assert p["model_before"] - p["model_after"] == p["selected_before"] - p["selected_after"]
+    for stage in ("dense", "compressed"):
+        metrics = record["metrics"][stage]["language_modelling"]["sotu"]
+        assert metrics["windows"] == 3 and metrics["tokens"] == 3 * 63 and 200 < metrics["perplexity"] < 400
+    assert set(record["seconds"]) == {"load", "dense", "fit", "compressed"}
+    assert set(record["peak_bytes"]) == {"dense", "fit", "compressed"} and all(record["peak_bytes"].values())
+
+
+def test_a_finished_run_answers_from_its_record(cli, tmp_path):
+    cli(*FAST)
+    path = next((tmp_path / "runs").glob("*/record.json"))
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    again = cli(*FAST, "track=none")
+    assert "from the record" in again.stdout
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(cli, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    cli(*FAST, f"outputs_dir={one}")
+    # here the second layer is fitted first, and the first layer beside other matrices
+    cli(*FAST, r"select.include='layers\.1'", f"outputs_dir={two}", environment={"OMP_NUM_THREADS": "2"})
+    cli(*FAST, f"outputs_dir={two}", environment={"OMP_NUM_THREADS": "2"})
+    whole = next(record for record in records(two) if len(record["fits"]) == 14)
+    assert figures(whole) == figures(only_record(one))
+
+
+@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt"])
+def test_every_method_runs_on_every_architecture(cli, tmp_path, method, model):
+    cli(*FAST, f"model={model}", f"method={method}", "ratio=0.5", "dtype=bfloat16")
+    record = only_record(tmp_path)
+    assert record["status"] == "done" and record["parameters"]["ratio"] >= 0.5
+
+
+@pytest.mark.parametrize("kernel", options("kernel"))
+def test_every_kernel_runs_end_to_end(cli, tmp_path, kernel):
+    cli(*FAST, f"kernel={kernel}", r"select.include='layers\.0\.mlp'")
+    record = only_record(tmp_path)
+    assert record["status"] == "done" and all(f["terms"][0]["kernel"].startswith(kernel) for f in record["fits"])
+
+
+ERRORS = [
+    (["ratio=0"], ["ratio=0", "between 0 and 1"]),
+    (["ratio=1.5"], ["ratio=1.5", "between 0 and 1"]),
+    (["ratio=0.99"], ["ratio=0.99", "q_proj", "use ratio=0.95"]),
+    (["select.include=blocks"], ["select.include=blocks", "model.layers.0.self_attn.q_proj"]),
+    (["select.exclude=."], ["select.exclude=.", "excludes all 14"]),
+    (["device=tpu"], ["device=tpu", "allowed: auto, cpu, cuda"]),
+    (["device=cuda:9"], ["device=cuda:9", "use device=cpu"]),
+    (["dtype=float12"], ["dtype=float12", "allowed: float32, bfloat16, float16"]),
+    (["solver.start=wram"], ["solver.start=wram", "allowed: warm, random"]),
+    (["kernel=spline", "kernel.degree=7"], ["kernel.degree=7", "allowed: 1, 2, 3"]),
+    (["task.window=4096"], ["task.window=4096", "2048 tokens"]),
+    (["task.window=1"], ["task.window"]),
+    (["model=llama7b", "model.path=/no/such"], ["model.path=/no/such", "is not a folder"]),
+    (["model=llama7b"], ["huggyllama/llama-7b", "model.path=", "13.5 GB", "licence"]),
+    (["data=wikitext2", "data.path=/no/such"], ["data.path=/no/such"]),
+    (["kernel=foo"], ["piecewise", "phase"]),
+    (["rato=0.5"], ["rato is not a setting", "did you mean ratio?", "select"]),
+    (["solver.step=5"], ["did you mean solver.steps?", "solver.lr"]),
+    (["track.mode=online"], ["track.mode is not a setting"]),
+]
+
+
+@pytest.mark.parametrize("arguments, expected", ERRORS, ids=lambda value: " ".join(value) if "=" in value[0] else "")
+def test_a_request_that_cannot_be_met_says_what_is_allowed_before_any_work(cli, tmp_path, arguments, expected):
+    base = [a for a in TINY if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}]
+    result = cli(*base, *arguments, check=False)
+    said = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert all(text in said for text in expected), said
+    assert "Traceback" not in said
+    assert not records(tmp_path)
+
+
+def test_text_shorter_than_a_window_fails_with_its_length_and_a_failed_record(cli, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words\n")
+    result = cli(*TINY, "data=wikitext2", f"data.path={tmp_path / 'short.txt'}", check=False)
+    assert result.returncode != 0 and "12 tokens, less than one task.window=64" in result.stdout
+    assert only_record(tmp_path)["status"] == "failed"
+
+
+def test_a_changed_data_file_is_a_new_run(cli, tmp_path):
+    text = tmp_path / "wiki.test.raw"
+    for content in ("one two three " * 40, "four five six " * 40):
+        text.write_text(content)
+        cli(*FAST, "data=wikitext2", f"data.path={tmp_path}")
+    assert len(records(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_dry_run_prints_the_plan_of_any_model_without_weights(cli, tmp_path, model):
+    result = cli(f"model={model}", "dry_run=true", "ratio=0.7")
+    for text in ("matrix", "shape", "GFLOP/s", "TFLOP", "bytes of the model", "Nothing was fitted"):
+        assert text in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert not records(tmp_path)
+
+
+def test_a_damaged_record_is_named_with_its_field(cli, tmp_path):
+    cli(*FAST)
+    path = next((tmp_path / "runs").glob("*/record.json"))
+    record = json.loads(path.read_text())
+    del record["plan"]
+    path.write_text(json.dumps(record))
+    result = cli(*FAST, check=False)
+    assert result.returncode != 0 and str(path) in result.stdout and "plan" in result.stdout
+
+
+def test_a_model_folder_that_save_pretrained_wrote_is_a_model(cli, tmp_path):
+    make = (
+        "from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast\n"
+        "from tokenizers import Tokenizer, models, pre_tokenizers\n"
+        "import sys\n"
+        "OPTForCausalLM(OPTConfig(vocab_size=99, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,"
+        " num_attention_heads=4, max_position_embeddings=128)).save_pretrained(sys.argv[1])\n"
+        "t = Tokenizer(models.WordLevel({'the': 1, '?': 0}, unk_token='?'))\n"
+        "t.pre_tokenizer = pre_tokenizers.Whitespace()\n"
+        "PreTrainedTokenizerFast(tokenizer_object=t, unk_token='?').save_pretrained(sys.argv[1])\n"
+    )
+    folder = tmp_path / "model"
+    subprocess.run([sys.executable, "-c", make, str(folder)], check=True, env=os.environ)
+    cli(*FAST, "model=opt_125m", f"model.path={folder}")
+    assert only_record(tmp_path)["parameters"]["selected_before"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)

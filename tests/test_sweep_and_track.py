@@ -1,0 +1,79 @@
+"""Sweeps with their table, and what Weights & Biases is told."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nla.track import has_account
+from tests.conftest import TINY, only_record, records
+
+SWEEP = ["-m", *TINY, "solver.steps=5"]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_survives_a_failing_job_shares_the_dense_baseline_and_ends_with_one_table(cli, tmp_path, launcher):
+    arguments = [*SWEEP, f"hydra/launcher={launcher}", "ratio=0.5,0.999", "kernel=linear,phase"]
+    result = cli(*arguments, check=False)
+    assert result.returncode != 0
+    table = result.stdout[result.stdout.rindex("sweep ") :]
+    assert table.count("failed: ratio=0.999") == 2 and "use ratio=0.95" in table
+    for kernel in ("linear", "phase"):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"ratio=0.5 kernel={kernel}")]
+        assert len(row.split()) == 6
+    done = records(tmp_path)
+    assert len(done) == 2 and {r["status"] for r in done} == {"done"}
+    dense = [r["metrics"]["dense"] for r in done]
+    assert dense[0] == dense[1]  # to the last digit of tokens per second: measured once
+    assert len(list((tmp_path / "cache" / "windows").glob("*.jsonl"))) == 3
+
+
+def inspect(outputs: Path) -> list[dict]:
+    """The records of an offline run, by W&B's own reader."""
+    (run,) = outputs.glob("wandb/offline-run-*")
+    wandb = Path(sys.executable).with_name("wandb")
+    result = subprocess.run([wandb, "leet", "inspect", "--json", run], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_an_offline_run_read_back_holds_losses_errors_plan_figure_and_perplexities(cli, tmp_path):
+    cli(*[a for a in TINY if a != "track=none"], "kernel=phase", "solver.steps=40")
+    record = only_record(tmp_path)
+    text = json.dumps(inspect(tmp_path))
+    lines = (tmp_path / "runs" / record["signature"] / "fits.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        name = line["name"]
+        assert f"loss/{name}" in text
+        assert all(f"fit/{name}/{key}" in text for key in ("relative_error", "svd_error", "floor", "peak_bytes"))
+        assert len(line["losses"]) >= 3
+        assert all(repr(loss)[:12] in text for _, loss in line["losses"])
+    for stage in ("dense", "compressed"):
+        perplexity = record["metrics"][stage]["language_modelling"]["sotu"]["perplexity"]
+        assert f"{stage}/language_modelling/sotu/perplexity" in text and repr(perplexity)[:12] in text
+    assert "loss_by_layer" in text and "plan.table.json" in text and "parameters/selected_after" in text
+
+
+@pytest.mark.parametrize(
+    "module", ["raise ImportError('no wandb here')", "def init(**_): raise OSError('no disk')\nSettings = dict"]
+)
+def test_an_absent_or_failing_tracker_never_loses_a_run(cli, tmp_path, module):
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "wandb.py").write_text(module)
+    arguments = [a for a in TINY if a != "track=none"]
+    result = cli(*arguments, "solver.steps=5", environment={"PYTHONPATH": str(tmp_path / "fake")})
+    assert "Weights & Biases failed" in result.stdout and only_record(tmp_path)["status"] == "done"
+
+
+def test_an_account_is_a_key_in_the_environment_or_in_netrc(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_account()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n login user\n password key\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert has_account()
+    shutil.move(tmp_path / "netrc", tmp_path / "gone")
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert has_account()
