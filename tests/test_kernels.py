@@ -139,6 +139,15 @@ def test_size_spends_the_budget_to_less_than_one_triplet(name, m, n, budget):
     assert 1 <= r <= ALL[name].r
 
 
+def test_the_papers_sizes_are_met_and_small_matrices_waste_nothing():
+    piecewise = ALL["piecewise"]
+    sizes_of_the_paper = [piecewise.size(4096, 4096, int(keep * 4096 * 4096)) for keep in (0.5, 0.4, 0.3)]
+    assert sizes_of_the_paper == [(51, 20), (40, 20), (30, 20)]
+    for m, n in ((192, 576), (576, 576), (576, 1536)):
+        h, r = piecewise.size(m, n, int(0.5 * m * n))
+        assert h >= 30 and h * r == int(0.5 * m * n) // (m + n + 1)
+
+
 def test_rank_never_exceeds_the_bound_by_which_the_floor_is_computed(kernel):
     bound = kernel.rank_bound(3, 2)
     if bound is not None:

@@ -23,8 +23,8 @@ class Kernel(ABC):
     """W'[i, j] = sum_l mu_l k(A[i, l], B[j, l]). Stateless: it holds hyper-parameters only.
 
     Args:
-        r: columns of a triplet, at most.
-        min_h: r is lowered, per matrix, until the budget holds at least this many triplets.
+        r: columns of a triplet.
+        min_h: where a matrix's budget holds fewer triplets than this, r is lowered for it.
     """
 
     exact_apply: bool
@@ -40,10 +40,18 @@ class Kernel(ABC):
         return type(self).__name__.lower()
 
     def size(self, out_features: int, in_features: int, n_params: int) -> tuple[int, int]:
-        """(h, r) that a budget of n_params buys; h = 0 if it does not buy one triplet."""
-        wide = n_params // self.min_h - 1  # (out + in) * r may be at most this for min_h triplets to fit
-        r = min(self.r, max(1, wide // (out_features + in_features)))
-        return n_params // triplet_size(out_features, in_features, r), r
+        """(h, r) that a budget of n_params buys; h = 0 if it does not buy one triplet.
+
+        Where r must be lowered, it is the one that leaves the least of the budget unspent.
+        """
+
+        def triplets(r: int) -> int:
+            return n_params // triplet_size(out_features, in_features, r)
+
+        if triplets(self.r) >= self.min_h:
+            return triplets(self.r), self.r
+        r = max((r for r in range(1, self.r + 1) if triplets(r) >= self.min_h or r == 1), key=lambda r: (triplets(r) * r, r))
+        return triplets(r), r
 
     @abstractmethod
     def dense(self, t: Triplets) -> Tensor:

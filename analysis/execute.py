@@ -1,0 +1,29 @@
+"""`python -m analysis.execute [FOLDER]`: run every notebook, in place or into a folder, without a browser."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).with_name("notebooks")
+
+
+def execute(notebook: Path, target: Path) -> None:
+    """Run one notebook from its own folder and write it with its outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed; it names the cell.
+    """
+    content = nbformat.read(notebook, as_version=4)
+    NotebookClient(content, timeout=600, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    for cell in content.cells:
+        cell.metadata.pop("execution", None)  # the time of day is no result
+    nbformat.write(content, target)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else NOTEBOOKS
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        print(path.name, flush=True)
+        execute(path, folder / path.name)
