@@ -1,0 +1,78 @@
+"""The notebooks run, and show what the records in git hold."""
+
+import nbformat
+import pytest
+import torch
+
+from analysis.execute import NOTEBOOKS, execute
+from analysis.forward import compare_forms
+from analysis.plots import loss_by_layer
+from analysis.records import fits_frame, load_records, runs_frame
+from analysis.tables import conversion_perplexity, paper
+from nla.kernels.piecewise import Piecewise
+from tests.conftest import ROOT
+
+RECORDS = ROOT / "analysis" / "records"
+
+
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebook_runs(notebook, tmp_path):
+    execute(notebook, tmp_path / "executed.ipynb")
+    outputs = [out for cell in nbformat.read(tmp_path / "executed.ipynb", 4).cells for out in cell.get("outputs", [])]
+    assert outputs and all(out.output_type != "error" for out in outputs)
+
+
+def test_the_records_in_git_are_real_finished_runs_of_committed_code():
+    records = load_records([RECORDS])
+    assert len(records) >= 5
+    for record in records:
+        assert record.status == "done" and record.environment["commit"] and not record.environment["dirty"]
+        assert record.config["model"]["name"] == "smollm2_135m"
+
+
+def test_frames_have_a_row_per_run_and_per_matrix():
+    records = load_records([RECORDS])
+    runs, fits = runs_frame(records), fits_frame(records)
+    assert len(runs) == len(records) and len(fits) == sum(len(r.fits) for r in records)
+    whole = fits[fits["signature"] == runs.loc[runs["matrices"] == 210, "signature"].iloc[0]]
+    assert set(whole["layer"]) == set(range(30))
+    assert set(whole["kind"]) == {f"self_attn.{k}_proj" for k in "qkvo"} | {f"mlp.{k}_proj" for k in ("gate", "up", "down")}
+
+
+def test_piecewise_lies_between_floor_and_svd_on_every_matrix_of_the_recorded_runs():
+    fits = fits_frame(load_records([RECORDS]))
+    rows = fits[(fits["kernel"] == "piecewise") & (fits["start"] == "warm") & (fits["matrices"] == 210)]
+    assert len(rows) >= 210
+    assert (rows["floor"] <= rows["relative_error"]).all() and (rows["relative_error"] <= rows["svd_error"]).all()
+
+
+def test_phase_leaves_three_quarters_of_svds_error_over_the_whole_recorded_model():
+    fits = fits_frame(load_records([RECORDS]))
+    rows = fits[(fits["kernel"] == "phase") & (fits["ratio"] == 0.7) & (fits["matrices"] == 210)]
+    assert len(rows) == 210 and (rows["relative_error"] / rows["svd_error"]).mean() <= 0.75
+
+
+def test_a_cell_is_empty_where_nothing_was_run():
+    runs = runs_frame(load_records([RECORDS]))
+    table = conversion_perplexity(runs, "smollm2_135m", "sotu")
+    assert table.loc["svd", 0.0] == pytest.approx(20.617, abs=1e-3)
+    assert table.isna().any(axis=None) and not table.isna().all(axis=None)
+
+
+def test_published_figures_carry_their_source():
+    for table in ("conversion_perplexity", "kernel_inference", "forward_memory"):
+        assert paper(table)["source"].str.contains("ICLR 2026").all()
+
+
+def test_the_figure_has_a_panel_per_kind_of_matrix():
+    fits = fits_frame(load_records([RECORDS]))
+    figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["matrices"] == 210)])
+    assert len([axis for axis in figure.axes if axis.get_visible()]) == 7
+
+
+def test_forms_of_the_forward_are_compared_on_equal_terms():
+    torch.manual_seed(0)
+    table = compare_forms(Piecewise(r=4), 256, 192, 0.7, 32).set_index("form")
+    assert table.loc["apply", "training_extra_bytes"] < table.loc["reconstruct", "training_extra_bytes"]
+    assert table.loc["dense", "training_extra_bytes"] == 0
+    assert (table[["inference_ms", "training_ms"]] > 0).all(axis=None)

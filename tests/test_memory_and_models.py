@@ -1,0 +1,63 @@
+"""Peak bytes by hand-counted examples, and the packaged model's cache."""
+
+import shutil
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from nla.cache import Cache
+from nla.errors import UserError
+from nla.memory import PeakMemory
+from nla.models.packaged import intact, seal
+from tests.conftest import ROOT, configuration
+
+CPU = torch.device("cpu")
+
+
+def test_peak_memory_counts_storages_once_until_they_are_freed():
+    held = torch.zeros(1000)
+    with PeakMemory(CPU) as memory:
+        a = torch.zeros(1000)  # 4 kB
+        b = a + held  # 8 kB
+        del a  # 4 kB
+        c = b.view(10, 100)[2:].T  # views hold no more
+        d = c * 2  # 3.2 kB more
+        del b, c, d
+    assert memory.peak_bytes == 8000
+
+
+def test_peak_memory_sees_the_backward_pass_and_leaves_out_what_was_there_before():
+    x = torch.ones(1000, requires_grad=True)
+    with PeakMemory(CPU) as memory:
+        (x * x).sum().backward()
+    assert 4000 < memory.peak_bytes <= 16_100
+
+
+def test_a_sealed_folder_is_intact_until_a_byte_changes(tmp_path, caplog):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"12345678")
+    seal(folder)
+    assert intact(folder)
+    (folder / "weights").write_bytes(b"12345679")
+    assert not intact(folder)
+    assert "weights" in caplog.text and not folder.exists()
+
+
+def test_the_packaged_model_is_the_published_one_and_reads_english(smollm2):
+    model = instantiate(configuration("model=smollm2_135m").model, _convert_="all").load(
+        "cpu", "float32", Cache(ROOT / "outputs" / "cache")
+    )
+    assert sum(p.numel() for p in model.module.parameters()) == 134_515_008
+    with torch.no_grad():
+        logits = model.module(model.encode("The capital of France is")[None]).logits
+    assert int(logits[0, -1].argmax()) == int(model.encode(" Paris")[0])
+
+
+def test_a_package_with_other_contents_is_refused(tmp_path, smollm2):
+    source = instantiate(configuration("model=smollm2_135m", "model.sha256=00").model, _convert_="all")
+    with pytest.raises(UserError, match="SHA-256"):
+        source.folder(Cache(tmp_path))
+    assert not list((tmp_path / "models").glob("*"))
+    shutil.rmtree(tmp_path)

