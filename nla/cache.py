@@ -25,8 +25,9 @@ def digest(value: Any) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, type and shape."""
     raw = tensor.detach().cpu().contiguous()
-    header = f"{raw.dtype}{tuple(raw.shape)}".encode()
-    return hashlib.sha256(header + raw.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    hasher = hashlib.sha256(f"{raw.dtype}{tuple(raw.shape)}".encode())
+    hasher.update(raw.flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,4 +89,4 @@ def explain_unknown_keys(arguments: list[str]) -> None:
         near = difflib.get_close_matches(name, allowed, 1)
         prefix = f"{parent}." if parent else ""
         meant = f"; did you mean {prefix}{near[0]}?" if near else ""
-        print(f"\n{key} is not a setting{meant} Allowed: {', '.join(prefix + k for k in allowed)}")
+        print(f"\n{key} is not a setting{meant} Allowed: {', '.join(prefix + k for k in allowed)}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Fits: against Eckart-Young, against the theory of the piecewise kernel, on real weights, and bit for bit."""
 
 import functools
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +25,11 @@ def make_solver(**changes) -> GradientFit:
     return GradientFit(functools.partial(torch.optim.Adam, betas=(0.9, 0.99), fused=True), **given_settings)
 
 
-def fit(kernel, weight, h, r=1, **changes):
-    return make_solver(**changes).fit(kernel, weight, h, r, torch.Generator().manual_seed(0))
+def fit(kernel, weight, h, r=1, seed=0, **changes):
+    scale = float(weight.square().mean().sqrt())
+    unit, generator = weight / scale, torch.Generator().manual_seed(seed)
+    solution = make_solver(**changes).fit(kernel, unit, Spectrum(unit), h, r, generator, ExitStack())
+    return replace(solution, triplets=solution.triplets.scaled(scale))
 
 
 def relative_error(kernel, triplets, weight) -> float:
@@ -122,16 +127,9 @@ def test_gradient_descent_from_random_triplets_makes_progress(kernel):
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(kernel):
     weight = random_weight(24, 16)
-    solver = make_solver(start="random", steps=20)
-    first, again, other = (solver.fit(kernel, weight, 4, 1, torch.Generator().manual_seed(s)).triplets for s in (1, 1, 2))
+    first, again, other = (fit(kernel, weight, 4, seed=s, start="random", steps=20).triplets for s in (1, 1, 2))
     assert torch.equal(first.A, again.A) and torch.equal(first.B, again.B) and torch.equal(first.mu, again.mu)
     assert not torch.equal(first.A, other.A)
-
-
-def test_scaling_the_weight_scales_the_fit(kernel):
-    weight = random_weight(24, 16)
-    one, thousand = fit(kernel, weight, 4, steps=30), fit(kernel, weight * 1024, 4, steps=30)
-    torch.testing.assert_close(kernel.dense(thousand.triplets), 1024 * kernel.dense(one.triplets))
 
 
 def test_products_in_bf16_end_within_one_percent_of_fp32():
@@ -139,11 +137,6 @@ def test_products_in_bf16_end_within_one_percent_of_fp32():
     errors = [fit(Phase(), weight, 8, products=products).triplets for products in ("float32", "bfloat16")]
     exact, low = (relative_error(Phase(), t, weight) for t in errors)
     assert low == pytest.approx(exact, rel=0.01)
-
-
-def test_a_zero_matrix_needs_no_triplets(kernel):
-    solution = fit(kernel, torch.zeros(5, 4), 2)
-    assert solution.status is Status.ZERO and solution.triplets.count() == 0
 
 
 def test_a_diverging_fit_is_an_error_with_a_remedy():

