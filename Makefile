@@ -18,6 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 notebooks: $(READY)
+	$(BIN)/python -m analysis.plots
 	$(BIN)/python -m analysis.execute
 
 $(READY): pyproject.toml

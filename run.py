@@ -10,9 +10,7 @@ from nla import sweep
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    from nla.pipeline import run  # brings torch in, which help and a misspelt setting need not wait for
-
-    sweep.attempt(run, cfg)
+    sweep.attempt(cfg)
 
 
 if __name__ == "__main__":

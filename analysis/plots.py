@@ -33,3 +33,12 @@ def loss_by_layer(fits: pd.DataFrame) -> Figure:
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("relative squared error", fontsize=9)
     return figure
+
+
+if __name__ == "__main__":  # python -m analysis.plots: the README's figure, from the records in git
+    from analysis.records import ROOT, fits_frame, load_records
+    from analysis.tables import of_layers
+
+    fits = of_layers(fits_frame(load_records([ROOT / "analysis" / "records"])), "smollm2_135m")
+    figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "")])
+    figure.savefig(ROOT / "analysis" / "loss_by_layer.png", dpi=110)

@@ -1,10 +1,12 @@
 """Records of runs as data frames."""
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from nla.record import RunRecord, read_record
 
@@ -14,10 +16,15 @@ LAYER = r"\blayers\.(\d+)\."  # the layer number in a qualified name; what follo
 
 
 def load_records(places: Iterable[Path] = PLACES) -> list[RunRecord]:
-    """All finished runs below these folders, each signature once, in order of signature."""
-    files = [file for place in places for file in sorted(place.rglob("*.json")) if is_record(file)]
-    records = {record.signature: record for record in map(read_record, files) if record.status == "done"}
-    return [records[signature] for signature in sorted(records)]
+    """The finished runs below these folders, in order of model, method and ratio; of equal requests the latest."""
+    files = [file for place in places for file in place.rglob("*.json") if is_record(file)]
+    done = [record for record in map(read_record, files) if record.status == "done"]
+    latest: dict[tuple, RunRecord] = {}
+    for record in sorted(done, key=lambda record: (record.finished or "", record.signature)):
+        settings = run_settings(record)
+        del settings["signature"]
+        latest[tuple(settings.values())] = record
+    return [latest[key] for key in sorted(latest)]
 
 
 def is_record(file: Path) -> bool:
@@ -25,19 +32,42 @@ def is_record(file: Path) -> bool:
 
 
 def run_settings(record: RunRecord) -> dict[str, Any]:
-    """The settings by which runs are compared. `kernel` is that of the method, with the spline's degree."""
-    method = record.config["method"]
+    """The settings by which runs are compared; what else departs from conf/ is in `changed`."""
+    method = record.config["method"]["_target_"].rpartition(".")[2].lower()
     kernels = {term.kernel for fit in record.fits for term in fit.terms}
     return {
-        "signature": record.signature,
         "model": record.config["model"]["name"],
-        "method": method["_target_"].rpartition(".")[2].lower(),
+        "method": method,
         "kernel": "+".join(sorted(kernels)),
-        "start": method.get("solver", {}).get("start", ""),
         "ratio": record.config["ratio"],
-        "matrices": len(record.fits),
         "include": record.config["select"]["include"],
+        "changed": " ".join(changed_settings(record.config)),
+        "matrices": len(record.fits),
+        "signature": record.signature,
     }
+
+
+def changed_settings(config: dict[str, Any]) -> list[str]:
+    """`key=value` of the settings of method, task, seed, type and selection that are not those of conf/."""
+    used = {"task": {k: v for k, v in config["task"].items() if k != "data"}} | {
+        group: config["method"][group] for group in ("kernel", "solver") if group in config["method"]
+    }
+    changed = []
+    for group, values in used.items():
+        defaults = next(d for d in group_defaults(group) if d["_target_"] == values["_target_"])
+        changed += [f"{k}={v}" for k, v in values.items() if k in defaults and v != defaults[k] and k not in NOT_COMPARED]
+    top = {"seed": (config["seed"], 0), "dtype": (config["dtype"], config["model"]["dtype"])}
+    top["exclude"] = (config["select"]["exclude"], None)
+    return changed + [f"{key}={value}" for key, (value, default) in top.items() if value != default]
+
+
+NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; compared by its own group
+
+
+@cache
+def group_defaults(group: str) -> list[dict[str, Any]]:
+    """The yaml files of a configuration group."""
+    return [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -48,7 +78,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         row = run_settings(record)
         row |= record.parameters.model_dump(exclude={"ratio"}) if record.parameters else {}
         row |= {key: fits[key].mean() for key in ("relative_error", "svd_error", "floor")}
-        row |= {"fit_seconds": fits["seconds"].sum(), "fit_peak_bytes": fits["peak_bytes"].max(), "device": device(record)}
+        row |= {"fit_seconds": fits["seconds"].sum(), "fit_peak_bytes": fits["peak_bytes"].max()}
         for stage, tasks in record.metrics.items():
             for task, sets in tasks.items():
                 for data, figures in sets.items():
@@ -69,7 +99,3 @@ def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         frame["layer"] = frame["name"].str.extract(LAYER, expand=False).astype("Int64")
         frame["kind"] = frame["name"].str.replace(r"^.*\blayers\.\d+\.", "", regex=True)
     return frame
-
-
-def device(record: RunRecord) -> str:
-    return str(record.environment["device"])

@@ -53,13 +53,13 @@ class Cache:
     def load_json(self, kind: str, key: str) -> Any | None:
         """The stored value, or None."""
         path = self.root / kind / f"{key}.json"
-        if not path.exists():
-            return None
         try:
             entry = json.loads(path.read_text())
             if entry["digest"] != digest(entry["value"]):
                 raise ValueError("its digest does not match")
             return entry["value"]
+        except FileNotFoundError:
+            return None
         except (ValueError, KeyError, TypeError) as error:
             return self._discard(path, error)
 
@@ -72,8 +72,6 @@ class Cache:
         from safetensors import SafetensorError, safe_open
 
         path = self.root / kind / f"{key}.safetensors"
-        if not path.exists():
-            return None
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -81,6 +79,8 @@ class Cache:
             if metadata["digest"] != contents_digest(tensors, metadata["info"]):
                 raise ValueError("its digest does not match")
             return tensors, json.loads(metadata["info"])
+        except FileNotFoundError:
+            return None
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             return self._discard(path, error)
 
@@ -91,6 +91,16 @@ class Cache:
         metadata = {"info": text, "digest": contents_digest(tensors, text)}
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(self.root / kind / f"{key}.safetensors", save(whole, metadata))
+
+    def file_digest(self, path: Path) -> str:
+        """SHA-256 of a file's bytes; remembered while its size, inode and time of change are what they were."""
+        stat = path.stat()
+        key = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+        known = self.load_json("digests", key)
+        if known is None:
+            known = file_digest(path)
+            self.store_json("digests", key, known)
+        return known
 
     def journal(self, kind: str, key: str) -> "Journal":
         return Journal(self.root / kind / f"{key}.jsonl")
@@ -113,7 +123,11 @@ def exclusive(path: Path) -> Iterator[None]:
     """Hold an advisory lock on a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that works on %s", path.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -135,7 +149,7 @@ class Journal:
         for number, line in enumerate(self.path.read_text(errors="replace").splitlines(), 1):
             try:
                 entry = json.loads(line)
-                if entry["digest"] != digest(entry["result"]):
+                if entry["digest"] != digest([entry["part"], entry["result"]]):
                     raise ValueError("its digest does not match")
                 parts[entry["part"]] = entry["result"]
             except (ValueError, KeyError, TypeError) as error:
@@ -144,7 +158,7 @@ class Journal:
 
     def append(self, part: int, result: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"part": part, "result": result, "digest": digest(result)}) + "\n"
+        line = json.dumps({"part": part, "result": result, "digest": digest([part, result])}) + "\n"
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if file.tell():  # a killed writer may have left half a line

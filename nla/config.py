@@ -1,20 +1,19 @@
 """From Hydra's configuration to plain values and live objects; everything that is wrong with a request is found here."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nla.budget.base import Budget, PlanEntry, make_plan
 from nla.cache import Cache
-from nla.errors import UserError, require_choice
+from nla.errors import UserError
 from nla.methods.base import Method
-from nla.models.causal_lm import DTYPES, CausalLM, Inventory
+from nla.models.causal_lm import CausalLM, Inventory
 from nla.select import select_linears
 from nla.track import Tracker
 from tasks.language_modelling import LanguageModelling
@@ -39,26 +38,27 @@ class Request:
     def device(self) -> str:
         return self.values["device"]
 
+    @cached_property
     def inputs(self) -> dict[str, str]:
         """Digests of local files the request names."""
-        return {"model": self.model.identity(), "data": self.task.data.identity()}
+        return {"model": self.model.identity(self.cache), "data": self.task.data.identity(self.cache)}
+
+    def check_inputs(self) -> None:
+        """Raise UserError, in one sentence, if the weights or the text cannot be had."""
+        self.task.data.check()
+        self.model.check(self.values["dtype"], self.cache)
 
 
-def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The fully resolved configuration, with every `auto` replaced by what it means on this machine.
+def resolve(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with every `auto` replaced by what it means on this machine.
 
     Raises:
-        UserError: a device or type that is not there.
+        UserError: a device that is not there.
     """
-    try:
-        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    values["device"] = find_device(values["device"])
-    require_choice("dtype", values["dtype"], list(DTYPES))
-    for owner in (values["solver"], values["method"].get("solver", {})):
-        if owner.get("products") == "auto":
-            owner["products"] = "bfloat16" if has_matrix_units(values["device"]) else "float32"
+    values = settings | {"device": find_device(settings["device"])}
+    solver = values["method"].get("solver", {})
+    if solver.get("products") == "auto":
+        solver["products"] = "bfloat16" if has_matrix_units(values["device"]) else "float32"
     return {key: value for key, value in values.items() if key not in INGREDIENTS}
 
 
@@ -84,20 +84,18 @@ def has_matrix_units(device: str) -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def prepare(cfg: DictConfig) -> Request:
-    """Build and check everything that can be checked without weights.
+def prepare(settings: dict[str, Any]) -> Request:
+    """Build and check everything that can be checked without weights and text.
 
     Raises:
         UserError: what is wrong, what is allowed, what to do.
     """
-    values = resolve(cfg)
+    values = resolve(settings)
     cache = Cache(Path(values["cache_dir"]))
     method: Method = build("method", values)
     budget: Budget = build("budget", values)
     task: LanguageModelling = build("task", values)
     model: CausalLM = build("model", values)
-    if not 0 < values["ratio"] < 1:
-        raise UserError(f"ratio={values['ratio']} must lie between 0 and 1: it is the fraction of parameters that is removed")
     inventory = model.inventory(cache)
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
     plan = make_plan(chosen, values["ratio"], budget, method.kernel)

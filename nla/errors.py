@@ -18,6 +18,12 @@ def require_choice(setting: str, value: object, allowed: Sequence[object]) -> No
 
 
 def require_positive(setting: str, value: float) -> None:
-    """Raise UserError unless `value` is above zero."""
-    if not value > 0:
+    """Raise UserError unless `value` is a number above zero."""
+    if not isinstance(value, int | float) or not value > 0:
         raise UserError(f"{setting}={value} must be above 0")
+
+
+def require_integer(setting: str, value: object, least: int) -> None:
+    """Raise UserError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{setting}={value} must be a whole number from {least}")

@@ -1,6 +1,7 @@
 """Fit every planned matrix of a model, with what was fitted before taken from the cache."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 from typing import Any
 
@@ -12,18 +13,23 @@ from nla.budget.base import PlanEntry
 from nla.cache import Cache, digest, tensor_digest
 from nla.errors import NonFiniteError
 from nla.methods.base import Fit, Method
-from nla.record import code_digest
+from nla.record import code_digest, computing_packages
 from nla.surgery import get_linear
 from nla.triplets import Triplets
 from nla.workers import ordered_map
 
 FORMAT = 1
-CODE = ("nla/kernels", "nla/methods", "nla/solvers", "nla/linalg.py", "nla/triplets.py")
+CODE = ("nla/kernels", "nla/methods", "nla/solvers", "nla/linalg.py", "nla/triplets.py", "nla/memory.py")
 SCALARS = [field.name for field in fields(Fit) if field.name != "terms"]
 
 
 def fit_model(
-    model: nn.Module, plan: list[PlanEntry], method: Method, settings: dict[str, Any], seed: int, cache: Cache
+    model: nn.Module,
+    plan: list[PlanEntry],
+    method: Method,
+    settings: dict[str, Any],
+    seed: int,
+    cache: Cache,
 ) -> Iterator[tuple[str, str, Fit]]:
     """(name, cache key, fit) of every planned matrix, in the order of the plan.
 
@@ -45,6 +51,7 @@ def fit_model(
                 "method": settings,
                 "seed": seed,
                 "device": device.type,
+                "packages": computing_packages(),
             }
         )
         fit = load_fit(cache, key, method)
@@ -57,8 +64,11 @@ def fit_model(
         return entry.spec.name, key, fit
 
     total = sum(e.spec.n_params for e in plan)
-    with tqdm(total=total, desc="fit", unit="param", unit_scale=True, dynamic_ncols=True) as bar:
-        for entry, result in zip(plan, ordered_map(fit_one, plan, device), strict=True):
+    with (
+        tqdm(total=total, desc="fit", unit="param", unit_scale=True, dynamic_ncols=True) as bar,
+        closing(ordered_map(fit_one, plan, device)) as results,
+    ):
+        for entry, result in zip(plan, results, strict=True):
             bar.set_postfix_str(f"{entry.spec.name.rpartition('layers.')[2]} {result[2].relative_error:.3f}", refresh=False)
             bar.update(entry.spec.n_params)
             yield result

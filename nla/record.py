@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nla.cache import digest, file_digest, write_atomically
 from nla.errors import UserError
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch", "transformers", "accelerate", "datasets", "hydra-core", "wandb", "safetensors", "numpy"]
 NOT_IN_SIGNATURE = ["track", "dry_run", "outputs_dir", "cache_dir"]  # they change no figure
@@ -69,12 +69,16 @@ class PlanRecord(Strict):
 
 
 class RunRecord(Strict):
-    """Schema 1. `seconds` and `peak_bytes` are by stage; metrics are {stage: {task: {data: {metric: value}}}}."""
+    """Schema 1. `seconds` and `peak_bytes` are by stage; metrics are {stage: {task: {data: {metric: value}}}}.
 
-    schema_version: int = SCHEMA
+    Peak bytes are what one worker had alive beyond the weights (on CUDA: the process); resident bytes are a metric.
+    """
+
+    version: Literal[1] = Field(default=SCHEMA, alias="schema")
     signature: str
     status: Literal["running", "done", "failed"]
     error: str | None = None
+    finished: str | None = None  # UTC, ISO 8601
     config: dict[str, Any]
     environment: dict[str, Any]
     plan: list[PlanRecord]
@@ -85,7 +89,7 @@ class RunRecord(Strict):
     peak_bytes: dict[str, int] = {}
 
     def write(self, folder: Path) -> None:
-        write_atomically(folder / "record.json", self.model_dump_json(indent=1).encode())
+        write_atomically(folder / "record.json", self.model_dump_json(indent=1, by_alias=True).encode())
 
 
 def read_record(path: Path) -> RunRecord:
@@ -114,7 +118,14 @@ def code_digest(*places: str) -> str:
 def signature(config: dict[str, Any], inputs: dict[str, str]) -> str:
     """Name of a run: the resolved configuration, the contents of local inputs, and the code that computes figures."""
     asked = {key: value for key, value in config.items() if key not in NOT_IN_SIGNATURE}
-    return digest({"schema": SCHEMA, "config": asked, "inputs": inputs, "code": code_digest("nla", "tasks")})[:16]
+    made_from = {"config": asked, "inputs": inputs, "code": code_digest("nla", "tasks"), "packages": computing_packages()}
+    return digest({"schema": SCHEMA, **made_from})[:16]
+
+
+@cache
+def computing_packages() -> dict[str, str]:
+    """Versions of the packages whose arithmetic is in every figure."""
+    return {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -132,7 +143,7 @@ def environment(device: str) -> dict[str, Any]:
         "dirty": bool(git("status", "--porcelain")),
         "python": platform.python_version(),
         "packages": versions,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
@@ -142,7 +153,7 @@ def git(*arguments: str) -> str:
     """Output of a git command in the project, empty where it is no checkout."""
     try:
         result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return ""
     return result.stdout.strip()
 

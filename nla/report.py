@@ -48,14 +48,16 @@ def show_plan(request: Request) -> None:
     log.info("\n%s", tabulate(rows, ["matrix", "count", "shape", "h", "r", "before", "after"], disable_numparse=True))
     size = DTYPES[request.values["dtype"]].itemsize
     cost = estimate(request)
+    step = cost.step / cost.step_rate
+    starts = cost.starts / cost.start_rate if cost.starts else 0.0
     saved = sum(e.spec.n_params - e.realised for e in request.plan)
     before = request.inventory.parameters * size
     rows = [
         ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved * size) / 1e9:.2f} GB ({request.values['dtype']})"],
         ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
-        ["fit, if starts suffice", f"{cost.fit_least / 1e12:.2f} TFLOP, {duration(cost.fit_least / cost.rate)}"],
-        ["fit, if all steps run", f"{cost.fit_most / 1e12:.2f} TFLOP, {duration(cost.fit_most / cost.rate)}"],
-        ["measured rate", f"{cost.rate / 1e9:.0f} GFLOP/s ({request.device}, matrix products)"],
+        ["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"],
+        ["a step of all fits", f"{flop(cost.step)}, {duration(step)} at {flop(cost.step_rate)}/s measured"],
+        ["fits altogether", f"{duration(starts)}, or {duration(starts + cost.steps * step)} if all {cost.steps} steps run"],
     ]
     log.info("\n%s\n\nNothing was fitted: dry_run=true.", tabulate(rows, tablefmt="plain"))
 
@@ -66,9 +68,10 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     for stage, tasks in record.metrics.items():
         for task, sets in tasks.items():
             for data, figures in sets.items():
+                windows = f"{figures['windows']:.0f} of {figures['windows_available']:.0f}"
                 speed = f"{figures['tokens_per_second']:.0f}"
-                rows.append([stage, f"{task} {data}", number(figures["perplexity"]), int(figures["tokens"]), speed])
-    log.info("\n%s", tabulate(rows, ["model", "task", "perplexity", "tokens", "tokens/s"], disable_numparse=True))
+                rows.append([stage, f"{task} {data}", number(figures["perplexity"]), windows, speed])
+    log.info("\n%s", tabulate(rows, ["model", "task", "perplexity", "windows", "tokens/s"], disable_numparse=True))
     p = record.parameters
     assert p is not None
     log.info(
@@ -134,7 +137,12 @@ def millions(count: int) -> str:
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
 
 
+def flop(count: float) -> str:
+    size = next((size for size in (15, 12, 9, 6) if count >= 10**size), 0)
+    return f"{count / 10**size:.1f} {dict(zip((15, 12, 9, 6, 0), ('P', 'T', 'G', 'M', ''), strict=True))[size]}FLOP"
+
+
 def duration(seconds: float) -> str:
     if seconds < 90:
-        return f"about {seconds:.0f} s"
+        return f"about {seconds:.0f} s" if seconds >= 10 else f"about {seconds:.1g} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

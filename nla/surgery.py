@@ -13,14 +13,14 @@ def swap(model: nn.Module, fits: Mapping[str, Fit]) -> None:
     for name, fit in fits.items():
         dense = get_linear(model, name)
         layer = CompressedLinear(fit.terms, dense.bias).to(dense.weight.device)
-        set_submodule(model, name, layer.requires_grad_(dense.weight.requires_grad))
+        model.set_submodule(name, layer.requires_grad_(dense.weight.requires_grad))
 
 
 def merge(model: nn.Module) -> None:
     """Put the dense layer of the same matrix in the place of every CompressedLinear."""
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
-            set_submodule(model, name, module.dense())
+            model.set_submodule(name, module.dense())
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:
@@ -28,11 +28,6 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
-
-
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def count(model: nn.Module) -> int:

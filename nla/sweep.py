@@ -4,7 +4,6 @@ import difflib
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nla.errors import NonFiniteError, UserError
+from nla.settings import check_settings
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -31,14 +31,17 @@ def exit_code() -> int:
     return _exit_code
 
 
-def attempt(run: Callable[[DictConfig], Any], cfg: DictConfig) -> None:
+def attempt(cfg: DictConfig) -> None:
     """Run one job. What a user can mend is one line; in a sweep nothing stops the other jobs."""
     global _exit_code
     settings = HydraConfig.get()
     sweeping = settings.mode == RunMode.MULTIRUN
     outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
     try:
-        record = run(cfg)
+        checked = check_settings(cfg)
+        from nla.pipeline import run  # brings torch in, which a wrong value need not wait for
+
+        record = run(checked)
         outcome["record"] = record and str(Path(cfg.outputs_dir) / "runs" / record.signature / "record.json")
     except (UserError, NonFiniteError) as error:
         log.error("error: %s", error)

@@ -1,11 +1,10 @@
 """Experiment tracking. The jsonl and the record are always written; a tracker shows the same figures elsewhere."""
 
 import logging
-import netrc
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlparse
 
 from nla.errors import require_choice
 from nla.methods.base import Fit
@@ -78,30 +77,46 @@ class WandbTracker:
             action(*arguments)
         except Exception as error:
             log.warning("Weights & Biases failed (%s); the run goes on, its figures are in the record", error)
+            if self.run is not None:
+                with suppress(Exception):
+                    self.run.finish(exit_code=1)
             self.run = None
 
     def _begin(self, record: RunRecord, outputs: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        self.run = wandb.init(
-            project=self.project,
-            id=record.signature,
-            resume="allow",
-            dir=outputs,
-            mode=self._mode(),
-            config=record.config,
-            settings=wandb.Settings(init_timeout=30, console="off", x_disable_stats=True),
-        )
+        modes = [self._mode()]
+        if modes == ["online"]:
+            modes.append("offline")
+        for mode in modes:
+            try:
+                self.run = wandb.init(
+                    project=self.project,
+                    name=record.signature,
+                    group=record.signature,  # a run that was killed and went on is two in W&B
+                    reinit="create_new",
+                    dir=outputs,
+                    mode=mode,
+                    config=record.config,
+                    settings=wandb.Settings(init_timeout=30, finish_timeout=120, console="off", x_disable_stats=True),
+                )
+                break
+            except Exception as error:
+                if mode == modes[-1]:
+                    raise
+                log.warning("Weights & Biases is not to be reached (%s); tracking offline", error)
+        log.info("Weights & Biases: %s", self.run.url or self.run.dir.removesuffix("/files"))
         self.run.define_metric("fit/step")
         self.run.define_metric("loss/*", step_metric="fit/step")
         rows: list[Any] = [[p.name, p.n_params, p.h, p.r] for p in record.plan]
         self.run.log({"plan": wandb.Table(columns=["matrix", "n_params", "h", "r"], data=rows)})
 
     def _mode(self) -> Any:
-        if self.mode == "auto":
-            return os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
-        return self.mode
+        asked = (os.environ.get("WANDB_MODE") if self.mode == "auto" else self.mode) or "online"
+        if asked == "online" and not has_account():
+            return "offline"
+        return asked
 
     def _fit(self, name: str, fit: Fit) -> None:
         for step, loss in fit.losses:
@@ -131,11 +146,15 @@ class WandbTracker:
 
 
 def has_account() -> bool:
-    """Whether W&B would log in without asking: a key in the environment or in the netrc file that `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    """Whether W&B would log in without asking: by its own settings, the environment, or what `wandb login` wrote."""
+    import wandb
+
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        from wandb.sdk.lib.wbauth import authenticate_session
+    except ImportError:  # not part of W&B's interface
+        return bool(os.environ.get("WANDB_API_KEY"))
+    host = wandb.setup().settings.base_url
+    try:
+        return authenticate_session(host=host, source="nla", prompt=False, update_session=False) is not None
+    except (wandb.Error, OSError, ValueError):
         return False

@@ -1,22 +1,26 @@
 """Independent pieces of work side by side, one processor thread each, so that no result depends on the thread count."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+MOST = 16  # each worker holds its own logits or factorisation; memory, not cores, is the limit beyond
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], device: torch.device
+) -> Generator[Result, None, None]:
     """Results in the order of the items. On the CPU as many workers as torch has threads; on a GPU one.
 
-    The first failure stops the rest.
+    The first failure stops the rest; close the generator to stop it early.
     """
     threads = torch.get_num_threads()
-    workers = threads if device.type == "cpu" else 1
+    workers = min(threads, MOST) if device.type == "cpu" else 1
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         torch.set_num_threads(1)

@@ -2,15 +2,16 @@
 
 import math
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from nla.cache import Journal
-from nla.errors import UserError, require_positive
+from nla.cache import Cache, digest, tensor_digest
+from nla.errors import UserError, require_integer
 from nla.memory import PeakMemory
 from nla.models.causal_lm import LanguageModel
 from nla.workers import ordered_map
@@ -32,41 +33,47 @@ class LanguageModelling:
     name = "language_modelling"
 
     def __init__(self, data: Text, window: int, max_windows: int | None) -> None:
-        require_positive("task.window", window - 1)
-        require_positive("task.max_windows", 1 if max_windows is None else max_windows)
+        require_integer("task.window", window, 2)
+        require_integer("task.max_windows", 1 if max_windows is None else max_windows, 1)
         self.data, self.window, self.max_windows = data, window, max_windows
 
     def check(self, max_positions: int) -> None:
-        """Raise UserError if the windows do not fit the model or the data is not there."""
+        """Raise UserError if the windows are longer than what the model can read."""
         if self.window > max_positions:
             raise UserError(f"task.window={self.window} is longer than the {max_positions} tokens the model can read")
-        self.data.check()
 
-    def windows(self, model: LanguageModel) -> list[Tensor]:
+    def windows(self, model: LanguageModel) -> Tensor:
+        """All whole windows of the text: (windows, window)."""
         tokens = model.encode(self.data.joined())
         count = len(tokens) // self.window
         if count == 0:
             raise UserError(f"data={self.data.name} has {len(tokens)} tokens, less than one task.window={self.window}")
-        return list(tokens[: count * self.window].view(count, self.window)[: self.max_windows])
+        return tokens[: count * self.window].view(count, self.window)
 
-    def evaluate(self, model: LanguageModel, journal: Journal, label: str) -> dict[str, float]:
-        """perplexity; nll (nats per token); tokens scored, windows, infinite_windows; tokens_per_second, peak_bytes.
+    def evaluate(self, model: LanguageModel, cache: Cache, state: str, label: str) -> dict[str, float]:
+        """Figures of the model, whose weights, code and type are identified by `state`; see `summary` for their names.
 
-        Windows already in the journal are not computed again.
+        Windows that were scored before in this state are not scored again.
         """
-        windows, results = self.windows(model), journal.read()
-        missing = [i for i in range(len(windows)) if i not in results]
+        windows = self.windows(model)
+        key = digest([state, tensor_digest(windows)])
+        chosen, journal = windows[: self.max_windows], cache.journal("windows", key)
         device = next(model.module.parameters()).device
 
         def score(i: int) -> dict[str, float]:
-            return score_window(model, windows[i].to(device))
+            return score_window(model, chosen[i].to(device))
 
-        scored = zip(missing, ordered_map(score, missing, device), strict=True)
-        done = len(windows) - len(missing)
-        for i, result in tqdm(scored, label, len(windows), initial=done, unit="window", dynamic_ncols=True):
-            journal.append(i, result)
-            results[i] = result
-        return summary([results[i] for i in range(len(windows))], self.window - 1)
+        with cache.lock("windows", key):
+            results = journal.read()
+            missing = [i for i in range(len(chosen)) if i not in results]
+            done = len(chosen) - len(missing)
+            with closing(ordered_map(score, missing, device)) as scored:
+                pairs = zip(missing, scored, strict=True)
+                for i, result in tqdm(pairs, label, len(chosen), initial=done, unit="window", dynamic_ncols=True):
+                    journal.append(i, result)
+                    results[i] = result
+        figures = summary([results[i] for i in range(len(chosen))], self.window - 1)
+        return figures | {"windows_available": len(windows), "resident_bytes": resident_bytes(model.module)}
 
 
 @torch.inference_mode()
@@ -86,15 +93,23 @@ def score_window(model: LanguageModel, tokens: Tensor) -> dict[str, float]:
 
 
 def summary(results: list[dict[str, Any]], scored: int) -> dict[str, float]:
-    """Figures of all windows, each with `scored` tokens."""
+    """perplexity; nll (nats per token); tokens scored; windows, infinite_windows; seconds and tokens_per_second of one
+    worker (a thread, or the GPU); peak_bytes of one window."""
     tokens = scored * len(results)
     nll = sum(r["nll"] for r in results) / tokens
+    seconds = sum(r["seconds"] for r in results)
     return {
         "perplexity": math.exp(nll) if nll < 700 else math.inf,
         "nll": nll,
         "tokens": tokens,
         "windows": len(results),
         "infinite_windows": sum(not math.isfinite(r["nll"]) for r in results),
-        "tokens_per_second": tokens / sum(r["seconds"] for r in results),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
         "peak_bytes": max(r["peak_bytes"] for r in results),
     }
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

@@ -4,11 +4,11 @@ import gzip
 import importlib.util
 import json
 from abc import ABC, abstractmethod
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from nla.cache import digest, file_digest
-from nla.errors import UserError, require_choice, require_positive
+from nla.cache import Cache, digest
+from nla.errors import UserError, require_choice, require_integer
 
 
 class Text(ABC):
@@ -24,7 +24,7 @@ class Text(ABC):
     def check(self) -> None:
         """Raise UserError, in one sentence, if documents() could not succeed."""
 
-    def identity(self) -> str:
+    def identity(self, cache: Cache) -> str:
         """What the configuration does not say of the contents, for the signature of a run."""
         return ""
 
@@ -40,8 +40,8 @@ class Speeches(Text):
         last: the latest so many are used; the others are left for calibration and training.
     """
 
-    def __init__(self, name: str, last: int, **_: Any) -> None:
-        require_positive("data.last", last)
+    def __init__(self, name: str, last: int) -> None:
+        require_integer("data.last", last, 1)
         self.name, self.last = name, last
 
     def documents(self) -> list[str]:
@@ -63,8 +63,8 @@ class Corpus(Text):
         first: only so many documents, or all (null).
         path: a local file or folder instead of the hub; .jsonl (also .gz) holds one document a line under `field`.
         files: in a folder, the files that match this pattern.
-        lines: whether a line or the whole file is a document in other local files; blank lines count as empty documents,
-            as in the hub's rows.
+        lines: what other local files hold: `documents` (a line each; a blank line is an empty document, as in the hub's
+            rows), `stripped documents` (without the spaces around a line), or one `text`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Corpus(Text):
         files: str,
         lines: str,
     ) -> None:
-        require_choice("data.lines", lines, ["documents", "text"])
+        require_choice("data.lines", lines, ["documents", "stripped documents", "text"])
         self.name, self.dataset, self.subset, self.split, self.field = name, dataset, subset, split, field
         self.data_files, self.revision, self.first, self.files, self.lines = data_files, revision, first, files, lines
         self.path = None if path is None else Path(path).expanduser()
@@ -92,10 +92,11 @@ class Corpus(Text):
 
     def from_hub(self) -> list[str]:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
         try:
             rows = load_dataset(self.dataset, self.subset, split=self.split, data_files=self.data_files, revision=self.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"data={self.name} could not be fetched from the hub ({reason}); "
@@ -114,17 +115,26 @@ class Corpus(Text):
         return found
 
     def read(self, file: Path) -> list[str]:
-        opened = gzip.open if file.suffix == ".gz" else open
-        with opened(file, "rt", encoding="utf-8") as stream:
-            if ".json" in file.suffixes or ".jsonl" in file.suffixes:
-                return [json.loads(line)[self.field] for line in stream]
-            if self.lines == "text":
-                return [stream.read()]
-            return [line if line.strip() else "" for line in stream]
+        try:
+            if file.suffix == ".parquet":
+                import pandas as pd
+
+                return list(pd.read_parquet(file, columns=[self.field])[self.field])
+            opened = gzip.open if file.suffix == ".gz" else open
+            with opened(file, "rt", encoding="utf-8") as stream:
+                if ".json" in file.suffixes or ".jsonl" in file.suffixes:
+                    return [json.loads(line)[self.field] for line in islice(stream, self.first) if line.strip()]
+                if self.lines == "text":
+                    return [stream.read()]
+                if self.lines == "stripped documents":
+                    return [line.strip() for line in stream]
+                return [line if line.strip() else "" for line in stream]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wanted = f"text in UTF-8, or .jsonl, .jsonl.gz or .parquet with the field {self.field}"
+            raise UserError(f"{file} cannot be read as {wanted}: {error}") from error
 
     def check(self) -> None:
-        if self.path is not None:
-            self.local_files()
+        self.documents()
 
-    def identity(self) -> str:
-        return "" if self.path is None else digest({file.name: file_digest(file) for file in self.local_files()})
+    def identity(self, cache: Cache) -> str:
+        return "" if self.path is None else digest({file.name: cache.file_digest(file) for file in self.local_files()})

@@ -77,7 +77,7 @@ def only_record(outputs: Path) -> dict:
 def figures(record: dict) -> dict:
     """A record without what may differ between two runs of the same request: times, threads, folders."""
     record = json.loads(json.dumps(record))
-    for key in ("seconds", "environment"):
+    for key in ("seconds", "environment", "finished"):
         del record[key]
     for key in ("outputs_dir", "cache_dir"):
         del record["config"][key]
@@ -86,7 +86,7 @@ def figures(record: dict) -> dict:
     for tasks in record["metrics"].values():
         for sets in tasks.values():
             for metrics in sets.values():
-                del metrics["tokens_per_second"]
+                del metrics["tokens_per_second"], metrics["seconds"]
     return record
 
 

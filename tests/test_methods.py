@@ -81,6 +81,11 @@ def test_a_weight_that_is_not_finite_is_an_error(name, bad):
         compress(make_method(name), weight, 20)
 
 
+def test_triplets_that_overflow_the_type_they_are_stored_in_are_an_error():
+    with pytest.raises(NonFiniteError, match=r"overflow torch\.float16"):
+        compress(SVD(), (torch.randn(40, 40, generator=torch.Generator().manual_seed(0)) * 1e4).half(), 800)
+
+
 def test_svd_reaches_eckart_young_with_the_singular_values_as_mu():
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     fit = compress(SVD(), weight, 7 * 51)

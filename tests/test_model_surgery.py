@@ -37,6 +37,8 @@ def test_selection_searches_names_and_tells_nothing_found_from_all_excluded():
         select_linears(SPECS, "blocks", None)
     with pytest.raises(UserError, match=r"select\.exclude=fc excludes all 2"):
         select_linears(SPECS, "layers", "fc")
+    with pytest.raises(UserError, match=r"lm_head shares .*select\.exclude='lm_head'"):
+        select_linears([*SPECS[:2], LinearSpec("lm_head", 90, 30, tied=True)], ".", None)
     with pytest.raises(UserError, match=r"select\.include=\( is not a regular expression"):
         select_linears(SPECS, "(", None)
 

@@ -46,6 +46,9 @@ def test_a_run_leaves_a_valid_record_a_line_per_fit_and_its_configuration(cli, t
         assert metrics["windows"] == 3 and metrics["tokens"] == 3 * 63 and 200 < metrics["perplexity"] < 400
     assert set(record["seconds"]) == {"load", "dense", "fit", "compressed"}
     assert set(record["peak_bytes"]) == {"dense", "fit", "compressed"} and all(record["peak_bytes"].values())
+    assert record["schema"] == 1 and record["finished"]
+    resident = [record["metrics"][s]["language_modelling"]["sotu"]["resident_bytes"] for s in ("dense", "compressed")]
+    assert resident[0] - resident[1] == p["bytes_before"] - p["bytes_after"]
 
 
 def test_a_finished_run_answers_from_its_record(cli, tmp_path):
@@ -83,14 +86,22 @@ def test_every_kernel_runs_end_to_end(cli, tmp_path, kernel):
 
 
 ERRORS = [
-    (["ratio=0"], ["ratio=0", "between 0 and 1"]),
-    (["ratio=1.5"], ["ratio=1.5", "between 0 and 1"]),
-    (["ratio=0.99"], ["ratio=0.99", "q_proj", "use ratio=0.95"]),
+    (["ratio=0"], ["ratio=0", "fraction of parameters that is removed", "greater than 0"]),
+    (["ratio=1.5"], ["ratio=1.5", "less than 1"]),
+    (["ratio=half"], ["ratio=half", "valid number"]),
+    (["seed=abc"], ["seed=abc", "valid integer"]),
+    (["select.include=null"], ["select.include=None", "valid string"]),
+    (["kernel.r=2.5"], ["kernel.r=2.5", "whole number from 1"]),
+    (["solver.steps=1e2"], ["solver.steps=100.0", "whole number from 0"]),
+    (["task.max_windows=2.5"], ["task.max_windows=2.5", "whole number from 1"]),
+    (["select.include=."], ["lm_head shares its weight", "select.exclude='lm_head'"]),
+    (["ratio=0.99"], ["ratio=0.99", "k_proj", "use ratio=0.936"]),
     (["select.include=blocks"], ["select.include=blocks", "model.layers.0.self_attn.q_proj"]),
     (["select.exclude=."], ["select.exclude=.", "excludes all 14"]),
+    (["data=wikitext2"], ["data=wikitext2", "data.path="]),
     (["device=tpu"], ["device=tpu", "allowed: auto, cpu, cuda"]),
     (["device=cuda:9"], ["device=cuda:9", "use device=cpu"]),
-    (["dtype=float12"], ["dtype=float12", "allowed: float32, bfloat16, float16"]),
+    (["dtype=float12"], ["dtype=float12", "'float32', 'bfloat16' or 'float16'"]),
     (["solver.start=wram"], ["solver.start=wram", "allowed: warm, random"]),
     (["kernel=spline", "kernel.degree=7"], ["kernel.degree=7", "allowed: 1, 2, 3"]),
     (["task.window=4096"], ["task.window=4096", "2048 tokens"]),
@@ -123,6 +134,14 @@ def test_text_shorter_than_a_window_fails_with_its_length_and_a_failed_record(cl
     assert only_record(tmp_path)["status"] == "failed"
 
 
+def test_another_architecture_with_the_same_weights_is_measured_again(cli, tmp_path):
+    """Head counts change no shape: only the configuration tells."""
+    for heads in (4, 2):
+        cli(*FAST, "model=tiny_opt", f"model.architecture.num_attention_heads={heads}")
+    four, two = (r["metrics"]["dense"]["language_modelling"]["sotu"] for r in records(tmp_path))
+    assert four["nll"] != two["nll"]
+
+
 def test_a_changed_data_file_is_a_new_run(cli, tmp_path):
     text = tmp_path / "wiki.test.raw"
     for content in ("one two three " * 40, "four five six " * 40):
@@ -134,7 +153,7 @@ def test_a_changed_data_file_is_a_new_run(cli, tmp_path):
 @pytest.mark.parametrize("model", options("model"))
 def test_a_dry_run_prints_the_plan_of_any_model_without_weights(cli, tmp_path, model):
     result = cli(f"model={model}", "dry_run=true", "ratio=0.7")
-    for text in ("matrix", "shape", "GFLOP/s", "TFLOP", "bytes of the model", "Nothing was fitted"):
+    for text in ("matrix", "shape", "FLOP/s measured", "a step of all fits", "bytes of the model", "Nothing was fitted"):
         assert text in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert not records(tmp_path)

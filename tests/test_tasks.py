@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from nla.cache import Cache, Journal
+from nla.cache import Cache
 from nla.errors import UserError
 from nla.models.causal_lm import LanguageModel
 from tasks.language_modelling import LanguageModelling
@@ -36,7 +36,7 @@ def corpus(name: str, path, **changes) -> Corpus:
 
 
 def evaluate(task: LanguageModelling, model: LanguageModel, tmp_path) -> dict[str, float]:
-    return task.evaluate(model, Journal(tmp_path / "windows.jsonl"), "test")
+    return task.evaluate(model, Cache(tmp_path), "state", "test")
 
 
 @pytest.fixture
@@ -60,9 +60,16 @@ def test_max_windows_takes_the_first_ones_and_the_journal_carries_on(tiny, tmp_p
     text = Given("x" * 100)
     first = evaluate(LanguageModelling(text, 16, 2), tiny, tmp_path)
     assert first["windows"] == 2
-    lines = (tmp_path / "windows.jsonl").read_text().splitlines()
-    assert evaluate(LanguageModelling(text, 16, 4), tiny, tmp_path)["windows"] == 4
-    assert (tmp_path / "windows.jsonl").read_text().splitlines()[:2] == lines
+    (journal,) = tmp_path.glob("windows/*.jsonl")
+    lines = journal.read_text().splitlines()
+    again = evaluate(LanguageModelling(text, 16, 4), tiny, tmp_path)
+    assert again["windows"] == 4 and again["windows_available"] == 6
+    assert journal.read_text().splitlines()[:2] == lines and len(journal.read_text().splitlines()) == 4
+
+
+def test_windows_of_other_text_are_not_taken_from_the_journal(tiny, tmp_path):
+    figures = [evaluate(LanguageModelling(Given(c * 50), 16, None), tiny, tmp_path) for c in "xyx"]
+    assert figures[0] == figures[2] and figures[0]["nll"] != figures[1]["nll"]
 
 
 class BrokenOnce(nn.Module):
@@ -107,7 +114,7 @@ def test_a_local_wikitext_file_gives_the_documents_of_the_hub(tmp_path):
 
 
 def test_compressed_json_lines_are_read_by_field_and_cut_at_the_first_documents(tmp_path):
-    with gzip.open(tmp_path / "c4-validation.json.gz", "wt") as file:
+    with gzip.open(tmp_path / "c4-validation.00000-of-00008.json.gz", "wt") as file:
         file.writelines(json.dumps({"text": f"document {i}", "url": "-"}) + "\n" for i in range(5))
     assert corpus("c4", tmp_path, first=3).documents() == ["document 0", "document 1", "document 2"]
 
@@ -125,6 +132,21 @@ def test_a_corpus_knows_its_contents_by_digest_not_by_name_of_folder(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "ptb.test.txt").write_text("a b c\n")
     one, two = (corpus("ptb", tmp_path / folder) for folder in ("one", "two"))
-    assert one.identity() == two.identity()
-    (tmp_path / "two" / "ptb.test.txt").write_text("a b d\n")
-    assert one.identity() != two.identity()
+    cache = Cache(tmp_path / "cache")
+    assert one.identity(cache) == two.identity(cache) == two.identity(cache)
+    (tmp_path / "two" / "ptb.test.txt").write_text("a b c d\n")
+    assert one.identity(cache) != two.identity(cache)
+
+
+def test_a_file_that_holds_something_else_is_an_error_with_its_name(tmp_path):
+    for name, content in (("c4-validation.00000.jsonl", b'{"title": "no text"}\n'), ("ptb.test.txt", b"\xff\xfe\x00")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            corpus("c4" if "c4" in name else "ptb", tmp_path / name).documents()
+
+
+def test_a_parquet_file_is_read_as_the_hub_has_it(tmp_path):
+    import pandas as pd
+
+    pd.DataFrame({"sentence": ["one", "two"]}).to_parquet(tmp_path / "ptb.parquet")
+    assert corpus("ptb", tmp_path / "ptb.parquet").documents() == ["one", "two"]

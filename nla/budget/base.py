@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nla.errors import UserError
 from nla.kernels.base import Kernel
 from nla.select import LinearSpec
+from nla.triplets import triplet_size
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class PlanEntry:
     @property
     def realised(self) -> int:
         """Parameters of h triplets: at most n_params."""
-        return self.h * ((self.spec.out_features + self.spec.in_features) * self.r + 1)
+        return self.h * triplet_size(self.spec.out_features, self.spec.in_features, self.r)
 
 
 class Budget(ABC):
@@ -43,14 +44,18 @@ def make_plan(specs: list[LinearSpec], ratio: float, budget: Budget, kernel: Ker
     plan = [
         PlanEntry(s, allocated[s.name], *kernel.size(s.out_features, s.in_features, allocated[s.name]), kernel) for s in specs
     ]
-    for entry in plan:
-        if entry.h == 0:
-            spec = entry.spec
-            one = spec.out_features + spec.in_features + 1
-            most = math.floor(1000 * (1 - one / spec.n_params)) / 1000
-            remedy = f"use ratio={most} at most" if most > 0 else "exclude it with select.exclude"
-            raise UserError(
-                f"ratio={ratio} leaves {spec.name} ({spec.out_features}x{spec.in_features}) {entry.n_params} parameters, "
-                f"less than its smallest triplet of {one}; {remedy}"
-            )
+    starved = [entry.spec for entry in plan if entry.h == 0]
+    if starved:
+        spec = min(starved, key=highest_ratio)
+        most = math.floor(1000 * highest_ratio(spec)) / 1000
+        remedy = f"use ratio={most} at most" if most > 0 else "exclude it with select.exclude"
+        raise UserError(
+            f"ratio={ratio} leaves {spec.name} ({spec.out_features}x{spec.in_features}) {allocated[spec.name]} parameters, "
+            f"less than its smallest triplet of {triplet_size(spec.out_features, spec.in_features, 1)}; {remedy}"
+        )
     return plan
+
+
+def highest_ratio(spec: LinearSpec) -> float:
+    """The ratio that leaves one triplet."""
+    return 1 - triplet_size(spec.out_features, spec.in_features, 1) / spec.n_params

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nla.errors import require_positive
+from nla.errors import require_integer
 from nla.linalg import Spectrum, spectrum_flops
 from nla.triplets import Triplets, triplet_size
 
@@ -30,8 +30,8 @@ class Kernel(ABC):
     exact_apply: bool
 
     def __init__(self, r: int = 1, min_h: int = 1) -> None:
-        require_positive("kernel.r", r)
-        require_positive("kernel.min_h", min_h)
+        require_integer("kernel.r", r, 1)
+        require_integer("kernel.min_h", min_h, 1)
         self.r = r
         self.min_h = min_h
 
@@ -60,6 +60,10 @@ class Kernel(ABC):
     @abstractmethod
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         """x @ dense(t).T without ever holding dense(t): (..., in) -> (..., out)."""
+
+    def canonical(self, t: Triplets) -> Triplets:
+        """Triplets of the same matrix whose numbers lose least when they are rounded."""
+        return t
 
     @abstractmethod
     def squared_error(self, t: Triplets, weight: Tensor, products: torch.dtype) -> tuple[Tensor, Triplets]:
@@ -100,10 +104,14 @@ class FactoredKernel(Kernel):
 
     @abstractmethod
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
-        """L (out, k) and R (in, k), k = rank_bound(h, r)."""
+        """L (out, k) and R (in, k), k = columns(h, r)."""
 
     @abstractmethod
-    def rank_bound(self, h: int, r: int) -> int: ...
+    def columns(self, h: int, r: int) -> int:
+        """Columns of L and R."""
+
+    def rank_bound(self, h: int, r: int) -> int:
+        return self.columns(h, r)
 
     def dense(self, t: Triplets) -> Tensor:
         left, right = self.factors(t)
@@ -127,10 +135,10 @@ class FactoredKernel(Kernel):
         return loss, Triplets(*torch.autograd.grad((left, right), (t.A, t.B, t.mu), (d_left, d_right)))
 
     def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
-        return 2 * tokens * (out_features + in_features) * self.rank_bound(h, r)
+        return 2 * tokens * (out_features + in_features) * self.columns(h, r)
 
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        return 6 * out_features * in_features * self.rank_bound(h, r)
+        return 6 * out_features * in_features * self.columns(h, r)
 
 
 def random_like(kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Triplets:

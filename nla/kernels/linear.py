@@ -14,7 +14,7 @@ class Linear(FactoredKernel):
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         return (t.A * t.mu[:, None]).flatten(1), t.B.flatten(1)
 
-    def rank_bound(self, h: int, r: int) -> int:
+    def columns(self, h: int, r: int) -> int:
         return h * r
 
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:

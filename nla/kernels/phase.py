@@ -18,7 +18,11 @@ class Phase(FactoredKernel):
         A, B, mu = t.A.flatten(1), t.B.flatten(1), t.mu.repeat_interleave(t.r)
         return torch.cat((A.cos() * mu, A.sin() * mu), 1), torch.cat((B.cos(), B.sin()), 1)
 
-    def rank_bound(self, h: int, r: int) -> int:
+    def canonical(self, t: Triplets) -> Triplets:
+        """Angles in [-pi, pi]: a bf16 number is the coarser the larger it is."""
+        return Triplets(wrap(t.A), wrap(t.B), t.mu)
+
+    def columns(self, h: int, r: int) -> int:
         return 2 * h * r
 
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
@@ -50,3 +54,8 @@ class Phase(FactoredKernel):
         moment = ((weight.double() @ right) * left).sum(0).unflatten(0, (2, t.h, t.r)).sum((0, 2))
         normal.diagonal().add_(1e-3 * normal.diagonal().mean())
         return torch.linalg.solve(normal, moment).to(weight.dtype)
+
+
+def wrap(angle: Tensor) -> Tensor:
+    """The same angle in [-pi, pi]."""
+    return angle - (angle / (2 * torch.pi)).round() * (2 * torch.pi)

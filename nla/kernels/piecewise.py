@@ -26,7 +26,7 @@ class Piecewise(FactoredKernel):
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         return ThreeTerms.apply(x, t.A, t.B, t.mu)
 
-    def rank_bound(self, h: int, r: int) -> int:
+    def columns(self, h: int, r: int) -> int:
         return h * r + 2
 
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
@@ -58,40 +58,47 @@ class ThreeTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, mu):  # type: ignore[no-untyped-def]
+        wide, r = widened(x.dtype), A.shape[2]
         tokens = x.reshape(-1, x.shape[-1])  # (..., in) -> (tokens, in)
         inner = tokens @ B.flatten(1)  # (tokens, h*r)
-        y = (inner * (-2 * mu).repeat_interleave(A.shape[2])) @ A.flatten(1).T
-        y.addr_(tokens.sum(-1), squares(A) @ mu)
-        y.add_((tokens @ (squares(B) @ mu))[:, None])
+        y = ((inner * (-2 * mu).repeat_interleave(r)) @ A.flatten(1).T).to(wide)
+        y.addr_(tokens.sum(-1, dtype=wide), squares(A, wide) @ mu.to(wide))
+        y.add_((tokens.to(wide) @ (squares(B, wide) @ mu.to(wide)))[:, None])
         ctx.save_for_backward(x, A, B, mu, inner)
-        return y.view(*x.shape[:-1], A.shape[0])
+        return y.to(x.dtype).view(*x.shape[:-1], A.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y):  # type: ignore[no-untyped-def]
         x, A, B, mu, inner = ctx.saved_tensors
-        r = A.shape[2]
+        wide, r = widened(x.dtype), A.shape[2]
         tokens, d_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, A.shape[0])
-        scale = (-2 * mu).repeat_interleave(r)
-        A2, B2 = squares(A), squares(B)
-        row, column = tokens.sum(-1), d_y.sum(-1)  # (tokens,)
-        d_s_out, d_s_in = row @ d_y, column @ tokens  # (out,), (in,)
+        scale, mu_wide = (-2 * mu).repeat_interleave(r), mu.to(wide)
+        A2, B2 = squares(A, wide), squares(B, wide)
+        row, column = tokens.sum(-1, dtype=wide), d_y.sum(-1, dtype=wide)  # (tokens,)
+        d_s_out, d_s_in = row @ d_y.to(wide), column @ tokens.to(wide)  # (out,), (in,)
         d_scaled = d_y @ A.flatten(1)  # (tokens, h*r)
 
-        d_mu = d_s_out @ A2 + d_s_in @ B2 - 2 * (d_scaled * inner).sum(0).unflatten(0, (-1, r)).sum(-1)
+        cross = (d_scaled * inner).sum(0, dtype=wide).unflatten(0, (-1, r)).sum(-1)  # (h,)
+        d_mu = (d_s_out @ A2 + d_s_in @ B2 - 2 * cross).to(mu.dtype)
         d_A = (d_y.T @ (inner * scale)).view_as(A)
-        d_A.addcmul_(A, (d_s_out[:, None] * mu)[:, :, None], value=2)
+        d_A.addcmul_(A, (d_s_out[:, None] * mu_wide)[:, :, None].to(A.dtype), value=2)
         d_inner = d_scaled.mul_(scale)
         d_B = (tokens.T @ d_inner).view_as(B)
-        d_B.addcmul_(B, (d_s_in[:, None] * mu)[:, :, None], value=2)
+        d_B.addcmul_(B, (d_s_in[:, None] * mu_wide)[:, :, None].to(B.dtype), value=2)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_inner @ B.flatten(1).T
-            d_x.addr_(column, B2 @ mu).add_((d_y @ (A2 @ mu))[:, None])
-            d_x = d_x.view_as(x)
+            d_x = (d_inner @ B.flatten(1).T).to(wide)
+            d_x.addr_(column, B2 @ mu_wide).add_((d_y.to(wide) @ (A2 @ mu_wide))[:, None])
+            d_x = d_x.to(x.dtype).view_as(x)
         return d_x, d_A, d_B, d_mu
 
 
-def squares(factor: Tensor) -> Tensor:
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The type in which self-terms are summed: they cancel between triplets, which bf16 would not survive."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def squares(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """||factor_il||^2 without a copy of the factor: (n, h, r) -> (n, h)"""
-    return torch.linalg.vector_norm(factor, dim=-1).square_()
+    return torch.linalg.vector_norm(factor, dim=-1, dtype=dtype).square_()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nla.errors import UserError, require_positive
+from nla.errors import require_integer, require_positive
 from nla.kernels.tiled import ProductKernel
 
 
@@ -11,10 +11,9 @@ class Polynomial(ProductKernel):
 
     def __init__(self, degree: int = 2, c: float = 1.0, r: int = 1, min_h: int = 1) -> None:
         super().__init__(r, min_h)
-        if degree < 1 or degree != int(degree):
-            raise UserError(f"kernel.degree={degree} must be a whole number from 1")
+        require_integer("kernel.degree", degree, 1)
         require_positive("kernel.c", c)
-        self.degree, self.c = int(degree), c
+        self.degree, self.c = degree, c
 
     def value(self, z: Tensor) -> Tensor:
         return (z + self.c) ** self.degree

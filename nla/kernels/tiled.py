@@ -11,7 +11,8 @@ from nla.kernels.base import Kernel, Start, random_like
 from nla.linalg import Spectrum, balanced_factors
 from nla.triplets import Triplets, alternating_signs
 
-TILE = 2**17  # numbers in a tile: 0.5 MiB in fp32, so that the handful of passes over it stay in a core's cache
+PANEL = 2**19  # numbers of W' held at once, enough rows for a full-speed matrix product
+TILE = {"cpu": 2**17, "cuda": 2**25}  # numbers z evaluated at once: a core's cache (0.5 MiB in fp32), a GPU's launch overhead
 PAIR_FLOPS = 8  # an evaluation of k costs about this many operations per pair and column
 
 
@@ -37,39 +38,43 @@ class TiledKernel(Kernel):
         """dk/dz, of the shape of z, given k = value(z); may overwrite z."""
 
     def dense(self, t: Triplets) -> Tensor:
-        """Differentiable by autograd, which keeps every pair: a reference for small matrices."""
-        return self.value(self.relate(t.A, t.B)) @ t.mu
+        return torch.cat([self.rows(t, panel) for panel in panels(t)])
 
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         return TileByTile.apply(self, x, t.A, t.B, t.mu)
 
-    def rows(self, t: Triplets, row: slice) -> Tensor:
-        """W'[row]: (rows, in), without a graph."""
-        out = t.mu.new_zeros(row.stop - row.start, t.in_features)
-        for block in blocks(t):
-            out += self.value(self.relate(t.A[row, block], t.B[:, block])) @ t.mu[block]
-        return out
+    def rows(self, t: Triplets, panel: slice) -> Tensor:
+        """W'[panel]: (rows, in), evaluated in fp32 where triplets are bf16, for terms of opposite signs cancel."""
+        parts, dtype = [], t.mu.dtype
+        t = t.map(widen)
+        for row, blocks in tiles(t, panel):
+            values = (self.value(self.relate(t.A[row, block], t.B[:, block])) @ t.mu[block] for block in blocks)
+            parts.append(sum(values, t.mu.new_zeros(row.stop - row.start, t.in_features)))
+        return torch.cat(parts).to(dtype)
 
-    def add_gradient(self, t: Triplets, row: slice, d_rows: Tensor, into: Triplets) -> None:
-        """Add the gradient of sum(W'[row] * d_rows) to `into`, evaluating each tile again."""
-        for block in blocks(t):
-            a, b, mu = t.A[row, block], t.B[:, block], t.mu[block]
-            z = self.relate(a, b)
-            k = self.value(z)
-            into.mu[block] += d_rows.flatten() @ k.flatten(0, 1)
-            d_z = self.slope(z, k)
-            weight = d_rows[:, :, None] if d_z.ndim == 3 else d_rows[:, :, None, None]
-            d_a, d_b = self.relate_gradient(d_z.mul_(weight), a, b)
-            into.A[row, block] += d_a.mul_(mu[:, None])
-            into.B[:, block] += d_b.mul_(mu[:, None])
+    def add_gradient(self, t: Triplets, panel: slice, d_panel: Tensor, into: Triplets) -> None:
+        """Add the gradient of sum(W'[panel] * d_panel) to `into`, evaluating each tile again."""
+        t, d_panel = t.map(widen), widen(d_panel)
+        for row, blocks in tiles(t, panel):
+            d_rows = d_panel[row.start - panel.start : row.stop - panel.start]
+            for block in blocks:
+                a, b, mu = t.A[row, block], t.B[:, block], t.mu[block]
+                z = self.relate(a, b)
+                k = self.value(z)
+                into.mu[block] += d_rows.flatten() @ k.flatten(0, 1)
+                d_z = self.slope(z, k)
+                d_z.mul_(d_rows[:, :, None] if d_z.ndim == 3 else d_rows[:, :, None, None])
+                d_a, d_b = self.relate_gradient(d_z, a, b)
+                into.A[row, block] += d_a.mul_(mu[:, None])
+                into.B[:, block] += d_b.mul_(mu[:, None])
 
     @torch.no_grad()
     def squared_error(self, t: Triplets, weight: Tensor, products: torch.dtype) -> tuple[Tensor, Triplets]:
         gradient, loss = t.map(torch.zeros_like), weight.new_zeros(())
-        for row in tiles(t):
-            error = self.rows(t, row) - weight[row]
+        for panel in panels(t):
+            error = self.rows(t, panel) - weight[panel]
             loss += error.square().sum()
-            self.add_gradient(t, row, error.mul_(2), gradient)
+            self.add_gradient(t, panel, error.mul_(2), gradient)
         return loss, gradient
 
     def rank_bound(self, h: int, r: int) -> int | None:
@@ -139,20 +144,32 @@ class ProductKernel(TiledKernel):
         return Start(Triplets(left * shrink, right * (signs / size)[:, None], mu).map(lambda p: p.to(weight.dtype)))
 
 
-def blocks(t: Triplets) -> Iterator[slice]:
-    """Triplets taken together, so that one row of pairs is at most a tile (or one triplet)."""
-    width = max(1, TILE // (t.in_features * t.r))
-    return (slice(start, min(start + width, t.h)) for start in range(0, t.h, width))
+def panels(t: Triplets) -> Iterator[slice]:
+    """Rows of W' that are held together."""
+    return slices(t.out_features, PANEL // t.in_features)
 
 
-def tiles(t: Triplets) -> Iterator[slice]:
-    """Rows of W' taken together, so that a block of them is at most a tile (or one row)."""
-    width = max(1, TILE // (t.in_features * t.r * max(t.h, 1)))
-    return (slice(start, min(start + width, t.out_features)) for start in range(0, t.out_features, width))
+def tiles(t: Triplets, panel: slice) -> Iterator[tuple[slice, list[slice]]]:
+    """(rows, blocks of triplets) inside a panel; rows x in x triplets x r is at most a tile, or one row of one triplet."""
+    tile, pairs = TILE[t.A.device.type], t.in_features * t.r
+    blocks = list(slices(t.h, tile // pairs))
+    for row in slices(panel.stop - panel.start, tile // (pairs * max(t.h, 1))):
+        yield slice(panel.start + row.start, panel.start + row.stop), blocks
+
+
+def slices(total: int, width: int) -> Iterator[slice]:
+    """range(total) cut into slices of this width, or of 1."""
+    width = max(1, width)
+    return (slice(start, min(start + width, total)) for start in range(0, total, width))
+
+
+def widen(p: Tensor) -> Tensor:
+    """The same numbers in at least fp32."""
+    return p.to(torch.promote_types(p.dtype, torch.float32))
 
 
 class TileByTile(torch.autograd.Function):
-    """x @ W'.T with one row block of W' alive at a time, evaluated again in the backward pass."""
+    """x @ W'.T with one panel of W' alive at a time, evaluated again in the backward pass."""
 
     @staticmethod
     def forward(ctx, kernel, x, A, B, mu):  # type: ignore[no-untyped-def]
@@ -160,8 +177,8 @@ class TileByTile(torch.autograd.Function):
         ctx.save_for_backward(x, A, B, mu)
         t, tokens = Triplets(A, B, mu), x.reshape(-1, x.shape[-1])
         y = x.new_empty(len(tokens), t.out_features)
-        for row in tiles(t):
-            y[:, row] = tokens @ kernel.rows(t, row).T
+        for panel in panels(t):
+            y[:, panel] = tokens @ kernel.rows(t, panel).T
         return y.view(*x.shape[:-1], t.out_features)
 
     @staticmethod
@@ -169,11 +186,12 @@ class TileByTile(torch.autograd.Function):
     def backward(ctx, d_y):  # type: ignore[no-untyped-def]
         x, A, B, mu = ctx.saved_tensors
         t = Triplets(A, B, mu)
-        gradient = t.map(torch.zeros_like)
+        gradient = t.map(lambda p: torch.zeros_like(widen(p)))  # many small ones are added up
         tokens, d_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, t.out_features)
         d_x = torch.zeros_like(tokens) if ctx.needs_input_grad[1] else None
-        for row in tiles(t):
+        for panel in panels(t):
             if d_x is not None:
-                d_x.addmm_(d_y[:, row], ctx.kernel.rows(t, row))
-            ctx.kernel.add_gradient(t, row, d_y[:, row].T @ tokens, gradient)
+                d_x.addmm_(d_y[:, panel], ctx.kernel.rows(t, panel))
+            ctx.kernel.add_gradient(t, panel, d_y[:, panel].T @ tokens, gradient)
+        gradient = gradient.map(lambda p: p.to(x.dtype))
         return None, None if d_x is None else d_x.view_as(x), gradient.A, gradient.B, gradient.mu

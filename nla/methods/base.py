@@ -68,9 +68,10 @@ class Method(ABC):
     def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         """Operations of find() before its first step."""
 
+    @property
     @abstractmethod
-    def descent_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        """Operations of find()'s steps, if it takes all that it may."""
+    def steps(self) -> int:
+        """Steps that find() may take at most."""
 
     def compress(self, weight: Tensor, n_params: int, generator: torch.Generator) -> Fit:
         """Fit `weight` (out, in), of any floating type, with at most n_params parameters of the same type.
@@ -78,7 +79,7 @@ class Method(ABC):
         Raises:
             NonFiniteError: the weight, or the fit, is not finite.
         """
-        begun = time.perf_counter()
+        begun, weight = time.perf_counter(), weight.detach()
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError("the weight holds NaN or infinite values")
         m, n = weight.shape
@@ -93,7 +94,10 @@ class Method(ABC):
                 solution = Solution(nothing, [(0, 0.0)], 0, Status.ZERO, 0.0)
             else:
                 solution = self.find(w, spectrum, h, r, generator, measured)
-        stored = solution.triplets.scaled(scale).map(lambda p: p.to(weight.dtype))
+        triplets = self.kernel.canonical(solution.triplets.scaled(scale))
+        stored = triplets.prune(triplets.mu != 0).map(lambda p: p.to(weight.dtype))
+        if not all(bool(torch.isfinite(p).all()) for p in (stored.A, stored.B, stored.mu)):
+            raise NonFiniteError(f"the triplets overflow {weight.dtype}; use dtype=bfloat16 or float32")
         seen = stored.map(Tensor.float).scaled(1 / (scale or 1.0))
         squared_error, _ = self.kernel.squared_error(seen, w, torch.float32)
         rank = self.kernel.rank_bound(h, r)

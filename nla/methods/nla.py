@@ -25,5 +25,6 @@ class NLA(Method):
     def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return self.kernel.warm_start_flops(out_features, in_features, h, r) if self.solver.start == "warm" else 0
 
-    def descent_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        return self.solver.steps * self.kernel.fit_flops(out_features, in_features, h, r)
+    @property
+    def steps(self) -> int:
+        return self.solver.steps

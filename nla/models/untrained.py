@@ -12,7 +12,7 @@ from nla.models.causal_lm import DTYPES, CausalLM, LanguageModel
 class UntrainedModel(CausalLM):
     """Any transformers architecture with random weights from `weights_seed`."""
 
-    def __init__(self, architecture: dict[str, Any], weights_seed: int, **_: Any) -> None:
+    def __init__(self, name: str, weights_seed: int, dtype: str, architecture: dict[str, Any]) -> None:
         self.architecture, self.weights_seed = dict(architecture), weights_seed
 
     def configuration(self, cache: Cache) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from nla.errors import NonFiniteError, UserError, require_choice, require_positive
+from nla.errors import NonFiniteError, UserError, require_choice, require_integer, require_positive
 from nla.kernels.base import Kernel, Start, random_like
 from nla.linalg import Spectrum
 from nla.triplets import Triplets
@@ -21,7 +21,7 @@ AT_OPTIMUM = 1e-4  # relative distance to a known optimum that counts as reached
 class Status(str, Enum):
     """How a fit ended, as a sentence."""
 
-    CLOSED_FORM = "closed form, the best this kernel can do at this size"
+    OPTIMAL = "at the global optimum of this kernel at this size, known in closed form"
     CONVERGED = "converged: the error fell by less than the tolerance within the patience"
     STEP_LIMIT = "step limit reached while the error was still falling; solver.steps=... goes on"
     ZERO = "the matrix is zero and needs no triplets"
@@ -69,11 +69,16 @@ class GradientFit:
         require_choice("solver.start", start, ["warm", "random"])
         require_choice("solver.schedule", schedule, ["cosine", "constant"])
         require_choice("solver.products", products, list(PRODUCTS))
-        for name, value in {"lr": lr, "interval": interval, "patience": patience}.items():
-            require_positive(f"solver.{name}", value)
-        for name, value in {"steps": steps, "warmup": warmup, "tolerance": tolerance}.items():
-            if value < 0:
-                raise UserError(f"solver.{name}={value} must be 0 or more")
+        require_positive("solver.lr", lr)
+        for name, value, least in (
+            ("steps", steps, 0),
+            ("warmup", warmup, 0),
+            ("interval", interval, 1),
+            ("patience", patience, 1),
+        ):
+            require_integer(f"solver.{name}", value, least)
+        if not tolerance >= 0:
+            raise UserError(f"solver.tolerance={tolerance} must be 0 or more")
         self.optimiser, self.start, self.steps, self.lr = optimiser, start, steps, lr
         self.warmup, self.schedule, self.tolerance = warmup, schedule, tolerance
         self.patience, self.interval, self.products = patience, interval, PRODUCTS[products]
@@ -122,7 +127,7 @@ class GradientFit:
             if step % self.interval == 0 or step == self.steps:
                 losses.append((step, error))
             if start.optimum is not None and best_error <= start.optimum * (1 + AT_OPTIMUM) + 1e-9:
-                return Solution(best, losses, step, Status.CLOSED_FORM, start.optimum)
+                return Solution(best, losses, step, Status.OPTIMAL, start.optimum)
             if step % self.patience == 0 and step > self.warmup:
                 if best_error > reference * (1 - self.tolerance):
                     return Solution(best, losses, step, Status.CONVERGED, start.optimum)
