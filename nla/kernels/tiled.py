@@ -120,7 +120,10 @@ class ProductKernel(TiledKernel):
         return torch.einsum("ilk,jlk->ijl", a, b) if a.shape[2] > 1 else a[:, None, :, 0] * b[None, :, :, 0]
 
     def relate_gradient(self, d_z: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.einsum("ijl,jlk->ilk", d_z, b), torch.einsum("ijl,ilk->jlk", d_z, a)
+        if a.shape[2] > 1:
+            return torch.einsum("ijl,jlk->ilk", d_z, b), torch.einsum("ijl,ilk->jlk", d_z, a)
+        d_a, d_b = (d_z * b[None, :, :, 0]).sum(1), (d_z * a[:, None, :, 0]).sum(0)
+        return d_a[:, :, None], d_b[:, :, None]
 
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
         A = torch.randn(out_features, h, r, generator=generator)
