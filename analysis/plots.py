@@ -25,11 +25,11 @@ def loss_by_layer(fits: pd.DataFrame) -> Figure:
                 colour = drawn[0].get_color()
                 axis.plot(line["layer"], line["floor"], ":", color=colour, linewidth=1, label="floor of piecewise")
         axis.set_title(kind, fontsize=9)
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(0, 1.05 * fits[["relative_error", "svd_error"]].max(axis=None))  # shared by all panels
     for axis in axes[len(kinds) :]:
         axis.set_visible(False)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("relative squared error", fontsize=9)
     return figure

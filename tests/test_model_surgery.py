@@ -86,14 +86,6 @@ def test_the_count_falls_by_exactly_what_the_fits_save(model):
     assert count(model.module) == before - saved
 
 
-@pytest.mark.parametrize("name", options("model"))
-def test_every_models_inventory_is_known_without_weights(name, tmp_path):
-    source = instantiate(configuration(f"model={name}").model, _convert_="all")
-    inventory = source.inventory(Cache(tmp_path))
-    assert inventory.parameters > sum(s.n_params for s in select_linears(inventory.linears, r"\blayers\.", None))
-    assert source.inventory(Cache(tmp_path)) == inventory  # remembered
-
-
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
     "llama7b": 6_738_415_616,
@@ -106,10 +98,13 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_architectures_have_the_published_parameter_counts(name, tmp_path):
+@pytest.mark.parametrize("name", options("model"))
+def test_every_models_inventory_is_known_without_weights_and_has_the_published_count(name, tmp_path):
     source = instantiate(configuration(f"model={name}").model, _convert_="all")
-    assert source.inventory(Cache(tmp_path)).parameters == PUBLISHED[name]
+    inventory = source.inventory(Cache(tmp_path))
+    assert inventory.parameters > sum(s.n_params for s in select_linears(inventory.linears, r"\blayers\.", None))
+    assert source.inventory(Cache(tmp_path)) == inventory  # remembered
+    assert inventory.parameters == PUBLISHED.get(name, inventory.parameters)
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_opt"])

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from nla.pipeline import run
 from nla.record import read_record
-from tests.conftest import ROOT, TINY, figures, only_record, options, records
+from nla.settings import check_settings
+from tests.conftest import ROOT, TINY, configuration, figures, only_record, options, records
 
 FAST = [*TINY, "solver.steps=10"]
 
@@ -151,11 +153,18 @@ def test_a_changed_data_file_is_a_new_run(cli, tmp_path):
 
 
 @pytest.mark.parametrize("model", options("model"))
-def test_a_dry_run_prints_the_plan_of_any_model_without_weights(cli, tmp_path, model):
-    result = cli(f"model={model}", "dry_run=true", "ratio=0.7")
+def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog, model):
+    caplog.set_level("INFO")
+    cfg = configuration(f"model={model}", "dry_run=true", "ratio=0.7", f"outputs_dir={tmp_path}")
+    assert run(check_settings(cfg)) is None
     for text in ("matrix", "shape", "FLOP/s measured", "a step of all fits", "bytes of the model", "Nothing was fitted"):
-        assert text in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 80
+        assert text in caplog.text
+    assert max(len(line) for message in caplog.messages for line in message.splitlines()) <= 80
+    assert not records(tmp_path)
+
+
+def test_a_dry_run_from_the_command_line(cli, tmp_path):
+    assert "Nothing was fitted" in cli("dry_run=true", "method=svd").stdout
     assert not records(tmp_path)
 
 
