@@ -56,9 +56,13 @@ def show_plan(request: Request) -> None:
         ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved * size) / 1e9:.2f} GB ({request.values['dtype']})"],
         ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
         ["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"],
-        ["a step of all fits", f"{flop(cost.step)}, {duration(step)} at {flop(cost.step_rate)}/s measured"],
-        ["fits altogether", f"{duration(starts)}, or {duration(starts + cost.steps * step)} if all {cost.steps} steps run"],
     ]
+    if cost.steps:
+        most = duration(starts + cost.steps * step)
+        rows += [
+            ["a step of all fits", f"{flop(cost.step)}, {duration(step)} at {flop(cost.step_rate)}/s measured"],
+            ["fits altogether", f"{duration(starts)}, or {most} if all {cost.steps} steps run"],
+        ]
     log.info("\n%s\n\nNothing was fitted: dry_run=true.", tabulate(rows, tablefmt="plain"))
 
 
@@ -89,11 +93,11 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     )
     seconds, flops = sum(f.seconds for f in record.fits), sum(f.flops for f in record.fits)
     log.info(
-        "fits: %d matrices, %.2f TFLOP, %.0f s of one thread each (%.0f GFLOP/s)",
+        "fits: %d matrices, %s in %.0f s of one worker (%s/s)",
         len(record.fits),
-        flops / 1e12,
+        flop(flops),
         seconds,
-        flops / seconds / 1e9,
+        flop(flops / seconds),
     )
     log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
 
