@@ -25,7 +25,8 @@ def loss_by_layer(fits: pd.DataFrame) -> Figure:
                 colour = drawn[0].get_color()
                 axis.plot(line["layer"], line["floor"], ":", color=colour, linewidth=1, label="floor of piecewise")
         axis.set_title(kind, fontsize=9)
-    axes[0].set_ylim(0, 1.05 * fits[["relative_error", "svd_error"]].max(axis=None))  # shared by all panels
+    highest = max(float(fits[key].max()) for key in ("relative_error", "svd_error"))
+    axes[0].set_ylim(0, 1.05 * highest)  # shared by all panels
     for axis in axes[len(kinds) :]:
         axis.set_visible(False)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
