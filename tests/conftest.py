@@ -56,6 +56,15 @@ def cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+@pytest.fixture
+def run_here(tmp_path) -> Callable[..., object]:
+    """The same without a process of its own, for what the command line does not change: nla.pipeline.run."""
+    from nla.pipeline import run
+    from nla.settings import check_settings
+
+    return lambda *arguments: run(check_settings(configuration(*arguments, f"outputs_dir={tmp_path}")))
+
+
 def command(outputs: Path, *arguments: str) -> list[str]:
     own = any(a.startswith("outputs_dir=") for a in arguments) or "--help" in arguments
     return [sys.executable, "run.py", *arguments, *([] if own else [f"outputs_dir={outputs}"])]

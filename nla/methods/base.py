@@ -84,7 +84,7 @@ class Method(ABC):
             raise NonFiniteError("the weight holds NaN or infinite values")
         m, n = weight.shape
         h, r = self.kernel.size(m, n, n_params)
-        scale = float(weight.float().square().mean().sqrt())
+        scale = float(weight.double().square().mean().sqrt())
         w = weight.float() / (scale or 1.0)
         spectrum, memory = Spectrum(w), PeakMemory(weight.device)
         with ExitStack() as measured:
