@@ -48,20 +48,28 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
 
 
 def changed_settings(config: dict[str, Any]) -> list[str]:
-    """`key=value` of the settings of method, task, seed, type and selection that are not those of conf/."""
-    used = {"task": {k: v for k, v in config["task"].items() if k != "data"}} | {
-        group: config["method"][group] for group in ("kernel", "solver") if group in config["method"]
-    }
-    changed = []
-    for group, values in used.items():
-        defaults = next(d for d in group_defaults(group) if d["_target_"] == values["_target_"])
-        changed += [f"{k}={v}" for k, v in values.items() if k in defaults and v != defaults[k] and k not in NOT_COMPARED]
-    top = {"seed": (config["seed"], 0), "dtype": (config["dtype"], config["model"]["dtype"])}
-    top["exclude"] = (config["select"]["exclude"], None)
-    return changed + [f"{key}={value}" for key, (value, default) in top.items() if value != default]
+    """`key=value` of the settings of method, task, statistics, seed, type and selection that are not those of conf/."""
+    method = config["method"]
+    used = {"method": method} | {group: method[group] for group in ("kernel", "solver") if group in method}
+    pairs = [
+        (key, value, defaults.get(key))
+        for group, values in used.items()
+        for defaults in [next(d for d in group_defaults(group) if d.get("_target_") == values["_target_"])]
+        for key, value in values.items()
+        if key not in NOT_COMPARED
+    ]
+    usual = [defaults.get("task", defaults) for defaults in group_defaults("task")]
+    pairs += [(key, value, next((d[key] for d in usual if key in d), None)) for key, value in config["task"].items()]
+    top = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
+    pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
+    pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
+    pairs += [("exclude", config["select"]["exclude"], top["select"]["exclude"])]
+    return [f"{key}={value}" for key, value, default in pairs if value != default and not isinstance(value, dict)]
 
 
-NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; compared by its own group
+ERRORS = ("relative_error", "svd_error", "floor", "weighted_error", "svd_llm_error", "weighted_floor")
+COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
+NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; a node of its own
 
 
 @cache
@@ -77,7 +85,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         fits = fits_frame([record])
         row = run_settings(record)
         row |= record.parameters.model_dump(exclude={"ratio"}) if record.parameters else {}
-        row |= {key: fits[key].mean() for key in ("relative_error", "svd_error", "floor")}
+        row |= {key: fits[key].mean() for key in ERRORS}
         row |= {"fit_seconds": fits["seconds"].sum(), "fit_peak_bytes": fits["peak_bytes"].max()}
         for stage, tasks in record.metrics.items():
             for task, sets in tasks.items():
@@ -96,6 +104,7 @@ def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows)
     if len(frame):
+        frame = frame.astype({error: float for error in ERRORS})
         frame["layer"] = frame["name"].str.extract(LAYER, expand=False).astype("Int64")
         frame["kind"] = frame["name"].str.replace(r"^.*\blayers\.\d+\.", "", regex=True)
     return frame

@@ -13,12 +13,12 @@ from nla.budget.base import Budget, PlanEntry, make_plan
 from nla.cache import Cache
 from nla.errors import UserError
 from nla.methods.base import Method
-from nla.models.causal_lm import CausalLM, Inventory
+from nla.models.base import Inventory, ModelSource
 from nla.select import select_linears
 from nla.track import Tracker
-from tasks.language_modelling import LanguageModelling
+from tasks.base import Data, Task
 
-INGREDIENTS = ["kernel", "solver", "data"]  # groups that reach a run only through `method` and `task`
+INGREDIENTS = ["kernel", "solver", "data", "calibration"]  # groups that reach a run only through method, task and statistics
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class Request:
     """A valid request: plain values for the record, objects for the work."""
 
     values: dict[str, Any]
-    model: CausalLM
+    model: ModelSource
     inventory: Inventory
     method: Method
     plan: list[PlanEntry]
-    task: LanguageModelling
+    tasks: list[Task]
+    calibration: Data
     tracker: Tracker
     cache: Cache
 
@@ -38,14 +39,25 @@ class Request:
     def device(self) -> str:
         return self.values["device"]
 
+    @property
+    def layers(self) -> list[str]:
+        """Qualified names of the matrices that are compressed."""
+        return [entry.spec.name for entry in self.plan]
+
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Digests of local files the request names."""
-        return {"model": self.model.identity(self.cache), "data": self.task.data.identity(self.cache)}
+        files = {f"data.{task.name}": task.data.identity(self.cache) for task in self.tasks}
+        if self.method.needs:
+            files["calibration"] = self.calibration.identity(self.cache)
+        return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError, in one sentence, if the weights or the text cannot be had."""
-        self.task.data.check()
+        """Raise UserError, in one sentence, if the weights or the data cannot be had."""
+        for task in self.tasks:
+            task.data.check()
+        if self.method.needs:
+            self.calibration.check()
         self.model.check(self.values["dtype"], self.cache)
 
 
@@ -92,21 +104,26 @@ def prepare(settings: dict[str, Any]) -> Request:
     """
     values = resolve(settings)
     cache = Cache(Path(values["cache_dir"]))
-    method: Method = build("method", values)
-    budget: Budget = build("budget", values)
-    task: LanguageModelling = build("task", values)
-    model: CausalLM = build("model", values)
+    method: Method = build("method", values["method"])
+    budget: Budget = build("budget", values["budget"])
+    tasks: list[Task] = [build(f"task {n}", task) for n, task in values["task"].items() if isinstance(task, dict)]
+    calibration: Data = build("calibration", values["statistics"]["data"])
+    model: ModelSource = build("model", values["model"])
     inventory = model.inventory(cache)
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
     plan = make_plan(chosen, values["ratio"], budget, method.kernel)
-    task.check(inventory.max_positions)
-    return Request(values, model, inventory, method, plan, task, build("track", values), cache)
+    for task in tasks:
+        task.check(inventory)
+    if not method.needs:
+        values = {key: value for key, value in values.items() if key != "statistics"}
+    tracker: Tracker = build("track", values["track"])
+    return Request(values, model, inventory, method, plan, tasks, calibration, tracker, cache)
 
 
-def build(group: str, values: dict[str, Any]) -> Any:
+def build(group: str, node: dict[str, Any]) -> Any:
     """The object that a group's `_target_` names."""
     try:
-        return instantiate(values[group], _convert_="all")
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -8,7 +8,7 @@ import torch
 
 from nla.budget.base import PlanEntry
 from nla.config import Request
-from nla.linalg import Spectrum
+from nla.objective import Objective
 from nla.solvers.gradient import PRODUCTS
 from nla.workers import ordered_map
 
@@ -37,7 +37,7 @@ def estimate(request: Request) -> Cost:
         dense_forward=2 * sum(m * n for m, n, _, _ in sizes),
         forward=sum(method.kernel.forward_flops(*size, TOKENS) for size in sizes) / TOKENS,
         starts=sum(method.start_flops(*size) for size in sizes),
-        step=sum(method.kernel.fit_flops(*size) for size in sizes),
+        step=sum(method.step_flops(*size) for size in sizes),
         steps=method.steps,
         start_rate=start_rate,
         step_rate=step_rate,
@@ -53,13 +53,14 @@ def measured_rates(request: Request, entry: PlanEntry) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(m, n, generator=generator).to(device)
     products = PRODUCTS[request.values["method"].get("solver", {}).get("products", "float32")]
+    objective = Objective(weight)
     t = kernel.random_start(m, n, h, r, generator).map(lambda p: p.to(device))
 
     def start(_: int) -> None:
-        kernel.warm_start(weight, Spectrum(weight), h, r, torch.Generator())
+        kernel.warm_start(Objective(weight), h, r, torch.Generator())
 
     def step(_: int) -> None:
-        kernel.squared_error(t, weight, products)
+        kernel.squared_error(t, objective, products)
 
     start_flops = kernel.warm_start_flops(m, n, h, r)
     return start_flops * rate(start, 2, device), kernel.fit_flops(m, n, h, r) * rate(step, 8, device)

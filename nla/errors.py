@@ -27,3 +27,9 @@ def require_integer(setting: str, value: object, least: int) -> None:
     """Raise UserError unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{setting}={value} must be a whole number from {least}")
+
+
+def require_at_least_zero(setting: str, value: float) -> None:
+    """Raise UserError unless `value` is a number from zero."""
+    if not isinstance(value, int | float) or not value >= 0:
+        raise UserError(f"{setting}={value} must be 0 or more")

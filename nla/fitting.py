@@ -14,39 +14,52 @@ from nla.cache import Cache, digest, tensor_digest
 from nla.errors import NonFiniteError
 from nla.methods.base import Fit, Method
 from nla.record import code_digest, computing_packages
+from nla.statistics import StatisticsStore
 from nla.surgery import get_linear
 from nla.triplets import Triplets
 from nla.workers import ordered_map
 
-FORMAT = 1
-CODE = ("nla/kernels", "nla/methods", "nla/solvers", "nla/linalg.py", "nla/triplets.py", "nla/memory.py")
+FORMAT = 2
+CODE = (
+    "nla/kernels",
+    "nla/methods",
+    "nla/solvers",
+    "nla/linalg.py",
+    "nla/memory.py",
+    "nla/objective.py",
+    "nla/triplets.py",
+)
 SCALARS = [field.name for field in fields(Fit) if field.name != "terms"]
+NamedFit = tuple[str, Fit]
 
 
-def fit_model(
+def fit_matrices(
     model: nn.Module,
     plan: list[PlanEntry],
     method: Method,
     settings: dict[str, Any],
     seed: int,
-    cache: Cache,
-) -> Iterator[tuple[str, str, Fit]]:
-    """(name, cache key, fit) of every planned matrix, in the order of the plan.
+    store: StatisticsStore,
+    bar: tqdm,
+) -> Iterator[NamedFit]:
+    """(name, fit) of every planned matrix, in the order of the plan.
 
-    A result depends on its weight, budget, settings and seed alone: each matrix has its own generator and one thread.
+    A result depends on its weight, statistics, budget, settings and seed alone: each matrix has its own generator and one
+    thread.
 
     Raises:
         NonFiniteError: names the matrix; the fits before it stay in the cache.
     """
     device = next(model.parameters()).device
 
-    def fit_one(entry: PlanEntry) -> tuple[str, str, Fit]:
-        weight = get_linear(model, entry.spec.name).weight.detach()
+    def fit_one(entry: PlanEntry) -> NamedFit:
+        name, weight = entry.spec.name, get_linear(model, entry.spec.name).weight.detach()
         key = digest(
             {
                 "format": FORMAT,
                 "code": code_digest(*CODE),
                 "weight": tensor_digest(weight),
+                "statistics": [store.key(kind, name) for kind in sorted(method.needs)],
                 "n_params": entry.n_params,
                 "method": settings,
                 "seed": seed,
@@ -54,24 +67,21 @@ def fit_model(
                 "packages": computing_packages(),
             }
         )
-        fit = load_fit(cache, key, method)
+        fit = load_fit(store.cache, key, method)
         if fit is None:
+            statistics = store.load(method.needs, name, device)
             try:
-                fit = method.compress(weight, entry.n_params, torch.Generator().manual_seed(seed))
+                fit = method.compress(weight, entry.n_params, statistics, torch.Generator().manual_seed(seed))
             except NonFiniteError as error:
-                raise NonFiniteError(f"{entry.spec.name}: {error}") from error
-            store_fit(cache, key, fit)
-        return entry.spec.name, key, fit
+                raise NonFiniteError(f"{name}: {error}") from error
+            store_fit(store.cache, key, fit)
+        return name, fit
 
-    total = sum(e.spec.n_params for e in plan)
-    with (
-        tqdm(total=total, desc="fit", unit="param", unit_scale=True, dynamic_ncols=True) as bar,
-        closing(ordered_map(fit_one, plan, device)) as results,
-    ):
-        for entry, result in zip(plan, results, strict=True):
-            bar.set_postfix_str(f"{entry.spec.name.rpartition('layers.')[2]} {result[2].relative_error:.3f}", refresh=False)
+    with closing(ordered_map(fit_one, plan, device)) as results:
+        for entry, (name, fit) in zip(plan, results, strict=True):
+            bar.set_postfix_str(f"{name.rpartition('layers.')[2]} {fit.relative_error:.3f}", refresh=False)
             bar.update(entry.spec.n_params)
-            yield result
+            yield name, fit
 
 
 def load_fit(cache: Cache, key: str, method: Method) -> Fit | None:

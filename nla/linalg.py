@@ -1,5 +1,6 @@
 """The singular spectrum of one weight matrix, computed once and asked many times."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -18,8 +19,13 @@ class Spectrum:
         self.weight = weight
 
     @cached_property
+    def seen(self) -> Tensor:
+        """The matrix whose singular values these are, fp64."""
+        return self.weight.double()
+
+    @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        w = self.weight.double()
+        w = self.seen
         gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
         values, vectors = torch.linalg.eigh(gram)
         return values.flip(0).clamp_(min=0), vectors.flip(1)
@@ -27,7 +33,7 @@ class Spectrum:
     @property
     def energy(self) -> float:
         """The squared Frobenius norm."""
-        return float(self.weight.double().square().sum())
+        return float(self.seen.square().sum())
 
     def tail(self, rank: int) -> float:
         """Relative squared error of the best approximation of this rank (Eckart and Young, 1936)."""
@@ -37,16 +43,38 @@ class Spectrum:
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, k), s (k,), V (in, k) in fp64, k = min(rank, out, in); a direction with s = 0 has a zero vector."""
-        w = self.weight.double()
+        w = self.seen
         values, near = self._eigh
         k = min(rank, len(values))
         s = values[:k].sqrt()
         s = torch.where(s > 1e-8 * s[:1], s, 0.0)
         inverse = torch.where(s > 0, 1 / s, 0.0)
         near = near[:, :k]
-        if w.shape[0] <= w.shape[1]:
-            return near, s, (w.T @ near) * inverse
-        return (w @ near) * inverse, s, near
+        left = near * (s > 0) if w.shape[0] <= w.shape[1] else (w @ near) * inverse
+        return left, s, self.right(left, inverse)
+
+    def right(self, left: Tensor, inverse: Tensor) -> Tensor:
+        """V (in, k), such that U diag(s) V^T is the truncation: W^T U / s."""
+        return (self.weight.double().T @ left) * inverse
+
+
+class WeightedSpectrum(Spectrum):
+    """Of W S. U U^T W is the best approximation of W in the norm ||. S||, so S need not be inverted, nor be invertible.
+
+    Why: U U^T (W S) is the truncation of W S (Eckart and Young, 1936), and it is (U U^T W) S. `truncated` gives U, the singular
+    values s of W S, and V = W^T U / s.
+
+    Args:
+        times: matrix -> matrix @ S.
+    """
+
+    def __init__(self, weight: Tensor, times: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(weight)
+        self.times = times
+
+    @cached_property
+    def seen(self) -> Tensor:
+        return self.times(self.weight.double())
 
 
 def balanced_factors(spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Peak memory: allocator bytes on CUDA, bytes of live tensors on the CPU."""
 
+import threading
 import weakref
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 class PeakMemory:
     """`with PeakMemory(device) as memory: ...` then `memory.peak_bytes`: the most that was alive beyond what was there before.
 
-    On the CPU it counts the storages of tensors that the block creates, in this thread, from the moment an operation returns
+    On the CPU it counts the storages of tensors that the block creates, in this thread and its workers, from the moment an operation returns
     them until they are freed; workspace inside an operation is not seen. The figure is exact and the same on every run.
     """
 
@@ -44,6 +45,7 @@ class LiveTensors(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, weakref.ref] = {}
+        self._lock = threading.RLock()  # a tensor may be freed while another is counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
@@ -56,15 +58,16 @@ class LiveTensors(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
 
         def freed(_: Any) -> None:
-            self.live_bytes -= size
-            self._known.pop(key, None)
+            with self._lock:
+                self.live_bytes -= size
+                self._known.pop(key, None)
 
-        self._known[key] = weakref.ref(storage, freed)
-        self.live_bytes += size
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = weakref.ref(storage, freed)
+                self.live_bytes += size
 
 
 def id_of(tensor: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""One run: validate, sign, load, measure, fit, swap, measure again, record."""
+"""One run: validate, sign, load, measure, learn about inputs, fit, swap, measure again, record."""
 
 import time
 from collections.abc import Iterator
@@ -7,16 +7,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
-from torch import nn
+from tqdm import tqdm
 
 from nla import report
+from nla.budget.base import PlanEntry
 from nla.cache import digest, exclusive, tensor_digest, write_atomically
 from nla.config import Request, prepare
 from nla.errors import UserError
-from nla.fitting import fit_model
+from nla.fitting import CODE as FIT_CODE
+from nla.fitting import fit_matrices
+from nla.layers import Term
+from nla.memory import PeakMemory
 from nla.methods.base import Fit
-from nla.models.causal_lm import DTYPES, LanguageModel
+from nla.models.base import DTYPES, Model, Sample
 from nla.record import (
     FitRecord,
     Parameters,
@@ -31,6 +36,7 @@ from nla.record import (
     write_line,
 )
 from nla.select import linear_specs
+from nla.statistics import StatisticsStore, collect, stream_blocks
 from nla.surgery import count, swap
 
 EVALUATION_CODE = (
@@ -103,54 +109,101 @@ def stages(request: Request, record: RunRecord, folder: Path) -> None:
         model = request.model.load(request.device, request.values["dtype"], request.cache)
         if linear_specs(model.module) != request.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
-        weights = digest({name: tensor_digest(p) for name, p in model.module.state_dict().items()})
-    before = count(model.module)
+    before, dense = count(model.module), state_of(request, model)
 
     with timed(record, "dense"):
-        evaluate(request, record, model, "dense", [weights])
+        evaluate(request, record, model, "dense", dense)
+    with timed(record, "statistics"):
+        samples, store = sample(request, model, dense)
+        if request.method.needs and not request.method.sequential:
+            record.peak_bytes["statistics"] = measure_inputs(request, model, samples, store)
     with timed(record, "fit"):
-        fits, keys = fit(request, record, model.module, folder)
-        swap(model.module, fits)
-    record.parameters = parameters(request, fits, before, count(model.module))
+        fit(request, record, model, samples, store, folder)
+    record.parameters = parameters(request, record, before, count(model.module))
     with timed(record, "compressed"):
-        evaluate(request, record, model, "compressed", [weights, keys])
+        evaluate(request, record, model, "compressed", state_of(request, model))
 
 
-def evaluate(request: Request, record: RunRecord, model: LanguageModel, stage: str, made_from: list[Any]) -> None:
-    """Measure the model as it is now; what was measured before, with the same of everything, is read from the cache."""
-    task = request.task
-    state = digest(
+def state_of(request: Request, model: Model) -> str:
+    """Digest of everything a measurement of the model as it is now depends on, but for the data."""
+    terms = {name: [m.kernel.name, vars(m.kernel)] for name, m in model.module.named_modules() if isinstance(m, Term)}
+    return digest(
         {
-            "made_from": made_from,
+            "tensors": {name: tensor_digest(p) for name, p in model.module.state_dict().items()},
+            "terms": terms,
             "architecture": request.model.configuration(request.cache),
-            "dtype": request.values["dtype"],
             "device": request.device.partition(":")[0],
             "code": code_digest(*EVALUATION_CODE),
             "packages": computing_packages(),
         }
     )
-    figures = task.evaluate(model, request.cache, state, stage)
-    record.metrics[stage] = {task.name: {task.data.name: figures}}
-    record.peak_bytes[stage] = int(figures["peak_bytes"])
-    request.tracker.metrics(f"{stage}/{task.name}/{task.data.name}", figures)
 
 
-def fit(request: Request, record: RunRecord, model: nn.Module, folder: Path) -> tuple[dict[str, Fit], dict[str, str]]:
-    """Fits of all planned matrices and their cache keys; each is on disk and tracked as soon as it is there."""
-    fits, keys = {}, {}
-    settings = request.values["method"]
-    with (folder / "fits.jsonl").open("w") as lines:
-        for name, key, result in fit_model(
-            model, request.plan, request.method, settings, request.values["seed"], request.cache
-        ):
-            fits[name] = result
-            keys[name] = key
-            entry = fit_record(name, result)
-            record.fits.append(entry)
-            write_line(lines, entry.model_dump() | {"losses": result.losses})
-            request.tracker.fit(name, result)
-    record.peak_bytes["fit"] = max(f.peak_bytes for f in fits.values())
-    return fits, keys
+def evaluate(request: Request, record: RunRecord, model: Model, stage: str, state: str) -> None:
+    """Measure the model as it is now; what was measured before in this state is read from the cache."""
+    metrics = record.metrics.setdefault(stage, {})
+    for task in request.tasks:
+        metrics[task.name] = task.evaluate(model, request.cache, state, stage)
+        for data, figures in metrics[task.name].items():
+            peak = int(figures.get("peak_bytes", 0))
+            record.peak_bytes[stage] = max(record.peak_bytes.get(stage, 0), peak)
+            request.tracker.metrics(f"{stage}/{task.name}/{data}", figures)
+
+
+def sample(request: Request, model: Model, state: str) -> tuple[list[Sample], StatisticsStore]:
+    """The calibration samples, and where the statistics made from them are; nothing if the method needs none."""
+    if not request.method.needs:
+        return [], StatisticsStore(request.cache, "")
+    asked = request.values["statistics"]
+    samples = request.calibration.samples(model, asked["windows"], asked["length"], asked["seed"])
+    made_from: list[Any] = [state, [[tensor_digest(t) for t in s] for s in samples], asked["fisher_windows"]]
+    if request.method.sequential:  # what a block reads depends on the fits before it
+        budgets = [[entry.spec.name, entry.n_params] for entry in request.plan]
+        made_from += [budgets, request.values["method"], request.values["seed"], code_digest(*FIT_CODE)]
+    code = code_digest("nla/statistics.py", "nla/blocks.py", "nla/workers.py")
+    return samples, StatisticsStore(request.cache, digest([made_from, code]))
+
+
+def measure_inputs(request: Request, model: Model, samples: list[Sample], store: StatisticsStore) -> int:
+    """Collect what the method needs; the peak bytes."""
+    asked = request.values["statistics"]
+    kinds = request.method.needs.union(asked["collect"])
+    with request.cache.lock("statistics", store.made_from), PeakMemory(torch.device(request.device)) as memory:
+        collect(model, request.layers, kinds, samples, asked["fisher_windows"], store, asked["offload"])
+    return memory.peak_bytes
+
+
+def fit(
+    request: Request, record: RunRecord, model: Model, samples: list[Sample], store: StatisticsStore, folder: Path
+) -> None:
+    """Fit and swap all planned matrices; each fit is on disk and tracked as soon as it is there."""
+    with (folder / "fits.jsonl").open("w") as lines, progress(request) as bar:
+        for part in parts(request, model, samples, store):
+            fits: dict[str, Fit] = {}
+            settings, seed = request.values["method"], request.values["seed"]
+            for name, result in fit_matrices(model.module, part, request.method, settings, seed, store, bar):
+                fits[name] = result
+                entry = fit_record(name, result)
+                record.fits.append(entry)
+                write_line(lines, entry.model_dump() | {"losses": result.losses})
+                request.tracker.fit(name, result)
+            swap(model.module, fits)
+    record.peak_bytes["fit"] = max(f.peak_bytes for f in record.fits)
+
+
+def parts(request: Request, model: Model, samples: list[Sample], store: StatisticsStore) -> Iterator[list[PlanEntry]]:
+    """What is fitted before it is swapped in: everything, or one block after the other."""
+    if not request.method.sequential:
+        yield request.plan
+        return
+    offload = request.values["statistics"]["offload"]
+    for block in stream_blocks(model, request.layers, request.method.needs, samples, store, offload):
+        yield [entry for entry in request.plan if entry.spec.name in block.layers]
+
+
+def progress(request: Request) -> tqdm:
+    total = sum(e.spec.n_params for e in request.plan)
+    return tqdm(total=total, desc="fit", unit="param", unit_scale=True, dynamic_ncols=True)
 
 
 def fit_record(name: str, fit: Fit) -> FitRecord:
@@ -160,10 +213,10 @@ def fit_record(name: str, fit: Fit) -> FitRecord:
     return FitRecord(name=name, shape=(first.out_features, first.in_features), terms=terms, **figures)
 
 
-def parameters(request: Request, fits: dict[str, Fit], before: int, after: int) -> Parameters:
+def parameters(request: Request, record: RunRecord, before: int, after: int) -> Parameters:
     """Counts before and after; what is not selected, biases included, is the same in both."""
     selected = sum(e.spec.n_params for e in request.plan)
-    kept = sum(f.n_params for f in fits.values())
+    kept = sum(f.n_params for f in record.fits)
     size = DTYPES[request.values["dtype"]].itemsize
     return Parameters(
         selected_before=selected,

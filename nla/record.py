@@ -16,7 +16,19 @@ from nla.errors import UserError
 
 SCHEMA: Literal[1] = 1
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["torch", "transformers", "accelerate", "datasets", "hydra-core", "wandb", "safetensors", "numpy"]
+PACKAGES = [
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "lm_eval",
+    "accelerate",
+    "datasets",
+    "hydra-core",
+    "wandb",
+    "safetensors",
+    "numpy",
+]
 NOT_IN_SIGNATURE = ["track", "dry_run", "outputs_dir", "cache_dir"]  # they change no figure
 
 
@@ -41,6 +53,9 @@ class FitRecord(Strict):
     svd_error: float
     floor: float
     optimum: float | None
+    weighted_error: float | None = None
+    svd_llm_error: float | None = None
+    weighted_floor: float | None = None
     steps: int
     flops: int
     seconds: float
@@ -118,6 +133,8 @@ def code_digest(*places: str) -> str:
 def signature(config: dict[str, Any], inputs: dict[str, str]) -> str:
     """Name of a run: the resolved configuration, the contents of local inputs, and the code that computes figures."""
     asked = {key: value for key, value in config.items() if key not in NOT_IN_SIGNATURE}
+    if "statistics" in asked:
+        asked["statistics"] = {k: v for k, v in asked["statistics"].items() if k not in ("offload", "collect")}
     made_from = {"config": asked, "inputs": inputs, "code": code_digest("nla", "tasks"), "packages": computing_packages()}
     return digest({"schema": SCHEMA, **made_from})[:16]
 

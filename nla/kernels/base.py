@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nla.errors import require_integer
-from nla.linalg import Spectrum, spectrum_flops
+from nla.linalg import spectrum_flops
+from nla.objective import Objective
 from nla.triplets import Triplets, triplet_size
 
 
@@ -66,8 +67,8 @@ class Kernel(ABC):
         return t
 
     @abstractmethod
-    def squared_error(self, t: Triplets, weight: Tensor, products: torch.dtype) -> tuple[Tensor, Triplets]:
-        """||dense(t) - weight||_F^2 and its gradient with respect to A, B, mu.
+    def squared_error(self, t: Triplets, objective: Objective, products: torch.dtype) -> tuple[Tensor, Triplets]:
+        """||(dense(t) - W) S||^2 and its gradient with respect to A, B, mu.
 
         `products` is the type that large matrix products are computed in.
         """
@@ -82,7 +83,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        """Floating-point operations of one squared_error()."""
+        """Floating-point operations of one squared_error() in the plain norm."""
+
+    @abstractmethod
+    def weighting_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        """How many more there are in a weighted norm."""
 
     def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         """Floating-point operations of warm_start(), to first order."""
@@ -93,8 +98,8 @@ class Kernel(ABC):
         """Random triplets whose matrix has entries of about unit size (the paper's start)."""
 
     @abstractmethod
-    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
-        """Triplets made from the weight's singular vectors; `weight` has unit root mean square."""
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
+        """Triplets made from singular vectors in the objective's norm."""
 
 
 class FactoredKernel(Kernel):
@@ -121,17 +126,17 @@ class FactoredKernel(Kernel):
         left, right = self.factors(t)
         return (x @ right) @ left.T
 
-    def squared_error(self, t: Triplets, weight: Tensor, products: torch.dtype) -> tuple[Tensor, Triplets]:
-        # Three thin products, 6 * out * in * k operations: E = L R^T - W, dL = 2 E R, dR = 2 E^T L. Only the
-        # element-wise way from triplets to L and R is left to autograd.
+    def squared_error(self, t: Triplets, objective: Objective, products: torch.dtype) -> tuple[Tensor, Triplets]:
+        # Three thin products, 6 * out * in * k operations: E = L (S^T R)^T - W S, dL = 2 E S^T R, dR = 2 S E^T L; and two with
+        # S, 4 * in^2 * k, where the norm is weighted. Only the element-wise way from triplets to L and R is left to autograd.
         t = t.map(lambda p: p.detach().requires_grad_())
         left, right = self.factors(t)
         with torch.no_grad():
-            low_left, low_right, target = left.to(products), right.to(products), weight.to(products)
-            error = torch.addmm(target, low_left, low_right.T, beta=-1)
-            loss = torch.linalg.vector_norm(error, dtype=weight.dtype).square()
-            d_left = (error @ low_right).to(weight.dtype).mul_(2)
-            d_right = (error.T @ low_left).to(weight.dtype).mul_(2)
+            low_left, low_right, target = left.to(products), objective.seen(right.to(products)), objective.target
+            error = torch.addmm(target.to(products), low_left, low_right.T, beta=-1)
+            loss = torch.linalg.vector_norm(error, dtype=target.dtype).square()
+            d_left = (error @ low_right).to(target.dtype).mul_(2)
+            d_right = objective.unseen(error.T @ low_left).to(target.dtype).mul(2)
         return loss, Triplets(*torch.autograd.grad((left, right), (t.A, t.B, t.mu), (d_left, d_right)))
 
     def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
@@ -139,6 +144,9 @@ class FactoredKernel(Kernel):
 
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return 6 * out_features * in_features * self.columns(h, r)
+
+    def weighting_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return 4 * in_features * in_features * self.columns(h, r)
 
 
 def random_like(kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Triplets:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from nla.kernels.base import FactoredKernel, Start
-from nla.linalg import Spectrum, balanced_factors
+from nla.linalg import balanced_factors
+from nla.objective import Objective
 from nla.triplets import Triplets
 
 
@@ -23,9 +24,9 @@ class Linear(FactoredKernel):
         B = scale * torch.randn(in_features, h, r, generator=generator)
         return Triplets(A, B, torch.ones(h))
 
-    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
-        """Truncated SVD, the optimum (Eckart and Young, 1936)."""
-        left, right = balanced_factors(spectrum, h * r)
-        A = left.unflatten(1, (h, r)).to(weight.dtype)
-        B = right.unflatten(1, (h, r)).to(weight.dtype)
-        return Start(Triplets(A, B, torch.ones_like(A[0, :, 0])), optimum=spectrum.tail(h * r))
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
+        """Truncated SVD in the objective's norm, the optimum (Eckart and Young, 1936)."""
+        left, right = balanced_factors(objective.spectrum, h * r)
+        A = left.unflatten(1, (h, r)).to(objective.weight.dtype)
+        B = right.unflatten(1, (h, r)).to(objective.weight.dtype)
+        return Start(Triplets(A, B, torch.ones_like(A[0, :, 0])), optimum=objective.spectrum.tail(h * r))

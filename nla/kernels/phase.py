@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nla.kernels.base import FactoredKernel, Start, random_like
-from nla.linalg import Spectrum
+from nla.objective import Objective
 from nla.triplets import Triplets
 
 
@@ -30,30 +30,31 @@ class Phase(FactoredKernel):
         B = torch.rand(in_features, h, r, generator=generator).sub_(0.5).mul_(2 * torch.pi)
         return Triplets(A, B, torch.full((h,), 0.3 * (2 / (h * r)) ** 0.5))
 
-    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
         """Angles of consecutive pairs of singular vectors read as complex numbers.
 
         With equal singular values s, u1 v1^T + u2 v2^T is |a_i| |b_j| cos(arg a_i - arg b_j) for a = u1 + i u2 and
         b = v1 + i v2: the angles carry over, the moduli are given up. mu is then the least-squares coefficient.
         """
-        t = random_like(self, weight, h, r, generator)
-        left, s, right = spectrum.truncated(2 * h * r)
+        t = random_like(self, objective.weight, h, r, generator)
+        left, s, right = objective.spectrum.truncated(2 * h * r)
         pairs = int((s > 0).sum()) // 2  # angles beyond them stay random
         A, B = t.A.flatten(1), t.B.flatten(1)
         A[:, :pairs] = torch.atan2(left[:, 1 : 2 * pairs : 2], left[:, 0 : 2 * pairs : 2])
         B[:, :pairs] = torch.atan2(right[:, 1 : 2 * pairs : 2], right[:, 0 : 2 * pairs : 2])
         angles = Triplets(A.unflatten(1, (h, r)), B.unflatten(1, (h, r)), torch.ones_like(t.mu))
-        return Start(Triplets(angles.A, angles.B, self.best_mu(angles, weight)))
+        return Start(Triplets(angles.A, angles.B, self.best_mu(angles, objective)))
 
-    def best_mu(self, t: Triplets, weight: Tensor) -> Tensor:
+    def best_mu(self, t: Triplets, objective: Objective) -> Tensor:
         """Least-squares mu (h,) for given angles, from the h x h normal equations (ridge 1e-3, in fp64)."""
-        left, right = (f.double() for f in self.factors(t))
+        left, right = self.factors(t)
+        left, right = left.double(), objective.seen(right).double()
         # column (half, l, k) of the factors belongs to triplet l
         gram = ((left.T @ left) * (right.T @ right)).unflatten(0, (2, t.h, t.r)).unflatten(3, (2, t.h, t.r))
         normal = gram.sum((0, 2, 3, 5))
-        moment = ((weight.double() @ right) * left).sum(0).unflatten(0, (2, t.h, t.r)).sum((0, 2))
+        moment = ((objective.target.double() @ right) * left).sum(0).unflatten(0, (2, t.h, t.r)).sum((0, 2))
         normal.diagonal().add_(1e-3 * normal.diagonal().mean())
-        return torch.linalg.solve(normal, moment).to(weight.dtype)
+        return torch.linalg.solve(normal, moment).to(t.mu.dtype)
 
 
 def wrap(angle: Tensor) -> Tensor:

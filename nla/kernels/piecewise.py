@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nla.kernels.base import FactoredKernel, Start
-from nla.linalg import Spectrum, spectrum_flops
+from nla.linalg import spectrum_flops
+from nla.objective import Objective
 from nla.solvers.self_terms import fit_self_terms, fit_self_terms_flops
 from nla.triplets import Triplets
 
@@ -35,9 +36,9 @@ class Piecewise(FactoredKernel):
         mu = torch.randn(h, generator=generator) / (8 * h * r) ** 0.5  # each ||a - b||^2 has variance 8 r
         return Triplets(A, B, mu)
 
-    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
         """The global optimum, or near it: see `nla.solvers.self_terms`."""
-        t, optimum = fit_self_terms(weight, h, r)
+        t, optimum = fit_self_terms(objective, h, r)
         return Start(t, optimum)
 
     def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nla.kernels.base import Kernel, Start, random_like
-from nla.linalg import Spectrum, balanced_factors
+from nla.linalg import balanced_factors
+from nla.objective import Objective
 from nla.triplets import Triplets, alternating_signs
 
 PANEL = 2**19  # numbers of W' held at once, enough rows for a full-speed matrix product
@@ -69,12 +70,12 @@ class TiledKernel(Kernel):
                 into.B[:, block] += d_b.mul_(mu[:, None])
 
     @torch.no_grad()
-    def squared_error(self, t: Triplets, weight: Tensor, products: torch.dtype) -> tuple[Tensor, Triplets]:
-        gradient, loss = t.map(torch.zeros_like), weight.new_zeros(())
+    def squared_error(self, t: Triplets, objective: Objective, products: torch.dtype) -> tuple[Tensor, Triplets]:
+        gradient, loss = t.map(torch.zeros_like), objective.weight.new_zeros(())
         for panel in panels(t):
-            error = self.rows(t, panel) - weight[panel]
-            loss += error.square().sum()
-            self.add_gradient(t, panel, error.mul_(2), gradient)
+            part, d_panel = objective.squared(self.rows(t, panel) - objective.weight[panel])
+            loss += part
+            self.add_gradient(t, panel, d_panel, gradient)
         return loss, gradient
 
     def rank_bound(self, h: int, r: int) -> int | None:
@@ -85,6 +86,9 @@ class TiledKernel(Kernel):
 
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return 4 * PAIR_FLOPS * out_features * in_features * h * r
+
+    def weighting_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return 2 * out_features * in_features * in_features
 
 
 class DifferenceKernel(TiledKernel):
@@ -107,8 +111,8 @@ class DifferenceKernel(TiledKernel):
         B = spread * torch.randn(in_features, h, r, generator=generator)
         return Triplets(A, B, alternating_signs(h, A) * 0.5)
 
-    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
-        return Start(random_like(self, weight, h, r, generator))
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
+        return Start(random_like(self, objective.weight, h, r, generator))
 
 
 class ProductKernel(TiledKernel):
@@ -130,21 +134,21 @@ class ProductKernel(TiledKernel):
         B = torch.randn(in_features, h, r, generator=generator) / r**0.5
         return Triplets(A, B, alternating_signs(h, A) / h**0.5)
 
-    def warm_start(self, weight: Tensor, spectrum: Spectrum, h: int, r: int, generator: torch.Generator) -> Start:
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
         """Truncated SVD in the range where k is nearly linear, with mu adding up to zero so that k(0) cancels.
 
         A single triplet cannot cancel it, and begins at random.
         """
         if h == 1:
-            return Start(random_like(self, weight, h, r, generator))
-        left, right = (f.unflatten(1, (h, r)) for f in balanced_factors(spectrum, h * r))
+            return Start(random_like(self, objective.weight, h, r, generator))
+        left, right = (f.unflatten(1, (h, r)) for f in balanced_factors(objective.spectrum, h * r))
         signs = alternating_signs(h, left)
         size = torch.where(signs > 0, 1.0, (h + 1) // 2 / max(1, h // 2))
         zero = left.new_zeros(1, 1, 1)
         slope = float(self.slope(zero, self.value(zero)))
         shrink = self.small * (h * r) ** 0.5
         mu = signs * size / (slope * shrink)
-        return Start(Triplets(left * shrink, right * (signs / size)[:, None], mu).map(lambda p: p.to(weight.dtype)))
+        return Start(Triplets(left * shrink, right * (signs / size)[:, None], mu).map(lambda p: p.to(objective.weight.dtype)))
 
 
 def panels(t: Triplets) -> Iterator[slice]:

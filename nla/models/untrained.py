@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nla.cache import Cache
-from nla.models.causal_lm import DTYPES, CausalLM, LanguageModel
+from nla.models import vision
+from nla.models.base import DTYPES, LanguageModel, VisionModel
+from nla.models.causal_lm import CausalLM, from_architecture
 
 
 class UntrainedModel(CausalLM):
@@ -22,16 +23,42 @@ class UntrainedModel(CausalLM):
         """Nothing can be missing."""
 
     def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        settings = {key: value for key, value in self.architecture.items() if key != "model_type"}
-        config = AutoConfig.for_model(self.architecture["model_type"], **settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.weights_seed)
-            model = AutoModelForCausalLM.from_config(config)
-        return LanguageModel(model.to(device, DTYPES[dtype]).eval(), encode_bytes)
+            model = from_architecture(self.architecture)
+        return LanguageModel(model.to(device, DTYPES[dtype]).eval(), byte_tokenizer())
 
 
-def encode_bytes(text: str) -> Tensor:
-    """UTF-8 bytes as token ids (tokens,)."""
-    return torch.tensor(list(text.encode()), dtype=torch.long)
+class UntrainedVision(vision.ImageClassifier):
+    """Any timm architecture with random weights from `weights_seed`."""
+
+    def __init__(self, name: str, weights_seed: int, dtype: str, architecture: dict[str, Any]) -> None:
+        self.architecture, self.weights_seed = dict(architecture), weights_seed
+
+    def configuration(self, cache: Cache) -> dict[str, Any]:
+        return self.architecture
+
+    def check(self, dtype: str, cache: Cache) -> None:
+        """Nothing can be missing."""
+
+    def load(self, device: str, dtype: str, cache: Cache) -> VisionModel:
+        return vision.classifier(vision.from_architecture(self.architecture, self.weights_seed), device, dtype)
+
+
+def byte_tokenizer() -> Any:
+    """A tokeniser whose token ids are the bytes of the text in UTF-8."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = byte_alphabet()
+    tokenizer = Tokenizer(models.BPE(vocab={alphabet[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[0], pad_token=alphabet[0])
+
+
+def byte_alphabet() -> list[str]:
+    """The visible character that the byte level of `tokenizers` writes for each byte (GPT-2's table)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in visible else chr(next(spare)) for byte in range(256)]

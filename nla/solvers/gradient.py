@@ -9,9 +9,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from nla.errors import NonFiniteError, UserError, require_choice, require_integer, require_positive
+from nla.errors import NonFiniteError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.kernels.base import Kernel, Start, random_like
-from nla.linalg import Spectrum
+from nla.objective import Objective
 from nla.triplets import Triplets
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,7 +29,7 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Solution:
-    """Triplets and how they were found; `losses` are (step, relative squared error) pairs."""
+    """Triplets and how they were found; `losses` are (step, relative squared error in the objective's norm)."""
 
     triplets: Triplets
     losses: list[tuple[int, float]]
@@ -39,7 +39,7 @@ class Solution:
 
 
 class GradientFit:
-    """Minimise ||dense(A, B, mu) - W||^2 / ||W||^2.
+    """Minimise ||(dense(A, B, mu) - W) S||^2 / ||W S||^2.
 
     Args:
         optimiser: parameter groups -> torch optimiser.
@@ -77,8 +77,7 @@ class GradientFit:
             ("patience", patience, 1),
         ):
             require_integer(f"solver.{name}", value, least)
-        if not tolerance >= 0:
-            raise UserError(f"solver.tolerance={tolerance} must be 0 or more")
+        require_at_least_zero("solver.tolerance", tolerance)
         self.optimiser, self.start, self.steps, self.lr = optimiser, start, steps, lr
         self.warmup, self.schedule, self.tolerance = warmup, schedule, tolerance
         self.patience, self.interval, self.products = patience, interval, PRODUCTS[products]
@@ -86,14 +85,13 @@ class GradientFit:
     def fit(
         self,
         kernel: Kernel,
-        weight: Tensor,
-        spectrum: Spectrum,
+        objective: Objective,
         h: int,
         r: int,
         generator: torch.Generator,
         measured: ExitStack,
     ) -> Solution:
-        """Triplets for a finite fp32 weight (out, in) of unit root mean square, and its spectrum.
+        """Triplets that make the objective small.
 
         `measured` is closed once memory cannot rise any more: measuring it is not free.
 
@@ -101,15 +99,15 @@ class GradientFit:
             NonFiniteError: the loss left the finite numbers (a smaller solver.lr helps).
         """
         if self.start == "random":
-            start = Start(random_like(kernel, weight, h, r, generator))
+            start = Start(random_like(kernel, objective.weight, h, r, generator))
         else:
-            start = kernel.warm_start(weight, spectrum, h, r, generator)
-        return self.descend(kernel, weight, start, measured)
+            start = kernel.warm_start(objective, h, r, generator)
+        return self.descend(kernel, objective, start, measured)
 
-    def descend(self, kernel: Kernel, weight: Tensor, start: Start, measured: ExitStack) -> Solution:
+    def descend(self, kernel: Kernel, objective: Objective, start: Start, measured: ExitStack) -> Solution:
         """The loop: the best iterate is returned, so that no fit is worse than its start."""
         t = start.triplets.map(lambda p: p.clone().contiguous())
-        energy = float(weight.square().sum())
+        energy = objective.energy
         sizes = [max(float(p.square().mean().sqrt()), 1e-12) for p in (t.A, t.B, t.mu)]
         groups = [{"params": [p], "lr": self.lr * size} for p, size in zip((t.A, t.B, t.mu), sizes, strict=True)]
         optimiser = self.optimiser(groups)
@@ -118,7 +116,7 @@ class GradientFit:
         for step in range(self.steps + 1):
             if step == 2:  # the optimiser's state is there, and every step is like the one before
                 measured.close()
-            loss, gradient = kernel.squared_error(t, weight, self.products)
+            loss, gradient = kernel.squared_error(t, objective, self.products)
             error = float(loss) / energy
             if not math.isfinite(error):
                 raise NonFiniteError(f"the loss is {error} at step {step}; try solver.lr={self.lr / 3:.2g}")

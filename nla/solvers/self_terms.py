@@ -2,7 +2,8 @@
 
 What the kernel can reach. Its matrix is s_out 1^T + 1 s_in^T + M with rank M <= R = h*r. If s_out and s_in could be chosen
 freely, the best M would be the rank-R SVD of the doubly centred weight (rows and columns of mean zero) and the error that
-SVD's tail, by Eckart-Young: no piecewise fit is below that.
+SVD's tail, by Eckart-Young: no piecewise fit is below that. In a weighted norm ||. S|| the same holds of W S, centred against
+1 from the left and against S^T 1 from the right.
 
 Why it is reached. M = -2 a b^T leaves R x R freedom: A = a G and B = b G^-T D give the same M for every invertible G, with
 D = diag(signs of mu), and moving all rows of b by -e/2 adds only a row and a column term. With P = G D G^T the self-terms are
@@ -19,28 +20,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nla.linalg import Spectrum, balanced_factors
+from nla.linalg import balanced_factors
+from nla.objective import Objective
 from nla.triplets import Triplets, alternating_signs
 
 SOLVED = 1e-8  # relative squared error of the self-terms that counts as none
 MAX_STEPS = 40
+RIDGE = 1e-3  # relative to the mean of the diagonal
 
 
-def fit_self_terms(weight: Tensor, h: int, r: int) -> tuple[Triplets, float]:
+def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, float]:
     """Piecewise triplets for a weight (out, in), and the smallest relative squared error that any could have."""
-    w = weight.double()
-    mean = w.mean()
-    row, column = w.mean(1) - mean, w.mean(0) - mean
-    centred = Spectrum(w - row[:, None] - column[None, :] - mean)
-    energy = float(w.square().sum())
-    optimum = centred.energy * centred.tail(h * r) / energy
+    w = objective.weight.double()
+    m, n = w.shape
+    S = torch.eye(n, dtype=w.dtype, device=w.device) if objective.wide_S is None else objective.wide_S
+    G = S @ S.T
+    G.diagonal().add_(RIDGE)  # behind a LayerNorm inputs add up to zero: a term s_out 1^T is then hardly seen, or not at all
+    reach = G.sum()
+    mean_in = G.sum(1) / reach  # (in,): adds up to 1; a column term 1 x^T is centred by it, as by 1 / in in the plain norm
+    column = w.mean(0)
+    above = w - column
+    row = above @ mean_in
+    centred = above - row[:, None]  # the rest is orthogonal to every s_out 1^T and 1 s_in^T, in the objective's norm
+    inner = Objective(centred, objective.factor).spectrum
+    energy = objective.energy
+    optimum = inner.energy * inner.tail(h * r) / objective.spectrum.energy
 
-    left, right = balanced_factors(centred, h * r)
-    ratio = (w.shape[0] / w.shape[1]) ** 0.25
+    left, right = balanced_factors(inner, h * r)
+    ratio = (m / n) ** 0.25
     a, b = left * (ratio / 2**0.5), right * (-1 / ratio / 2**0.5)  # -2 a b^T is the truncated SVD
     signs = alternating_signs(h, w).repeat_interleave(r)
-    gauge = solve(SelfTerms(a, b, row, column + mean), Gauge(torch.diag(signs), torch.zeros_like(signs), 0.0), energy)
-    return gauge.triplets(a, b, h, r).map(lambda p: p.to(weight.dtype)), optimum
+    weights = torch.cat((reach.sqrt().expand(m), (m * G.diagonal()).sqrt()))
+    equations = SelfTerms(a, b, row, column, weights)
+    gauge = solve(equations, Gauge(torch.diag(signs), torch.zeros_like(signs), 0.0), energy)
+    return gauge.triplets(a, b, h, r).map(lambda p: p.to(objective.weight.dtype)), optimum
 
 
 @dataclass(frozen=True)
@@ -68,12 +81,7 @@ class SelfTerms:
     b: Tensor  # (in, R)
     row: Tensor  # (out,) what s_out must be, up to c
     column: Tensor  # (in,) what s_in must be, up to -c
-
-    @property
-    def weights(self) -> Tensor:
-        """(out + in,): an error in s_out stands in every column of the matrix, one in s_in in every row."""
-        m, n = len(self.row), len(self.column)
-        return torch.cat((self.row.new_full((m,), n**0.5), self.column.new_full((n,), m**0.5)))
+    weights: Tensor  # (out + in,): an error in s_out stands in every column of the matrix, one in s_in in every row
 
     def residual(self, gauge: Gauge) -> tuple[Tensor, Tensor]:
         """The weighted residuals (out + in,), and H = (b - e/2) P^-1 (in, R)."""

@@ -1,0 +1,25 @@
+"""ASVD: SVD weighted by the size of the inputs (Yuan et al., 2023)."""
+
+from nla.errors import require_at_least_zero
+from nla.methods.svd import SVD
+from nla.objective import Norms, Objective
+
+
+class ASVD(SVD):
+    """S = diag(mean|x_j|^alpha + 1e-6).
+
+    Args:
+        alpha: 0 is plain SVD, 0.5 the paper's.
+    """
+
+    needs = frozenset({"magnitude"})
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        require_at_least_zero("method.alpha", alpha)
+        self.alpha = alpha
+
+    def objective(self, norms: Norms) -> Objective:
+        magnitude = norms.statistics.magnitude
+        assert magnitude is not None
+        return norms.scaled(magnitude.double().pow(self.alpha) + 1e-6)

@@ -1,0 +1,26 @@
+"""SVD-LLM: truncation-aware SVD of the whitened weight (Wang et al., 2025)."""
+
+from nla.linalg import spectrum_flops
+from nla.methods.svd import SVD
+from nla.objective import Norms, Objective
+
+
+class SVDLLM(SVD):
+    """S = L with X^T X = L L^T: the matrix of its rank that changes the layer's outputs least, over the calibration tokens.
+
+    Args:
+        sequential: later blocks are whitened by what the compressed earlier blocks make of the calibration text.
+    """
+
+    needs = frozenset({"gram"})
+
+    def __init__(self, sequential: bool) -> None:
+        super().__init__()
+        self.sequential = sequential
+
+    def objective(self, norms: Norms) -> Objective:
+        return norms.outputs
+
+    def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        whiten = in_features**3 // 3 + 2 * out_features * in_features**2
+        return whiten + spectrum_flops(out_features, in_features)

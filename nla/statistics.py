@@ -1,0 +1,260 @@
+"""What is known of the inputs of linear layers from calibration data: one pass, one block's statistics alive at a time."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nla.blocks import Block, Inputs, Stream, chain
+from nla.cache import Cache, digest
+from nla.errors import NonFiniteError
+from nla.models.base import Model, Sample
+from nla.workers import ordered_map
+
+PANEL = 256  # columns of a Gram matrix that one worker adds up at a time
+STREAMED = ("gram", "magnitude")  # what a forward through the blocks gives; `fisher` needs gradients
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one linear layer; what no method asked for is None.
+
+    Attributes:
+        gram: sum over tokens of x x^T, (in, in), accumulated in fp32 (SVD-LLM).
+        magnitude: mean over tokens of |x|, (in,) (ASVD).
+        fisher: sum over outputs of the mean squared gradient of the weight, (in,) (FWSVD).
+    """
+
+    gram: Tensor | None = None
+    magnitude: Tensor | None = None
+    fisher: Tensor | None = None
+
+
+class StatisticsStore:
+    """Statistics on disk, one file per input and kind, keyed by what they were made from.
+
+    Args:
+        made_from: digest of weights, samples, code and packages.
+    """
+
+    def __init__(self, cache: Cache, made_from: str) -> None:
+        self.cache, self.made_from = cache, made_from
+        self.seen: set[str] = set()  # keys whose files were found whole by this object
+
+    def key(self, kind: str, layer: str) -> str:
+        return digest([self.made_from, kind, layer])
+
+    def owner(self, kind: str, layer: str) -> str | None:
+        """The layer that stands for all with the same input, if a pass has found it."""
+        return layer if kind == "fisher" else self.cache.load_json("statistics", self.key("owner", layer))
+
+    def has(self, kind: str, layer: str) -> bool:
+        """Whether it is there and undamaged."""
+        owner = self.owner(kind, layer)
+        key = "" if owner is None else self.key(kind, owner)
+        if key and key not in self.seen and self.cache.load_tensors("statistics", key) is not None:
+            self.seen.add(key)
+        return key in self.seen
+
+    def store(self, kind: str, layer: str, value: Tensor) -> None:
+        """Write the statistic of the input that `layer` stands for.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinite values; names the layer.
+        """
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"{layer}: the {kind} of its inputs over the calibration samples is not finite")
+        self.cache.store_tensors("statistics", self.key(kind, layer), {kind: value.cpu()}, {"layer": layer})
+
+    def store_owners(self, owners: dict[str, str]) -> None:
+        for layer, owner in owners.items():
+            self.cache.store_json("statistics", self.key("owner", layer), owner)
+
+    def load(self, needs: frozenset[str], layer: str, device: torch.device) -> Statistics:
+        """What a method needs to know of one layer; it must have been collected."""
+        found = {}
+        for kind in needs:
+            owner = self.owner(kind, layer)
+            entry = None if owner is None else self.cache.load_tensors("statistics", self.key(kind, owner))
+            if entry is None:
+                raise RuntimeError(f"the {kind} of {layer} left the cache while the run went on; start it again")
+            found[kind] = entry[0][kind].to(device)
+        return Statistics(**found)
+
+
+def collect(
+    model: Model,
+    layers: Sequence[str],
+    kinds: frozenset[str],
+    samples: Sequence[Sample],
+    fisher_samples: int,
+    store: StatisticsStore,
+    offload: bool,
+) -> None:
+    """Put what is missing of these statistics into the store, gradients from the first `fisher_samples` samples only."""
+    streamed = kinds.intersection(STREAMED)
+    if any(not store.has(kind, layer) for kind, layer in product(streamed, layers)):
+        for _ in stream_blocks(model, layers, streamed, samples, store, offload):
+            pass
+    if "fisher" in kinds and any(not store.has("fisher", layer) for layer in layers):
+        for layer, value in fisher(model, layers, samples[:fisher_samples]).items():
+            store.store("fisher", layer, value)
+
+
+def stream_blocks(
+    model: Model,
+    layers: Sequence[str],
+    kinds: frozenset[str],
+    samples: Sequence[Sample],
+    store: StatisticsStore,
+    offload: bool,
+) -> Iterator[Block]:
+    """Collect block by block; each block is given out when its statistics are stored, before the next one is begun.
+
+    Whoever takes the block may put other layers into it: the next one then sees what those make of the samples.
+    """
+    device = next(model.module.parameters()).device
+    blocks = chain(model, layers)
+    stream = Stream(model, blocks[0], samples, device, store.cache.root / "streams" if offload else None)
+    tokens = 0
+    with tqdm(blocks, "statistics", unit="block", dynamic_ncols=True) as bar:
+        for block in bar:
+            missing = frozenset(kind for kind, layer in product(kinds, block.layers) if not store.has(kind, layer))
+            before = [model.module.get_submodule(layer) for layer in block.layers]
+            outputs: list[Tensor] = []
+            if missing:
+                moments = Moments(missing)
+                with Inputs(model.module, block.layers) as inputs:
+                    for group in stream.groups():
+                        outputs += moments.add(stream, block, inputs, group)
+                tokens = moments.store(store)
+                store.store_owners(inputs.owner)
+            yield block
+            changed = any(model.module.get_submodule(n) is not m for n, m in zip(block.layers, before, strict=True))
+            if block is not blocks[-1]:
+                stream.states = outputs if outputs and not changed else stream.after(block)
+            bar.set_postfix_str(f"{tokens} rows", refresh=False)
+
+
+class Moments:
+    """Sums over tokens, in place: of x x^T (the upper triangle, panel by panel) and of |x|, for each input of one block."""
+
+    def __init__(self, kinds: frozenset[str]) -> None:
+        self.kinds = kinds
+        self.gram: dict[str, Tensor] = {}
+        self.magnitude: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = {}
+
+    def add(self, stream: Stream, block: Block, inputs: Inputs, group: list[Tensor]) -> list[Tensor]:
+        """Run some samples through the block and add up what its layers read; their outputs."""
+
+        def forward(state: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return inputs.of(lambda: stream.through(block, state))
+
+        with closing(ordered_map(forward, group, stream.device)) as ran:
+            outputs, caught = zip(*((stream.kept(output), read) for output, read in ran), strict=True)
+        tasks = []
+        for name in caught[0]:
+            parts = [read[name].float() for read in caught]  # each (rows, in)
+            size = parts[0].shape[1]
+            self.rows[name] = self.rows.get(name, 0) + sum(map(len, parts))
+            if "magnitude" in self.kinds:
+                total = self.magnitude.setdefault(name, parts[0].new_zeros(size))
+                for x in parts:
+                    total += x.abs().sum(0)
+            if "gram" in self.kinds:
+                gram = self.gram.setdefault(name, parts[0].new_zeros(size, size))
+                tasks += [(gram, parts, panel) for panel in panels(size)]
+        for _ in ordered_map(add_panel, tasks, stream.device):
+            pass
+        return list(outputs)
+
+    def store(self, store: StatisticsStore) -> int:
+        """Write all of a block's statistics; the number of rows that were seen."""
+        for name, total in self.magnitude.items():
+            store.store("magnitude", name, total / self.rows[name])
+        for name, gram in self.gram.items():
+            store.store("gram", name, gram.triu_().add_(gram.triu(1).T))
+        return max(self.rows.values())
+
+
+def panels(size: int) -> list[slice]:
+    """range(size) in equal parts of at most PANEL."""
+    count = -(-size // PANEL)
+    edges = [size * i // count for i in range(count + 1)]
+    return [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
+
+
+def add_panel(task: tuple[Tensor, list[Tensor], slice]) -> None:
+    """G[panel, panel.start:] += x[:, panel]^T x[:, panel.start:]: little more than half of the whole product."""
+    gram, parts, panel = task
+    for x in parts:
+        gram[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
+
+
+def fisher(model: Model, layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Per layer, (in,): the sum over outputs of the squared gradient of the weight, mean over samples.
+
+    The gradient is that of a sample's loss. Each weight's is squared and summed as soon as it is known, none is kept.
+    """
+    device = next(model.module.parameters()).device
+    trained = {p: p.requires_grad for p in model.module.parameters()}
+    model.module.requires_grad_(False)
+    try:
+        with Gradients(model.module, layers) as gradients:
+
+            def squares(sample: Sample) -> dict[str, Tensor]:
+                return gradients.of(lambda: model.loss(sample.to(device)))
+
+            total: dict[str, Tensor] = {}
+            with closing(ordered_map(squares, samples, device)) as results:
+                for found in tqdm(results, "gradients", len(samples), unit="sample", dynamic_ncols=True):
+                    for name, value in found.items():
+                        total[name] = total[name] + value if name in total else value
+    finally:
+        for p, wanted in trained.items():
+            p.requires_grad_(wanted)
+    return {name: total[name] / len(samples) for name in layers}
+
+
+class Gradients:
+    """While open, the squared gradients of some layers' weights are caught in each backward pass, by thread."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self.model, self.layers = model, layers
+        self.seen, self.hooks = threading.local(), ExitStack()
+
+    def __enter__(self) -> "Gradients":
+        for name in self.layers:
+            handle = self.model.get_submodule(name).register_forward_hook(self.hook(name))
+            self.hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.hooks.close()
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def catch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            x, found = arguments[0].detach().flatten(0, -2).float(), self.seen.found
+
+            def add(d_y: Tensor) -> None:
+                gradient = d_y.flatten(0, -2).T.float() @ x  # (out, in)
+                found[name] = found.get(name, 0) + gradient.square_().sum(0)
+
+            if not output.requires_grad:  # nothing before it does: the weights are frozen
+                output.requires_grad_()
+            output.register_hook(add)
+
+        return catch
+
+    @torch.enable_grad()
+    def of(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """The squared gradients of a loss, by one thread."""
+        self.seen.found = {}
+        loss().backward()
+        return self.seen.found
