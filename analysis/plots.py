@@ -19,7 +19,7 @@ def loss_by_layer(fits: pd.DataFrame) -> Figure:
         of_kind = fits[fits["kind"] == kind].sort_values("layer")
         reference = of_kind.drop_duplicates("layer")
         axis.plot(reference["layer"], reference["svd_error"], "k--", linewidth=1, label="SVD, equal parameters")
-        for kernel, line in of_kind[of_kind["method"] != "svd"].groupby("kernel", sort=True):
+        for kernel, line in of_kind[of_kind["method"] == "nla"].groupby("kernel", sort=True):
             drawn = axis.plot(line["layer"], line["relative_error"], marker=".", markersize=3, linewidth=1, label=kernel)
             if kernel == "piecewise":
                 colour = drawn[0].get_color()

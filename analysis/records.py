@@ -104,7 +104,7 @@ def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows)
     if len(frame):
-        frame = frame.astype({error: float for error in ERRORS})
+        frame = frame.astype(dict.fromkeys(ERRORS, float))
         frame["layer"] = frame["name"].str.extract(LAYER, expand=False).astype("Int64")
         frame["kind"] = frame["name"].str.replace(r"^.*\blayers\.\d+\.", "", regex=True)
     return frame

@@ -14,9 +14,12 @@ def paper(table: str) -> pd.DataFrame:
     return pd.DataFrame(content[table]).assign(source=lambda rows: rows["source"].map(content["sources"]))
 
 
+PAPERS_NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svdllm": "SVD-LLM", "pela": "PELA"}
+
+
 def method_name(row: pd.Series) -> str:
-    """`svd`, or `nla` with its kernel, and the settings that are not the defaults."""
-    name = "svd" if row["method"] == "svd" else f"nla {row['kernel']}"
+    """`SVD-LLM`, or `NLA piecewise`: the papers' names, NLA with its kernel; and the settings that are not the defaults."""
+    name = PAPERS_NAMES.get(row["method"]) or f"NLA {row['kernel']}"
     return name + (f" ({row['changed']})" if row["changed"] else "")
 
 
@@ -28,20 +31,70 @@ def of_layers(frame: pd.DataFrame, model: str, include: str = r"\blayers\.") -> 
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 
 
-def conversion_perplexity(runs: pd.DataFrame, model: str, data: str) -> pd.DataFrame:
-    """Perplexity by method and removed fraction, the dense model's as ratio 0."""
+def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
+    """A metric (`language_modelling.sotu.perplexity`) by method and removed fraction, the dense model's as ratio 0."""
     rows = of_layers(runs, model)
-    compressed, dense = (f"{stage}.language_modelling.{data}.perplexity" for stage in ("compressed", "dense"))
-    table = rows.pivot(index="name_of_method", columns="ratio", values=compressed)
-    table.insert(0, 0.0, rows.groupby("name_of_method")[dense].first())
+    rows = rows[rows[f"compressed.{metric}"].notna()]
+    table = rows.pivot(index="name_of_method", columns="ratio", values=f"compressed.{metric}")
+    table.insert(0, 0.0, rows.groupby("name_of_method")[f"dense.{metric}"].first())
     return table.rename_axis(index="method", columns="removed")
+
+
+def perplexity_beside_paper(runs: pd.DataFrame, model: str, stand_in: str, data: str) -> pd.DataFrame:
+    """The published LLaMA-7B rows (conversion only, each source its own column) beside what was measured.
+
+    `measured` and `difference` are of the same model and data as the published figure, and empty until somebody runs it;
+    `stand-in` is another model on other text, of the method with all its defaults (NLA: the paper's kernel), and never
+    subtracted from a published figure. `x dense` is a figure divided by its own dense model's.
+    """
+    published = paper("perplexity")
+    published = published[~published["retrained"]]
+    table = published.pivot(index=["ratio", "method"], columns="source", values="wikitext2")
+    table.columns = [f"published ({source.split(':')[0].split(',')[0]})" for source in table.columns]
+    dense = table.reindex([(0.0, "Original")]).iloc[0].dropna().iloc[0]
+    first = table.bfill(axis=1).iloc[:, 0]
+    table["published x dense"] = first / dense
+    table["measured"] = papers_rows(runs, model, "wikitext2")
+    table["difference"] = table["measured"] - first
+    column = f"stand-in: {stand_in}, {data}"
+    table[column] = papers_rows(runs, stand_in, data)
+    table["stand-in x dense"] = table[column] / table[column].reindex([(0.0, "Original")]).iloc[0]
+    return table.rename_axis(index=["removed", "method"])
+
+
+def papers_rows(runs: pd.DataFrame, model: str, data: str) -> pd.Series:
+    """Measured perplexity by (ratio, the paper's name of the method), of runs with every default; the dense as Original."""
+    metric = f"language_modelling.{data}.perplexity"
+    if f"compressed.{metric}" not in runs:
+        return pd.Series(dtype=float)
+    rows = runs[(runs["model"] == model) & (runs["changed"] == "") & runs[f"compressed.{metric}"].notna()]
+    rows = rows[(rows["method"] != "nla") | (rows["kernel"] == "piecewise")]
+    names = rows["method"].map(lambda method: PAPERS_NAMES.get(method, "NLA"))
+    figures = {(ratio, name): x for ratio, name, x in zip(rows["ratio"], names, rows[f"compressed.{metric}"], strict=True)}
+    if len(rows):
+        figures[(0.0, "Original")] = rows[f"dense.{metric}"].iloc[0]
+    return pd.Series(figures, dtype=float)
+
+
+def accuracy(runs: pd.DataFrame, model: str, prefix: str) -> pd.DataFrame:
+    """One row per run whose metrics begin with `prefix` (`commonsense.everyday`), dense first: every figure of the accuracy."""
+    rows = of_layers(runs, model).sort_values(["ratio", "name_of_method"])
+    columns = [c for c in map(str, rows) if c.startswith(f"compressed.{prefix}")]
+    rows = rows[rows[columns].notna().any(axis=1)]
+    table = rows.set_index(["ratio", "name_of_method"])[columns]
+    table.columns = [c.removeprefix(f"compressed.{prefix}.") for c in columns]
+    dense = rows.iloc[:1][[c.replace("compressed.", "dense.", 1) for c in columns]].set_axis(table.columns, axis=1)
+    dense.index = pd.MultiIndex.from_tuples([(0.0, "dense")])
+    return pd.concat([dense, table]).rename_axis(index=["removed", "method"])
 
 
 def error_by_method(fits: pd.DataFrame, model: str) -> pd.DataFrame:
     """Mean relative error by method and removed fraction, and its ratio to SVD's with as many parameters."""
     rows = of_layers(fits, model)
     rows = rows.assign(to_svd=rows["relative_error"] / rows["svd_error"])
-    return rows.groupby(["ratio", "name_of_method"])[["relative_error", "svd_error", "floor", "to_svd"]].mean()
+    return rows.groupby(["ratio", "name_of_method"])[
+        ["relative_error", "svd_error", "floor", "to_svd", "weighted_error", "svd_llm_error", "weighted_floor"]
+    ].mean()
 
 
 def error_by_kind(fits: pd.DataFrame, model: str, ratio: float) -> pd.DataFrame:

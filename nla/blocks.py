@@ -59,7 +59,7 @@ def common_path(names: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-class Caught(Exception):
+class CaughtError(Exception):
     """Ends a forward once the first block's input is known."""
 
 
@@ -85,12 +85,12 @@ class Stream:
             state, *others = arguments
             self.arguments.setdefault(len(state), (others, keywords))  # samples are of one length, and nothing is padded
             self.states.append(self.kept(state))
-            raise Caught
+            raise CaughtError
 
         handle = first.module.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             for batch in batches(samples):
-                with suppress(Caught), torch.no_grad():
+                with suppress(CaughtError), torch.no_grad():
                     model.logits(batch.to(device))
         finally:
             handle.remove()
@@ -137,12 +137,12 @@ def batches(samples: Sequence[Sample]) -> Iterator[Tensor]:
 
 
 def rows(state: Tensor) -> int:
-    """Positions: of features (..., features), of token ids (batch, tokens), or the most that images (batch, c, h, w) can have."""
+    """Positions: of features (..., features), of token ids (batch, tokens), or rows of pixels."""
     return state.numel() // state.shape[-1] if state.is_floating_point() else state.numel()
 
 
 class Inputs:
-    """While open, the inputs of some layers are caught, each once: (layer that stands for all with this input) -> (rows, in)."""
+    """While open, the inputs of some layers are caught, each once, under the first layer that reads it: (rows, in)."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model, self.layers = model, layers

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 class PeakMemory:
     """`with PeakMemory(device) as memory: ...` then `memory.peak_bytes`: the most that was alive beyond what was there before.
 
-    On the CPU it counts the storages of tensors that the block creates, in this thread and its workers, from the moment an operation returns
-    them until they are freed; workspace inside an operation is not seen. The figure is exact and the same on every run.
+    On the CPU it counts the storages of tensors that the block creates, in this thread and its workers, from the moment an
+    operation returns them until they are freed; workspace inside an operation is not seen. The figure is exact, and the same
+    on every run of one thread.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -59,7 +59,7 @@ class Objective:
         return Spectrum(self.weight) if self.factor is None else WeightedSpectrum(self.weight, self.factor.times)
 
     @cached_property
-    def wide_S(self) -> Tensor | None:
+    def wide_root(self) -> Tensor | None:
         """S as a matrix (in, in), fp64, scaled so that its rows' squared norms are 1 on average; None for the plain norm."""
         if self.factor is None:
             return None
@@ -67,19 +67,19 @@ class Objective:
         return S * (len(S) / S.square().sum()).sqrt()
 
     @cached_property
-    def S(self) -> Tensor | None:
+    def root(self) -> Tensor | None:
         """The same in fp32."""
-        return None if self.wide_S is None else self.wide_S.to(self.weight.dtype)
+        return None if self.wide_root is None else self.wide_root.to(self.weight.dtype)
 
     @cached_property
     def gram(self) -> Tensor | None:
         """S S^T (in, in), fp32."""
-        return None if self.S is None else self.S @ self.S.T
+        return None if self.root is None else self.root @ self.root.T
 
     @cached_property
     def target(self) -> Tensor:
         """W S (out, in), fp32."""
-        return self.weight if self.S is None else self.weight @ self.S
+        return self.weight if self.root is None else self.weight @ self.root
 
     @cached_property
     def energy(self) -> float:
@@ -88,11 +88,11 @@ class Objective:
 
     def seen(self, right: Tensor) -> Tensor:
         """S^T right: what a right factor (in, k) of the matrix is in this norm."""
-        return right if self.S is None else self.S.T.to(right.dtype) @ right
+        return right if self.root is None else self.root.T.to(right.dtype) @ right
 
     def unseen(self, d_seen: Tensor) -> Tensor:
         """S d: the gradient for a right factor, given that for what is seen of it."""
-        return d_seen if self.S is None else self.S.to(d_seen.dtype) @ d_seen
+        return d_seen if self.root is None else self.root.to(d_seen.dtype) @ d_seen
 
     def squared(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """||E S||^2 and its gradient for E, some rows of W' - W: (rows, in)"""

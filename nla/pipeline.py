@@ -160,7 +160,7 @@ def sample(request: Request, model: Model, state: str) -> tuple[list[Sample], St
     if request.method.sequential:  # what a block reads depends on the fits before it
         budgets = [[entry.spec.name, entry.n_params] for entry in request.plan]
         made_from += [budgets, request.values["method"], request.values["seed"], code_digest(*FIT_CODE)]
-    code = code_digest("nla/statistics.py", "nla/blocks.py", "nla/workers.py")
+    code = code_digest("nla/statistics.py", "nla/fisher.py", "nla/blocks.py", "nla/workers.py")
     return samples, StatisticsStore(request.cache, digest([made_from, code]))
 
 
@@ -173,9 +173,7 @@ def measure_inputs(request: Request, model: Model, samples: list[Sample], store:
     return memory.peak_bytes
 
 
-def fit(
-    request: Request, record: RunRecord, model: Model, samples: list[Sample], store: StatisticsStore, folder: Path
-) -> None:
+def fit(request: Request, record: RunRecord, model: Model, samples: list[Sample], store: StatisticsStore, folder: Path) -> None:
     """Fit and swap all planned matrices; each fit is on disk and tracked as soon as it is there."""
     with (folder / "fits.jsonl").open("w") as lines, progress(request) as bar:
         for part in parts(request, model, samples, store):

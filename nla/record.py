@@ -16,12 +16,9 @@ from nla.errors import UserError
 
 SCHEMA: Literal[1] = 1
 ROOT = Path(__file__).resolve().parent.parent
+COMPUTING = ["torch", "torchvision", "transformers", "timm", "lm_eval"]
 PACKAGES = [
-    "torch",
-    "torchvision",
-    "transformers",
-    "timm",
-    "lm_eval",
+    *COMPUTING,
     "accelerate",
     "datasets",
     "hydra-core",
@@ -141,8 +138,8 @@ def signature(config: dict[str, Any], inputs: dict[str, str]) -> str:
 
 @cache
 def computing_packages() -> dict[str, str]:
-    """Versions of the packages whose arithmetic is in every figure."""
-    return {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+    """Versions of the packages whose arithmetic, or whose protocol, is in the figures."""
+    return {package: importlib.metadata.version(package) for package in COMPUTING}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -69,12 +69,12 @@ def show_plan(request: Request) -> None:
 def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     """The figures of a finished run and where they are."""
     rows = [
-        [stage, f"{task} {data}", *headline(figures), measured_on(figures)]
+        [stage, data, *headline(figures), measured_on(figures)]
         for stage, tasks in record.metrics.items()
-        for task, sets in tasks.items()
+        for sets in tasks.values()
         for data, figures in sets.items()
     ]
-    log.info("\n%s", tabulate(rows, ["model", "task", "measure", "figure", "of"], disable_numparse=True))
+    log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
     p = record.parameters
     assert p is not None
     log.info(

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def sealed_folder(cache: Cache, kind: str, name: str, make: Callable[[Path, Path], None]) -> Path:
-    """The folder <cache>/<kind>/<name>, whole and undamaged; else make(folder, scratch) fills it, with room for drafts beside."""
+    """The folder <cache>/<kind>/<name>, whole and undamaged; if it is not there, make(folder, scratch) fills it."""
     folder = cache.root / kind / name
     with cache.lock(kind, name):
         if not intact(folder):

@@ -1,18 +1,18 @@
 """What is known of the inputs of linear layers from calibration data: one pass, one block's statistics alive at a time."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nla.blocks import Block, Inputs, Stream, chain
 from nla.cache import Cache, digest
 from nla.errors import NonFiniteError
+from nla.fisher import fisher
 from nla.models.base import Model, Sample
 from nla.workers import ordered_map
 
@@ -187,7 +187,7 @@ def panels(size: int) -> list[slice]:
     """range(size) in equal parts of at most PANEL."""
     count = -(-size // PANEL)
     edges = [size * i // count for i in range(count + 1)]
-    return [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
+    return [slice(*edge) for edge in pairwise(edges)]
 
 
 def add_panel(task: tuple[Tensor, list[Tensor], slice]) -> None:
@@ -195,66 +195,3 @@ def add_panel(task: tuple[Tensor, list[Tensor], slice]) -> None:
     gram, parts, panel = task
     for x in parts:
         gram[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
-
-
-def fisher(model: Model, layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Per layer, (in,): the sum over outputs of the squared gradient of the weight, mean over samples.
-
-    The gradient is that of a sample's loss. Each weight's is squared and summed as soon as it is known, none is kept.
-    """
-    device = next(model.module.parameters()).device
-    trained = {p: p.requires_grad for p in model.module.parameters()}
-    model.module.requires_grad_(False)
-    try:
-        with Gradients(model.module, layers) as gradients:
-
-            def squares(sample: Sample) -> dict[str, Tensor]:
-                return gradients.of(lambda: model.loss(sample.to(device)))
-
-            total: dict[str, Tensor] = {}
-            with closing(ordered_map(squares, samples, device)) as results:
-                for found in tqdm(results, "gradients", len(samples), unit="sample", dynamic_ncols=True):
-                    for name, value in found.items():
-                        total[name] = total[name] + value if name in total else value
-    finally:
-        for p, wanted in trained.items():
-            p.requires_grad_(wanted)
-    return {name: total[name] / len(samples) for name in layers}
-
-
-class Gradients:
-    """While open, the squared gradients of some layers' weights are caught in each backward pass, by thread."""
-
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self.model, self.layers = model, layers
-        self.seen, self.hooks = threading.local(), ExitStack()
-
-    def __enter__(self) -> "Gradients":
-        for name in self.layers:
-            handle = self.model.get_submodule(name).register_forward_hook(self.hook(name))
-            self.hooks.callback(handle.remove)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.hooks.close()
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def catch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            x, found = arguments[0].detach().flatten(0, -2).float(), self.seen.found
-
-            def add(d_y: Tensor) -> None:
-                gradient = d_y.flatten(0, -2).T.float() @ x  # (out, in)
-                found[name] = found.get(name, 0) + gradient.square_().sum(0)
-
-            if not output.requires_grad:  # nothing before it does: the weights are frozen
-                output.requires_grad_()
-            output.register_hook(add)
-
-        return catch
-
-    @torch.enable_grad()
-    def of(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """The squared gradients of a loss, by one thread."""
-        self.seen.found = {}
-        loss().backward()
-        return self.seen.found

@@ -39,7 +39,9 @@ class Task(ABC):
         """Raise UserError, in one sentence, if such a model cannot be measured by this task."""
         if inventory.reads != self.reads:
             fitting = "task=imagenet" if inventory.reads == "images" else "task=language_modelling or task=commonsense"
-            raise UserError(f"task={self.name} is for models that read {self.reads}, this one reads {inventory.reads}; use {fitting}")
+            raise UserError(
+                f"task={self.name} is for models that read {self.reads}, this one reads {inventory.reads}; use {fitting}"
+            )
 
     @abstractmethod
     def evaluate(self, model: Model, cache: Cache, state: str, label: str) -> dict[str, Figures]:

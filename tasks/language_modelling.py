@@ -33,6 +33,7 @@ class LanguageModelling(Task):
 
     name = "language_modelling"
     reads = "text"
+    data: Text
 
     def __init__(self, data: Text, window: int, max_windows: int | None) -> None:
         require_integer("task.window", window, 2)

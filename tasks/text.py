@@ -14,7 +14,6 @@ from nla.errors import UserError, require_choice, require_integer
 from nla.models.base import LanguageModel, Model, Sample
 from tasks.base import Data
 
-
 CHARACTERS = 8  # more than a token has on average: what is cut out of the text to hold `length` of them
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla.kernels.spline import Spline
-from nla.linalg import Spectrum
 from nla.memory import PeakMemory
+from nla.objective import Factor, Objective
 from nla.triplets import Triplets, triplet_size
 from tests.conftest import KERNELS, make_kernel
 
@@ -44,14 +44,19 @@ def test_apply_is_multiplication_by_dense_with_the_same_gradients(name, size, se
 
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=25, deadline=None)
-@given(size=sizes, seed=st.integers(0, 99))
-def test_squared_error_and_its_gradient_are_those_of_dense(name, size, seed):
+@given(size=sizes, seed=st.integers(0, 99), weighted=st.booleans())
+def test_squared_error_and_its_gradient_are_those_of_dense(name, size, seed, weighted):
     kernel = ALL[name]
     t = draw_triplets(kernel, *size, seed)
-    weight = torch.randn(size[0], size[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(size[0], size[1], dtype=torch.float64, generator=generator)
+    S = torch.randn(size[1], size[1], dtype=torch.float64, generator=generator)
+    objective = Objective(weight, Factor(S) if weighted else None)
 
-    loss, gradient = kernel.squared_error(t, weight, torch.float64)
-    expected = (kernel.dense(t) - weight).square().sum()
+    loss, gradient = kernel.squared_error(t, objective, torch.float64)
+    error = kernel.dense(t) - weight
+    expected = ((error @ S) if weighted else error).square().sum()
+    expected = expected * (len(S) / S.square().sum() if weighted else 1)  # the objective scales S
     torch.testing.assert_close(loss, expected.detach())
     wanted = torch.autograd.grad(expected, (t.A, t.B, t.mu))
     for got, want in zip((gradient.A, gradient.B, gradient.mu), wanted, strict=True):
@@ -114,7 +119,7 @@ def test_a_fitted_matrix_in_bf16_is_applied_as_precisely_as_a_linear_one(name):
 
     def forward_error(kernel) -> float:
         h, r = kernel.size(96, 128, 96 * 128 // 2)
-        t = kernel.canonical(kernel.warm_start(weight, Spectrum(weight), h, r, generator).triplets).map(torch.Tensor.bfloat16)
+        t = kernel.canonical(kernel.warm_start(Objective(weight), h, r, generator).triplets).map(torch.Tensor.bfloat16)
         exact = kernel.apply(t.map(torch.Tensor.double), x.bfloat16().double())
         rounded = kernel.apply(t, x.bfloat16())
         assert rounded.dtype == torch.bfloat16
@@ -208,6 +213,6 @@ def test_a_warm_start_is_finite_for_any_matrix(kernel):
     rank_one = torch.ones(7, 1) @ torch.arange(1.0, 6.0)[None]
     for weight in (torch.randn(7, 5), torch.randn(2, 9), rank_one, torch.eye(3), torch.ones(1, 1)):
         for h, r in ((1, 1), (2, 3), (12, 1)):
-            t = kernel.warm_start(weight, Spectrum(weight), h, r, generator).triplets
+            t = kernel.warm_start(Objective(weight), h, r, generator).triplets
             assert (t.h, t.r) == (h, r)
             assert all(bool(torch.isfinite(p).all()) for p in (t.A, t.B, t.mu))

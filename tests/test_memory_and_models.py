@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from nla.cache import Cache
 from nla.errors import UserError
 from nla.memory import PeakMemory
-from nla.models.packaged import intact, seal
+from nla.sealed import intact, seal
 from tests.conftest import ROOT, configuration
 
 CPU = torch.device("cpu")

@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 
 from nla.errors import NonFiniteError
 from nla.linalg import Spectrum
+from nla.methods.asvd import ASVD
+from nla.methods.fwsvd import FWSVD
 from nla.methods.svd import SVD
+from nla.methods.svd_llm import SVDLLM
+from nla.statistics import Statistics
 from tests.conftest import configuration, options
 
 METHODS = options("method")
@@ -19,8 +23,16 @@ def make_method(name: str):
     return instantiate(values.method, _convert_="all")
 
 
-def compress(method, weight, n_params, seed=0):
-    return method.compress(weight, n_params, torch.Generator().manual_seed(seed))
+def known_inputs(size: int, tokens: int = 0, seed: int = 5) -> Statistics:
+    """Statistics of `tokens` random inputs of uneven sizes, and some Fisher information."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens or 2 * size, size, generator=generator) * (0.1 + torch.rand(size, generator=generator))
+    return Statistics(x.T @ x, x.abs().mean(0), torch.rand(size, generator=generator))
+
+
+def compress(method, weight, n_params, seed=0, statistics=None):
+    statistics = statistics or known_inputs(weight.shape[1])
+    return method.compress(weight, n_params, statistics, torch.Generator().manual_seed(seed))
 
 
 def dense(fit):
@@ -101,3 +113,95 @@ def test_the_svd_beside_a_fit_has_as_many_parameters():
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     fit = compress(make_method("nla"), weight, 7 * 51 + 50)
     assert fit.svd_error == pytest.approx(Spectrum(weight).tail(7))
+
+
+def matrix_and_inputs(m, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m, n, generator=generator), known_inputs(n, seed=seed)
+
+
+def outputs_error(fit, weight, x) -> float:
+    """||(W' - W) x^T||^2 / ||W x^T||^2, with the inputs themselves."""
+    return float(((dense(fit) - weight.double()) @ x.T).square().sum() / (weight.double() @ x.T).square().sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(m=st.integers(2, 20), n=st.integers(2, 20), tokens=st.integers(1, 60), rank=st.integers(1, 6), seed=st.integers(0, 99))
+def test_svd_llm_reaches_the_smallest_output_error_of_its_rank(m, n, tokens, rank, seed):
+    """Eckart-Young of W X^T, also where the inputs span less than all directions."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator)
+    x = torch.randn(tokens, n, generator=generator).double() * torch.logspace(0, -2, n)
+    fit = compress(SVDLLM(False), weight, rank * (m + n + 1), statistics=Statistics(gram=(x.T @ x).float()))
+    s = torch.linalg.svdvals(weight.double() @ x.T)
+    best = float(s[rank:].square().sum() / s.square().sum())
+    assert outputs_error(fit, weight, x) == pytest.approx(best, rel=1e-2, abs=1e-5)
+    assert fit.weighted_error == pytest.approx(best, rel=1e-2, abs=1e-5)
+    assert fit.svd_llm_error == pytest.approx(fit.weighted_error, rel=1e-3, abs=1e-6) == fit.weighted_floor
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+def test_fwsvd_with_constant_fisher_information_and_asvd_with_alpha_0_are_svd(shape):
+    weight, _ = matrix_and_inputs(*shape, 3)
+    flat = Statistics(magnitude=torch.rand(shape[1]), fisher=torch.full((shape[1],), 0.3))
+    svd = dense(compress(SVD(), weight, 200))
+    for method in (FWSVD(), ASVD(alpha=0)):
+        torch.testing.assert_close(dense(compress(method, weight, 200, statistics=flat)), svd, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+def test_fwsvd_and_asvd_are_svd_of_the_scaled_weight_scaled_back(shape):
+    """The published recipe, with the inverse that this code does without."""
+    weight, statistics = matrix_and_inputs(*shape, 4)
+    scales = {FWSVD(): statistics.fisher.sqrt(), ASVD(alpha=0.5): statistics.magnitude.sqrt() + 1e-6}
+    for method, scale in scales.items():
+        U, s, Vh = torch.linalg.svd(weight.double() * scale.double(), full_matrices=False)
+        expected = (U[:, :6] * s[:6]) @ Vh[:6] / scale.double()
+        torch.testing.assert_close(
+            dense(compress(method, weight, 6 * 33, statistics=statistics)), expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_an_input_without_fisher_information_is_not_looked_at_and_none_at_all_is_said():
+    weight, _ = matrix_and_inputs(8, 6, 1)
+    fisher = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    fit = compress(FWSVD(), weight, 3 * 15, statistics=Statistics(fisher=fisher))
+    torch.testing.assert_close(dense(fit)[:, :3], weight[:, :3].double(), rtol=1e-4, atol=1e-5)
+    none = compress(FWSVD(), weight, 3 * 15, statistics=Statistics(fisher=0 * fisher))
+    assert "Fisher information is zero" in none.status
+    torch.testing.assert_close(dense(none), dense(compress(SVD(), weight, 3 * 15)))
+
+
+def test_a_gram_matrix_that_is_not_positive_definite_is_repaired_and_says_so():
+    weight, _ = matrix_and_inputs(8, 6, 2)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    fit = compress(SVDLLM(False), weight, 3 * 15, statistics=Statistics(gram=x.T @ x))
+    assert "not positive definite" in fit.status and "added to its diagonal" in fit.status
+    assert outputs_error(fit, weight, x.double()) < 1e-5  # three tokens leave nothing beyond rank three
+    assert "positive definite" not in compress(SVDLLM(False), weight, 3 * 15).status
+
+
+@pytest.mark.parametrize("loss, error", [("weight", "relative_error"), ("activation", "weighted_error")])
+def test_nla_makes_the_error_small_that_its_loss_names(loss, error):
+    weight, statistics = matrix_and_inputs(24, 20, 6)
+    values = {
+        name: configuration("method=nla", "kernel=phase", f"method.loss={name}", "solver.products=float32")
+        for name in ("weight", "activation")
+    }
+    fits = {
+        name: compress(instantiate(v.method, _convert_="all"), weight, 300, statistics=statistics) for name, v in values.items()
+    }
+    other = "weight" if loss == "activation" else "activation"
+    assert getattr(fits[loss], error) < getattr(fits[other], error)
+    assert fits[loss].losses[-1][1] >= getattr(fits[loss], error) * 0.99
+
+
+def test_the_weighted_optimum_stands_beside_a_fit_in_the_activation_norm():
+    weight, statistics = matrix_and_inputs(24, 20, 7)
+    values = configuration("method=nla", "kernel=linear", "method.loss=activation", "solver.products=float32")
+    fit = compress(instantiate(values.method, _convert_="all"), weight, 300, statistics=statistics)
+    best = compress(SVDLLM(False), weight, 300, statistics=statistics)
+    assert fit.weighted_error == pytest.approx(best.weighted_error, rel=1e-3)
+    assert fit.svd_llm_error == pytest.approx(best.weighted_error, rel=1e-3) and fit.optimum == pytest.approx(
+        fit.weighted_floor
+    )

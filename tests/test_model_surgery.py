@@ -12,6 +12,7 @@ from nla.kernels.linear import Linear
 from nla.layers import CompressedLinear
 from nla.methods.svd import SVD
 from nla.select import LinearSpec, linear_specs, select_linears
+from nla.statistics import Statistics
 from nla.surgery import count, merge, swap
 from tests.conftest import configuration, options
 
@@ -28,7 +29,9 @@ def model(request, tmp_path):
 def fit_all(module: nn.Module, ratio: float = 0.5) -> dict:
     plan = make_plan(select_linears(linear_specs(module), "layers", None), ratio, UNIFORM, Linear())
     generator = torch.Generator().manual_seed(0)
-    return {e.spec.name: SVD().compress(module.get_submodule(e.spec.name).weight, e.n_params, generator) for e in plan}
+    return {
+        e.spec.name: SVD().compress(module.get_submodule(e.spec.name).weight, e.n_params, Statistics(), generator) for e in plan
+    }
 
 
 def test_selection_searches_names_and_tells_nothing_found_from_all_excluded():

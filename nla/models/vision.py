@@ -1,0 +1,184 @@
+"""Image classifiers of timm, from the hub or a local file."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla.cache import Cache, digest
+from nla.errors import UserError
+from nla.models.base import DTYPES, ModelSource, VisionModel
+from nla.models.causal_lm import disk_refusal, hub_refusal
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+
+
+class ImageClassifier(ModelSource):
+    """A source of one image classifier; its configuration is timm's name under `model`, and arguments of create_model."""
+
+    reads = "images"
+
+    def empty(self, configuration: dict[str, Any]) -> tuple[nn.Module, int]:
+        with torch.device("meta"):
+            module = from_architecture(configuration)
+        return module, module.num_classes
+
+
+def from_architecture(architecture: dict[str, Any], weights_seed: int = 0, **options: Any) -> Any:
+    """A timm model, on the device of the context; what is at random comes from `weights_seed`."""
+    import timm
+
+    settings = {key: value for key, value in architecture.items() if key != "model"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(weights_seed)
+        return timm.create_model(architecture["model"], **settings, **options)
+
+
+def classifier(module: nn.Module, device: str, dtype: str) -> VisionModel:
+    """The model in evaluation mode, and timm's own evaluation transform for it."""
+    from timm.data import create_transform, resolve_model_data_config
+
+    settings = resolve_model_data_config(module)
+    channels = settings["input_size"][0]
+    evaluation = create_transform(**settings, is_training=False)
+
+    def transform(image: Any) -> Tensor:
+        return evaluation(image.convert("RGB" if channels == 3 else "L")).to(DTYPES[dtype])
+
+    return VisionModel(module.to(device, DTYPES[dtype]).eval(), transform)
+
+
+class TimmModel(ImageClassifier):
+    """A model of timm with the weights that timm publishes, or with those of a local file.
+
+    Args:
+        name: where the hub has the weights; its cache is used where it is filled.
+        path: a .safetensors or .pth file, or a folder with one, instead of the hub.
+        licence: what the user must have accepted.
+        dtype: the run's default, already taken from here.
+        architecture: timm's name and tag of the weights under `model`, and arguments of timm.create_model.
+    """
+
+    def __init__(self, name: str, path: str | None, licence: str, dtype: str, architecture: dict[str, Any]) -> None:
+        self.name, self.licence = name, licence
+        self.path = None if path is None else Path(path).expanduser()
+        self.architecture = dict(architecture)
+
+    def configuration(self, cache: Cache) -> dict[str, Any]:
+        return self.architecture
+
+    def identity(self, cache: Cache) -> str:
+        return "" if self.path is None else digest(cache.file_digest(weights_file(self.path)))
+
+    def check(self, dtype: str, cache: Cache) -> None:
+        if self.path is not None:
+            file = weights_file(self.path)
+            require_fit(file, read_weights(file), self.empty(self.architecture)[0])
+            return
+        if self.is_downloaded():
+            return
+        size = self.inventory(cache).parameters * 4 / 1e9  # published in fp32
+        memory = size * DTYPES[dtype].itemsize / 4
+        lack = hub_refusal(self.name, "main") or disk_refusal(size)
+        if lack:
+            raise UserError(
+                f"model {self.name} needs model.path=<.safetensors or .pth file with timm's weights>, or the network to fetch "
+                f"it ({size:.1f} GB of disk, {memory:.1f} GB of memory in {dtype}; licence: {self.licence}); {lack}"
+            )
+        log.info("fetching %s (%.1f GB, licence: %s)", self.name, size, self.licence)
+
+    def is_downloaded(self) -> bool:
+        """Whether the hub's cache on this machine has the model's weights."""
+        from huggingface_hub import try_to_load_from_cache
+
+        files = ("model.safetensors", "pytorch_model.bin")
+        return any(isinstance(try_to_load_from_cache(self.name, file), str) for file in files)
+
+    def load(self, device: str, dtype: str, cache: Cache) -> VisionModel:
+        module = from_architecture(self.architecture, pretrained=self.path is None)
+        if self.path is not None:
+            load_weights(module, weights_file(self.path))
+        return classifier(module, device, dtype)
+
+
+def weights_file(path: Path) -> Path:
+    """The file itself, or the only file with weights in a folder; safetensors come first."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"model.path={path} is not a file or folder; give a .safetensors or .pth file, or a folder with one")
+    for suffix in WEIGHTS:
+        found = sorted(path.glob(f"*{suffix}"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(f"model.path={path} holds {len(found)} files *{suffix}; name the one to load")
+    raise UserError(f"model.path={path} holds no weights; give a folder with a .safetensors or .pth file")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Name -> tensor, from the top of the file or from under `model` or `state_dict`; nothing but weights is read."""
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except Exception as error:  # the errors of the two formats have nothing in common
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read as .safetensors, or as .pth with weights only: {reason}") from error
+    weights = found
+    if isinstance(found, dict):
+        weights = next((found[key] for key in ("model", "state_dict") if key in found), found)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{file} holds something else than the names and tensors of a model; give a file with its state dict")
+    return weights
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Every weight of the model from the file, and nothing else.
+
+    Raises:
+        UserError: names the first weight that is missing, unknown or of another shape.
+    """
+    module.load_state_dict(require_fit(file, read_weights(file), module))
+
+
+def require_fit(file: Path, weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The weights under the names of this module (on any device), or UserError."""
+    wanted = module.state_dict()
+    if weights.keys() != wanted.keys():
+        weights = renamed(weights, module)
+    for name in [*wanted, *weights]:
+        if name not in weights:
+            raise UserError(f"{file} does not fit the model: it has no {name}; set model.architecture to what it was made from")
+        if name not in wanted:
+            raise UserError(
+                f"{file} does not fit the model, which has no {name}; set model.architecture to what it was made from"
+            )
+        if weights[name].shape != wanted[name].shape:
+            raise UserError(
+                f"{file} does not fit the model: {name} is {shape(weights[name])} in the file and {shape(wanted[name])} in the "
+                "model; set model.architecture to what it was made from"
+            )
+    return weights
+
+
+def renamed(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The weights of an architecture's first publication under timm's names; what timm would resize stays as it is."""
+    rename = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if rename is None:
+        return weights
+    tensors = {id(value) for value in weights.values()}
+    try:
+        found = rename(weights, module)
+    except (KeyError, RuntimeError, AttributeError, ValueError):  # no weights of this architecture at all
+        return weights
+    return {name: value if id(value) in tensors else weights.get(name, value) for name, value in found.items()}
+
+
+def shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,212 @@
+"""Statistics of inputs: against plain hooks, whatever the chain of blocks, the threads, the order; and within their memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from nla.blocks import chain
+from nla.cache import Cache
+from nla.errors import NonFiniteError, UserError
+from nla.fisher import fisher
+from nla.select import linear_specs, select_linears
+from nla.statistics import StatisticsStore, collect
+from tests.conftest import ROOT, configuration, options
+
+BOTH = frozenset({"gram", "magnitude"})
+CPU = torch.device("cpu")
+TINY_MODELS = [name for name in options("model") if name.startswith("tiny")]
+
+
+def tiny(name: str, tmp_path, count: int = 5, include: str = r"\blayers\."):
+    """A model, the layers chosen in it, and samples that fill no batch evenly."""
+    values = configuration(f"model={name}")
+    model = instantiate(values.model, _convert_="all").load("cpu", "float32", Cache(tmp_path))
+    samples = instantiate(values.calibration).samples(model, count, 40, seed=1)
+    layers = [spec.name for spec in select_linears(linear_specs(model.module), include, None)]
+    return model, layers, samples
+
+
+def collected(model, layers, samples, folder, offload=False) -> StatisticsStore:
+    store = StatisticsStore(Cache(folder), "key")
+    collect(model, layers, BOTH, samples, 0, store, offload)
+    return store
+
+
+def hooked(model, layers, samples) -> dict[str, torch.Tensor]:
+    """Every input of every layer, in fp64, from plain forwards of one sample each."""
+    caught: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    handles = [
+        model.module.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: caught[name].append(args[0].flatten(0, -2).double())
+        )
+        for name in layers
+    ]
+    with torch.no_grad():
+        for sample in samples:
+            model.logits(sample.inputs)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in caught.items()}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_statistics_are_those_of_the_inputs_of_a_plain_forward(name, offload, tmp_path):
+    model, layers, samples = tiny(name, tmp_path)
+    store = collected(model, layers, samples, tmp_path, offload)
+    for layer, x in hooked(model, layers, samples).items():
+        found = store.load(BOTH, layer, CPU)
+        torch.testing.assert_close(found.gram.double(), x.T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.magnitude.double(), x.abs().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_read_the_same_input_share_one_file(tmp_path):
+    model, layers, samples = tiny("tiny_llama", tmp_path)
+    store = collected(model, layers, samples, tmp_path)
+    owners = {layer.rpartition(".")[2]: store.owner("gram", layer).rpartition(".")[2] for layer in layers}
+    assert owners == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q_proj"),
+        **dict.fromkeys(("gate_proj", "up_proj"), "gate_proj"),
+        "o_proj": "o_proj",
+        "down_proj": "down_proj",
+    }
+
+
+def test_a_chain_is_the_stack_that_holds_the_chosen_layers_or_the_whole_model(tmp_path):
+    for include, expected in (
+        (r"\blayers\.", ["model.layers.0", "model.layers.1"]),
+        (r"layers\.0\.", ["model.layers.0"]),
+        (r"layers\.1\.mlp", ["model.layers.0", "model.layers.1"]),
+    ):
+        model, layers, _ = tiny("tiny_llama", tmp_path, include=include)
+        assert [block.name for block in chain(model, layers)] == expected
+    model, _, samples = tiny("tiny_llama", tmp_path)
+    layers = ["model.layers.0.mlp.up_proj", "lm_head"]
+    assert [block.module for block in chain(model, layers)] == [model.module]
+    store = collected(model, layers, samples, tmp_path)
+    x = hooked(model, layers, samples)["lm_head"]
+    torch.testing.assert_close(store.load(BOTH, "lm_head", CPU).gram.double(), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_do_not_depend_on_the_thread_count_and_hardly_on_the_order_of_the_samples(tmp_path):
+    model, layers, samples = tiny("tiny_llama", tmp_path, count=60)
+    found = {}
+    for name, threads, given in (("one", 1, samples), ("two", 2, samples), ("reversed", 1, samples[::-1])):
+        torch.set_num_threads(threads)
+        store = collected(model, layers, given, tmp_path / name)
+        found[name] = {layer: store.load(BOTH, layer, CPU).gram for layer in layers}
+    torch.set_num_threads(1)
+    for layer in layers:
+        assert torch.equal(found["one"][layer], found["two"][layer])
+        distance = (found["one"][layer] - found["reversed"][layer]).norm() / found["one"][layer].norm()
+        assert float(distance) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["fwsvd", "asvd", "svd_llm"])
+def test_a_method_is_invariant_to_the_order_of_the_samples_to_one_in_a_million(method, tmp_path):
+    model, layers, samples = tiny("tiny_llama", tmp_path, count=24)
+    method = instantiate(configuration(f"method={method}").method, _convert_="all")
+    weight = model.module.get_submodule(layers[-1]).weight
+    errors = []
+    for given in (samples, samples[::-1]):
+        store = StatisticsStore(Cache(tmp_path / str(len(errors))), "key")
+        collect(model, layers[-1:], method.needs, given, len(given), store, False)
+        fit = method.compress(weight, 1500, store.load(method.needs, layers[-1], CPU), torch.Generator())
+        errors.append(fit.relative_error)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_fisher_information_is_the_squared_gradient_of_each_sample_summed_over_outputs(name, tmp_path):
+    model, layers, samples = tiny(name, tmp_path, count=3)
+    found = fisher(model, layers, samples)
+    expected = dict.fromkeys(layers, torch.zeros(()))
+    for sample in samples:
+        model.module.zero_grad()
+        model.loss(sample).backward()
+        for layer in layers:
+            gradient = model.module.get_submodule(layer).weight.grad
+            expected[layer] = expected[layer] + gradient.square().sum(0) / len(samples)
+    for layer in layers:
+        torch.testing.assert_close(found[layer], expected[layer], rtol=1e-4, atol=1e-12)
+    assert all(p.requires_grad for p in model.module.parameters())
+
+
+def test_a_later_block_sees_what_was_put_into_an_earlier_one(run_here, tmp_path):
+    """Sequential SVD-LLM: the second block's optimum is that of inputs behind the compressed first block."""
+    arguments = ["model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "method=svd_llm"]
+    arguments += ["statistics.windows=8", "statistics.length=32"]
+    fits = {}
+    for sequential in (False, True):
+        record = run_here(*arguments, f"method.sequential={sequential}")
+        fits[sequential] = {fit.name: fit.svd_llm_error for fit in record.fits}
+    same = [name for name in fits[True] if fits[True][name] == fits[False][name]]
+    assert same == [name for name in fits[True] if "layers.0" in name]
+
+
+def test_one_pass_serves_all_methods_of_a_sweep(run_here, tmp_path, caplog):
+    arguments = ["model=tiny_opt", "task.window=64", "task.max_windows=1", "track=none", "statistics.windows=8"]
+    arguments += ["statistics.length=32", "statistics.collect=[gram,magnitude,fisher]"]
+    run_here(*arguments, "method=svd_llm")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "statistics").iterdir()}
+    for method in ("asvd", "fwsvd"):
+        assert run_here(*arguments, f"method={method}").status == "done"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "statistics").iterdir()} == files
+
+
+def test_the_seed_the_windows_and_their_length_make_other_statistics_and_other_runs(run_here, tmp_path):
+    arguments = ["model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "method=asvd"]
+    changes = [[], ["seed=1"], ["statistics.windows=9"], ["statistics.length=16"], ["statistics.offload=true"]]
+    small = ["statistics.windows=8", "statistics.length=32"]
+    found = {run_here(*arguments, *(s for s in small if s.split("=")[0] not in "".join(c)), *c).signature for c in changes}
+    assert len(found) == 4  # where the states wait changes no figure
+
+
+def test_samples_are_windows_of_the_training_speeches_only(tmp_path):
+    model, _, samples = tiny("tiny_llama", tmp_path, count=20)
+    train, test = (configuration().calibration, configuration().data.text)
+    text, held_out = (instantiate(data).joined() for data in (train, test))
+    for sample in samples:
+        words = model.tokenizer.decode(sample.inputs[0]).strip("\ufffd")
+        assert sample.inputs.shape == (1, 40) and words in text and words not in held_out
+
+
+def test_calibration_text_shorter_than_a_window_is_an_error(run_here, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    calibration = ["calibration=wikitext2", f"calibration.path={tmp_path / 'short.txt'}", "calibration.lines=text"]
+    with pytest.raises(UserError, match=r"calibration=wikitext2 .*statistics\.length=512"):
+        run_here("model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "method=asvd", *calibration)
+
+
+def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(tmp_path):
+    model, layers, samples = tiny("tiny_llama", tmp_path)
+    with torch.no_grad():
+        model.module.get_submodule(layers[0]).weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.self_attn\.o_proj: the (gram|magnitude)"):
+        collected(model, layers, samples, tmp_path)
+
+
+def test_a_damaged_statistic_is_collected_again(run_here, tmp_path, caplog):
+    arguments = ["model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "method=svd_llm"]
+    arguments += ["statistics.windows=8", "statistics.length=32"]
+    first = run_here(*arguments)
+    path = sorted((tmp_path / "cache" / "statistics").glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-8])
+    for old in (*(tmp_path / "cache" / "fits").iterdir(), *(tmp_path / "runs").glob("*/record.json")):
+        old.unlink()
+    again = run_here(*arguments)
+    assert f"{path} is damaged" in caplog.text
+    assert [fit.relative_error for fit in again.fits] == [fit.relative_error for fit in first.fits]
+
+
+def test_collecting_holds_the_gram_matrices_of_one_block_and_one_group_of_inputs():
+    """LLaMA-7B's shapes at an eighth of its width: more blocks need no more memory."""
+    command = [sys.executable, "-m", "analysis.statistics_memory", "0.125"]
+    found = [json.loads(subprocess.run([*command, n], cwd=ROOT, capture_output=True, check=True).stdout) for n in ("1", "3")]
+    for figures in found:
+        assert figures["gram_bytes"] < figures["peak_bytes"] < figures["gram_bytes"] + 2 * figures["group_bytes"]
+    assert found[1]["blocks"] == 3 and found[1]["peak_bytes"] < 1.1 * found[0]["peak_bytes"]
