@@ -40,7 +40,7 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "method": method,
         "kernel": "+".join(sorted(kernels)),
         "ratio": record.config["ratio"],
-        "include": record.config["select"]["include"],
+        "select": selection(record.config["select"]),
         "changed": " ".join(changed_settings(record.config)),
         "matrices": len(record.fits),
         "signature": record.signature,
@@ -63,11 +63,21 @@ def changed_settings(config: dict[str, Any]) -> list[str]:
     top = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
-    pairs += [("exclude", config["select"]["exclude"], top["select"]["exclude"])]
+    pairs += [("budget", config["budget"]["_target_"].rpartition(".")[2].lower(), "uniform")]
     return [f"{key}={value}" for key, value, default in pairs if value != default and not isinstance(value, dict)]
 
 
 ERRORS = ("relative_error", "svd_error", "floor", "weighted_error", "svd_llm_error", "weighted_floor")
+
+
+def selection(chosen: dict[str, Any]) -> str:
+    """The name of a selection in conf/select, or its regular expressions."""
+    for path in sorted((ROOT / "conf" / "select").glob("*.yaml")):
+        if yaml.safe_load(path.read_text()) == chosen:
+            return path.stem
+    return chosen["include"] + (f" without {chosen['exclude']}" if chosen["exclude"] else "")
+
+
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; a node of its own
 

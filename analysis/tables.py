@@ -23,11 +23,11 @@ def method_name(row: pd.Series) -> str:
     return name + (f" ({row['changed']})" if row["changed"] else "")
 
 
-def of_layers(frame: pd.DataFrame, model: str, include: str = r"\blayers\.") -> pd.DataFrame:
-    """The rows of a model's runs with this selection (default: every layer), named by method."""
+def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.DataFrame:
+    """The rows of a model's runs with this selection (default: whole models), named by method."""
     if frame.empty:
         raise ValueError("there are no finished runs to show; run.py makes them, analysis/records has some")
-    rows = frame[(frame["model"] == model) & (frame["include"] == include)]
+    rows = frame[(frame["model"] == model) & frame["select"].isin(["layers", "blocks"] if select is None else [select])]
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 
 
@@ -105,9 +105,9 @@ def error_by_kind(fits: pd.DataFrame, model: str, ratio: float) -> pd.DataFrame:
     return table.assign(**{"floor of piecewise": floors})
 
 
-def kernel_ablation(fits: pd.DataFrame, model: str, include: str, ratio: float) -> pd.DataFrame:
+def kernel_ablation(fits: pd.DataFrame, model: str, select: str, ratio: float) -> pd.DataFrame:
     """Error, cost and memory of the fits of each kernel on the same matrices."""
-    rows = of_layers(fits[(fits["ratio"] == ratio) & (fits["method"] == "nla")], model, include)
+    rows = of_layers(fits[(fits["ratio"] == ratio) & (fits["method"] == "nla")], model, select)
     means = rows.groupby("name_of_method").agg(
         relative_error=("relative_error", "mean"),
         svd_error=("svd_error", "mean"),

@@ -29,6 +29,7 @@ class Request:
     model: ModelSource
     inventory: Inventory
     method: Method
+    budget: Budget
     plan: list[PlanEntry]
     tasks: list[Task]
     calibration: Data
@@ -44,11 +45,16 @@ class Request:
         """Qualified names of the matrices that are compressed."""
         return [entry.spec.name for entry in self.plan]
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration samples are read."""
+        return bool(self.method.needs) or self.budget.searches
+
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Digests of local files the request names."""
         files = {f"data.{task.name}": task.data.identity(self.cache) for task in self.tasks}
-        if self.method.needs:
+        if self.calibrates:
             files["calibration"] = self.calibration.identity(self.cache)
         return files | {"model": self.model.identity(self.cache)}
 
@@ -56,7 +62,7 @@ class Request:
         """Raise UserError, in one sentence, if the weights or the data cannot be had."""
         for task in self.tasks:
             task.data.check()
-        if self.method.needs:
+        if self.calibrates:
             self.calibration.check()
         self.model.check(self.values["dtype"], self.cache)
 
@@ -111,13 +117,13 @@ def prepare(settings: dict[str, Any]) -> Request:
     model: ModelSource = build("model", values["model"])
     inventory = model.inventory(cache)
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
-    plan = make_plan(chosen, values["ratio"], budget, method.kernel)
+    plan = make_plan(chosen, values["ratio"], budget.allocate(chosen, values["ratio"]), method.kernel)
     for task in tasks:
         task.check(inventory)
-    if not method.needs:
+    if not (method.needs or budget.searches):
         values = {key: value for key, value in values.items() if key != "statistics"}
     tracker: Tracker = build("track", values["track"])
-    return Request(values, model, inventory, method, plan, tasks, calibration, tracker, cache)
+    return Request(values, model, inventory, method, budget, plan, tasks, calibration, tracker, cache)
 
 
 def build(group: str, node: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""One run: validate, sign, load, measure, learn about inputs, fit, swap, measure again, record."""
+"""One run: validate, sign, load, measure, learn about inputs, allocate, fit, swap, measure again, record."""
 
 import time
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nla import report
+from nla.allocation import allocated
 from nla.budget.base import PlanEntry
 from nla.cache import digest, exclusive, tensor_digest, write_atomically
 from nla.config import Request, prepare
@@ -83,7 +84,7 @@ def carry_out(request: Request, name: str, folder: Path) -> RunRecord:
         status="running",
         config=request.values,
         environment=environment(request.device),
-        plan=[PlanRecord(name=e.spec.name, n_params=e.n_params, h=e.h, r=e.r) for e in request.plan],
+        plan=plan_record(request.plan),
     )
     record.write(folder)
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(request.values).encode())
@@ -117,6 +118,9 @@ def stages(request: Request, record: RunRecord, folder: Path) -> None:
         samples, store = sample(request, model, dense)
         if request.method.needs and not request.method.sequential:
             record.peak_bytes["statistics"] = measure_inputs(request, model, samples, store)
+    with timed(record, "allocate"):
+        request = allocated(request, model, samples, store)
+        record.plan = plan_record(request.plan)
     with timed(record, "fit"):
         fit(request, record, model, samples, store, folder)
     record.parameters = parameters(request, record, before, count(model.module))
@@ -151,8 +155,8 @@ def evaluate(request: Request, record: RunRecord, model: Model, stage: str, stat
 
 
 def sample(request: Request, model: Model, state: str) -> tuple[list[Sample], StatisticsStore]:
-    """The calibration samples, and where the statistics made from them are; nothing if the method needs none."""
-    if not request.method.needs:
+    """The calibration samples, and where the statistics made from them are; nothing if none are read."""
+    if not request.calibrates:
         return [], StatisticsStore(request.cache, "")
     asked = request.values["statistics"]
     samples = request.calibration.samples(model, asked["windows"], asked["length"], asked["seed"])
@@ -171,6 +175,10 @@ def measure_inputs(request: Request, model: Model, samples: list[Sample], store:
     with request.cache.lock("statistics", store.made_from), PeakMemory(torch.device(request.device)) as memory:
         collect(model, request.layers, kinds, samples, asked["fisher_windows"], store, asked["offload"])
     return memory.peak_bytes
+
+
+def plan_record(plan: list[PlanEntry]) -> list[PlanRecord]:
+    return [PlanRecord(name=e.spec.name, n_params=e.n_params, h=e.h, r=e.r) for e in plan]
 
 
 def fit(request: Request, record: RunRecord, model: Model, samples: list[Sample], store: StatisticsStore, folder: Path) -> None:

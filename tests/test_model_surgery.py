@@ -20,6 +20,10 @@ SPECS = [LinearSpec("model.layers.0.fc", 40, 30), LinearSpec("model.layers.1.fc"
 UNIFORM = instantiate(configuration().budget)
 
 
+def plan_of(specs: list[LinearSpec], ratio: float) -> list:
+    return make_plan(specs, ratio, UNIFORM.allocate(specs, ratio), Linear())
+
+
 @pytest.fixture(params=["tiny_llama", "tiny_opt"])
 def model(request, tmp_path):
     source = instantiate(configuration(f"model={request.param}").model, _convert_="all")
@@ -27,7 +31,7 @@ def model(request, tmp_path):
 
 
 def fit_all(module: nn.Module, ratio: float = 0.5) -> dict:
-    plan = make_plan(select_linears(linear_specs(module), "layers", None), ratio, UNIFORM, Linear())
+    plan = plan_of(select_linears(linear_specs(module), "layers", None), ratio)
     generator = torch.Generator().manual_seed(0)
     return {
         e.spec.name: SVD().compress(module.get_submodule(e.spec.name).weight, e.n_params, Statistics(), generator) for e in plan
@@ -48,15 +52,15 @@ def test_selection_searches_names_and_tells_nothing_found_from_all_excluded():
 
 def test_a_plan_never_exceeds_what_the_ratio_leaves():
     for ratio in (0.1, 0.37, 0.7, 0.9):
-        plan = make_plan(SPECS, ratio, UNIFORM, Linear())
+        plan = plan_of(SPECS, ratio)
         assert sum(e.realised for e in plan) <= (1 - ratio) * sum(s.n_params for s in SPECS)
 
 
 def test_a_budget_below_one_triplet_names_the_matrix_and_a_ratio_that_works():
     with pytest.raises(UserError, match=r"layers\.0\.fc \(40x30\) .*ratio=0\.94 at most") as caught:
-        make_plan(SPECS, 0.97, UNIFORM, Linear())
+        plan_of(SPECS, 0.97)
     assert "71" in str(caught.value)
-    assert all(e.h for e in make_plan(SPECS, 0.94, UNIFORM, Linear()))
+    assert all(e.h for e in plan_of(SPECS, 0.94))
 
 
 def test_a_swapped_model_computes_with_the_compressed_matrices_and_keeps_biases(model):

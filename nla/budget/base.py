@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nla.errors import UserError
@@ -26,21 +27,33 @@ class PlanEntry:
         return self.h * triplet_size(self.spec.out_features, self.spec.in_features, self.r)
 
 
+Measure = Callable[[str, int], float]  # the model's loss with one matrix compressed to so many parameters
+
+
 class Budget(ABC):
-    """Shares out what a ratio leaves."""
+    """Shares out what a ratio leaves.
+
+    Attributes:
+        searches: shares are known only after search().
+    """
+
+    searches = False
 
     @abstractmethod
     def allocate(self, specs: list[LinearSpec], ratio: float) -> dict[str, int]:
         """Parameters per matrix name; together at most (1 - ratio) of the dense parameters."""
 
+    def search(self, specs: list[LinearSpec], ratio: float, measure: Measure) -> dict[str, int]:
+        """The same, with the model at hand."""
+        return self.allocate(specs, ratio)
 
-def make_plan(specs: list[LinearSpec], ratio: float, budget: Budget, kernel: Kernel) -> list[PlanEntry]:
+
+def make_plan(specs: list[LinearSpec], ratio: float, allocated: dict[str, int], kernel: Kernel) -> list[PlanEntry]:
     """Budgets and sizes of all matrices.
 
     Raises:
         UserError: the ratio leaves some matrix less than one triplet.
     """
-    allocated = budget.allocate(specs, ratio)
     plan = [
         PlanEntry(s, allocated[s.name], *kernel.size(s.out_features, s.in_features, allocated[s.name]), kernel) for s in specs
     ]
