@@ -45,9 +45,7 @@ def allocated(request: Request, model: Model, samples: list[Sample], store: Stat
     return replace(request, plan=make_plan(specs, ratio, shares, kernel))
 
 
-def loss_with(
-    request: Request, model: Model, entry: PlanEntry, samples: list[Sample], store: StatisticsStore
-) -> float:
+def loss_with(request: Request, model: Model, entry: PlanEntry, samples: list[Sample], store: StatisticsStore) -> float:
     """Mean loss over the samples while one matrix is compressed."""
     name, device = entry.spec.name, torch.device(request.device)
     dense = model.module.get_submodule(name)

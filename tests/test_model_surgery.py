@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from nla.budget.base import make_plan
+from nla.budget.sensitivity import Sensitivity
 from nla.cache import Cache
 from nla.errors import UserError
 from nla.kernels.linear import Linear
@@ -121,3 +122,17 @@ def test_an_untrained_model_reloads_bit_equal_without_touching_the_global_seed(n
     first, again = (source.load("cpu", "float32", Cache(tmp_path)).module.state_dict() for _ in range(2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_search_gives_more_to_the_matrices_that_hurt_and_keeps_the_budget():
+    """Losses rise as parameters go, ten times as fast for the second matrix."""
+    search = Sensitivity([0.25, 0.5, 0.75], samples=1)
+    specs = [LinearSpec("calm", 40, 30), LinearSpec("touchy", 40, 30), LinearSpec("calmer", 40, 30)]
+    slope = {"calm": 1.0, "touchy": 10.0, "calmer": 0.1}
+    shares = search.search(specs, 0.5, lambda name, n: 3 + slope[name] * (1 - n / 1200))
+    assert shares["touchy"] > shares["calm"] >= shares["calmer"]
+    assert sum(shares.values()) <= 0.5 * 3600 < sum(shares.values()) + 0.25 * 1200 + 1
+    with pytest.raises(UserError, match=r"ratio=0\.9 .*add one of 0\.1"):
+        search.allocate(specs, 0.9)
+    with pytest.raises(UserError, match=r"budget\.candidates="):
+        Sensitivity([1.5], samples=1)

@@ -75,11 +75,25 @@ def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(cli, tm
 
 
 @pytest.mark.parametrize("method", options("method"))
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt", "tiny_swin"])
 def test_every_method_runs_on_every_architecture(run_here, tmp_path, method, model):
-    run_here(*replaced(FAST, f"model={model}"), f"method={method}", "ratio=0.5", "dtype=bfloat16")
+    few = ["statistics.windows=4", "statistics.length=32"]
+    task = ["task.max_images=32", "track=none"] if model == "tiny_swin" else replaced(FAST, f"model={model}")
+    run_here(*task, f"model={model}", "solver.steps=10", f"method={method}", "ratio=0.5", "dtype=bfloat16", *few)
     record = only_record(tmp_path)
     assert record["status"] == "done" and record["parameters"]["ratio"] >= 0.5
+
+
+def test_asvds_search_spends_the_budget_unequally_and_answers_from_its_journal(run_here, tmp_path):
+    arguments = [*FAST, "method=asvd", "budget=sensitivity", "budget.candidates=[0.3,0.7]", "ratio=0.5"]
+    record = run_here(*arguments, "statistics.windows=4", "statistics.length=32")
+    sizes = {entry.n_params / (spec.shape[0] * spec.shape[1]) for entry, spec in zip(record.plan, record.fits, strict=True)}
+    assert len(sizes) > 1 and record.parameters.ratio >= 0.5
+    (journal,) = (tmp_path / "cache" / "sensitivities").glob("*.jsonl")
+    assert len(journal.read_text().splitlines()) == 14 * 2
+    (tmp_path / "runs" / record.signature / "record.json").unlink()
+    again = run_here(*arguments, "statistics.windows=4", "statistics.length=32")
+    assert again.plan == record.plan and len(journal.read_text().splitlines()) == 14 * 2
 
 
 @pytest.mark.parametrize("kernel", options("kernel"))
@@ -119,6 +133,12 @@ ERRORS = [
     (["model=llama7b", "model.path=/no/such"], ["model.path=/no/such", "is not a folder"]),
     (["model=llama7b"], ["huggyllama/llama-7b", "model.path=", "13.5 GB", "licence"]),
     (["data=wikitext2", "data.path=/no/such"], ["data.path=/no/such"]),
+    (["model=tiny_swin", "task=language_modelling", "data=sotu"], ["task=language_modelling", "reads images", "task=imagenet"]),
+    (["data=digits"], ["task=language_modelling needs text", "data=sotu"]),
+    (["method.loss=both"], ["method.loss=both", "allowed: weight, activation"]),
+    (["method=asvd", "method.alpha=-1"], ["method.alpha=-1", "0 or more"]),
+    (["statistics.windows=0"], ["statistics.windows=0", "greater than or equal to 1"]),
+    (["statistics.collect=[grams]"], ["grams", "'gram', 'magnitude' or 'fisher'"]),
 ]
 
 

@@ -27,7 +27,7 @@ class Sensitivity(Budget):
         """Equal shares, before anything is measured."""
         if self.candidates[0] > 1 - ratio:
             raise UserError(
-                f"budget.candidates={self.candidates} all keep more than ratio={ratio} leaves; add one of {1 - ratio:.3g} at most"
+                f"budget.candidates={self.candidates} keep more than ratio={ratio} leaves; add one of {1 - ratio:.3g} at most"
             )
         return Uniform().allocate(specs, ratio)
 

@@ -1,0 +1,115 @@
+"""Models that the harness trains itself: one recipe, one result, whatever happens on the way."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from nla.cache import Cache
+from nla.errors import NonFiniteError
+from nla.models.base import Sample
+from nla.models.micro_text import END, learn_tokenizer
+from nla.training import Recipe, train
+from tests.conftest import configuration
+
+RECIPE = Recipe(steps=30, lr=0.05, warmup=3, weight_decay=0.1, clip=1.0)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def batch(step: int) -> list[Sample]:
+    """Which of three coordinates is the largest: learnable in a few steps."""
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(step))
+    return [Sample(part, part[:, :3].argmax(1)) for part in x.split(8)]
+
+
+def trained(cache: Cache, stop_at: int | None = None, threads: int = 1, recipe: Recipe = RECIPE) -> nn.Module:
+    module = network()
+
+    def batches(step: int) -> list[Sample]:
+        if step == stop_at:
+            raise StoppedError
+        return batch(step)
+
+    torch.set_num_threads(threads)
+    try:
+        train(module, lambda s: cross_entropy(module(s.inputs), s.targets), batches, recipe, cache, "key", "test")
+    except StoppedError:
+        pass
+    finally:
+        torch.set_num_threads(1)
+    return module
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_training_learns_and_depends_on_no_thread_count(tmp_path):
+    one, two = trained(Cache(tmp_path / "one")), trained(Cache(tmp_path / "two"), threads=2)
+    assert same(one, two)
+    x, y = torch.cat([s.inputs for s in batch(99)]), torch.cat([s.targets for s in batch(99)])
+    assert float((one(x).argmax(1) == y).float().mean()) > 0.8
+
+
+@pytest.mark.parametrize("stop_at", [2, 7, 29])
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, stop_at):
+    quiet = trained(Cache(tmp_path / "quiet"))
+    stopped = trained(Cache(tmp_path / "stopped"), stop_at)
+    assert not same(quiet, stopped)
+    assert same(quiet, trained(Cache(tmp_path / "stopped")))
+
+
+def test_one_step_of_micro_batches_is_adamw_on_the_mean_gradient_clipped(tmp_path):
+    recipe = Recipe(steps=1, lr=0.05, warmup=0, weight_decay=0.1, clip=0.01)
+    module = network()
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95))
+    x, y = torch.cat([s.inputs for s in batch(0)]), torch.cat([s.targets for s in batch(0)])
+    cross_entropy(module(x), y).backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 0.01)
+    optimiser.step()
+    for p, q in zip(module.parameters(), trained(Cache(tmp_path), recipe=recipe).parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
+    module = network()
+    with pytest.raises(NonFiniteError, match="step 3"):
+        bad = lambda step: [Sample(part.inputs * (float("nan") if step == 3 else 1), part.targets) for part in batch(step)]  # noqa: E731
+        train(module, lambda s: cross_entropy(module(s.inputs), s.targets), bad, RECIPE, Cache(tmp_path), "key", "test")
+
+
+def test_the_tokeniser_is_lossless_and_has_the_size_it_was_asked_for():
+    text = "We hold these truths to be self-evident.\n\n" * 30 + "Schöne Grüße \u2014 and emoji \U0001f600."
+    tokenizer = learn_tokenizer(text, 300)
+    assert len(tokenizer) == 300 and tokenizer.eos_token == END and tokenizer.eos_token_id == 0
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("these truths")["input_ids"]) < len("these truths") / 2
+
+
+def test_the_micro_opt_is_made_once_from_its_recipe_and_not_from_held_out_speeches(tmp_path):
+    small = ["model.recipe.steps=2", "model.batch=2", "model.architecture.vocab_size=300", "model.architecture.hidden_size=32"]
+    small += ["model.architecture.word_embed_proj_dim=32", "model.architecture.ffn_dim=64", "model.training.held_out=240"]
+    small += ["model.architecture.max_position_embeddings=64", "model.architecture.num_hidden_layers=1"]
+    source = instantiate(configuration("model=opt_micro", *small).model, _convert_="all")
+    first = source.load("cpu", "float32", Cache(tmp_path / "first"))
+    again = source.load("cpu", "float32", Cache(tmp_path / "again"))
+    assert same(first.module, again.module)
+    (folder,) = (tmp_path / "first" / "models").glob("opt_micro-*")
+    weights = folder / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    source.load("cpu", "float32", Cache(tmp_path / "first"))
+    assert weights.stat().st_mtime_ns == made
+    model, data = configuration("model=opt_micro").model, configuration("model=opt_micro").data.text
+    assert (model.training.split, data.split) == ("train", "test") and model.training.held_out == data.held_out
