@@ -48,7 +48,7 @@ def test_a_run_leaves_a_valid_record_a_line_per_fit_and_its_configuration(cli, t
     for stage in ("dense", "compressed"):
         metrics = record["metrics"][stage]["language_modelling"]["sotu"]
         assert metrics["windows"] == 3 and metrics["tokens"] == 3 * 63 and 200 < metrics["perplexity"] < 400
-    assert set(record["seconds"]) == {"load", "dense", "statistics", "fit", "compressed"}
+    assert set(record["seconds"]) == {"load", "dense", "statistics", "allocate", "fit", "compressed"}
     assert set(record["peak_bytes"]) == {"dense", "fit", "compressed"} and all(record["peak_bytes"].values())
     assert record["schema"] == 1 and record["finished"]
     resident = [record["metrics"][s]["language_modelling"]["sotu"]["resident_bytes"] for s in ("dense", "compressed")]
