@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:
-    """Relative error of each matrix by layer, one panel per kind, one line per kernel; SVD and floor as references.
+    """Relative error of each matrix by layer, one panel per kind, one line per kernel or method; SVD and floor as references.
 
     Args:
         fits: rows of `fits_frame`, of one model at one ratio.
@@ -19,9 +19,10 @@ def loss_by_layer(fits: pd.DataFrame) -> Figure:
         of_kind = fits[fits["kind"] == kind].sort_values("layer")
         reference = of_kind.drop_duplicates("layer")
         axis.plot(reference["layer"], reference["svd_error"], "k--", linewidth=1, label="SVD, equal parameters")
-        for kernel, line in of_kind[of_kind["method"] == "nla"].groupby("kernel", sort=True):
-            drawn = axis.plot(line["layer"], line["relative_error"], marker=".", markersize=3, linewidth=1, label=kernel)
-            if kernel == "piecewise":
+        label = of_kind["kernel"].where(of_kind["method"] == "nla", of_kind["method"])
+        for name, line in of_kind[of_kind["method"] != "svd"].groupby(label, sort=True):
+            drawn = axis.plot(line["layer"], line["relative_error"], marker=".", markersize=3, linewidth=1, label=name)
+            if name == "piecewise":
                 colour = drawn[0].get_color()
                 axis.plot(line["layer"], line["floor"], ":", color=colour, linewidth=1, label="floor of piecewise")
         axis.set_title(kind, fontsize=9)
@@ -41,5 +42,5 @@ if __name__ == "__main__":  # python -m analysis.plots: the README's figure, fro
     from analysis.tables import of_layers
 
     fits = of_layers(fits_frame(load_records([ROOT / "analysis" / "records"])), "smollm2_135m")
-    figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "")])
+    figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "") & (fits["method"] == "nla")])
     figure.savefig(ROOT / "analysis" / "loss_by_layer.png", dpi=110)

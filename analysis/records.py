@@ -12,7 +12,7 @@ from nla.record import RunRecord, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (ROOT / "analysis" / "records", ROOT / "outputs" / "runs")
-LAYER = r"\blayers\.(\d+)\."  # the layer number in a qualified name; what follows is the kind of matrix
+LAYER = r".*\.(\d+)\."  # the last number in a qualified name is the layer's; what follows is the kind of matrix
 
 
 def load_records(places: Iterable[Path] = PLACES) -> list[RunRecord]:
@@ -59,7 +59,11 @@ def changed_settings(config: dict[str, Any]) -> list[str]:
         if key not in NOT_COMPARED
     ]
     usual = [defaults.get("task", defaults) for defaults in group_defaults("task")]
-    pairs += [(key, value, next((d[key] for d in usual if key in d), None)) for key, value in config["task"].items()]
+    pairs += [
+        (key, value, next((d[key] for d in usual if key in d), None))
+        for key, value in config["task"].items()
+        if key != "_target_"
+    ]
     top = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
@@ -115,6 +119,11 @@ def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if len(frame):
         frame = frame.astype(dict.fromkeys(ERRORS, float))
-        frame["layer"] = frame["name"].str.extract(LAYER, expand=False).astype("Int64")
-        frame["kind"] = frame["name"].str.replace(r"^.*\blayers\.\d+\.", "", regex=True)
+        frame["kind"] = frame["name"].str.replace(r"^.*\.\d+\.", "", regex=True)
+        within = frame.groupby(["signature", "kind"])
+        number = frame["name"].str.extract(LAYER, expand=False).astype("Int64")
+        staged = (
+            frame.assign(number=number).duplicated(["signature", "kind", "number"]).groupby(frame["signature"]).transform("any")
+        )
+        frame["layer"] = number.mask(staged, within.cumcount())  # Swin counts its blocks anew in each stage
     return frame

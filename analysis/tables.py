@@ -14,6 +14,7 @@ def paper(table: str) -> pd.DataFrame:
     return pd.DataFrame(content[table]).assign(source=lambda rows: rows["source"].map(content["sources"]))
 
 
+WHOLE = ["layers", "blocks"]  # selections that leave no layer of the stack out
 PAPERS_NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svdllm": "SVD-LLM", "pela": "PELA"}
 
 
@@ -27,7 +28,7 @@ def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.
     """The rows of a model's runs with this selection (default: whole models), named by method."""
     if frame.empty:
         raise ValueError("there are no finished runs to show; run.py makes them, analysis/records has some")
-    rows = frame[(frame["model"] == model) & frame["select"].isin(["layers", "blocks"] if select is None else [select])]
+    rows = frame[(frame["model"] == model) & frame["select"].isin(WHOLE if select is None else [select])]
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 
 
@@ -47,10 +48,10 @@ def perplexity_beside_paper(runs: pd.DataFrame, model: str, stand_in: str, data:
     `stand-in` is another model on other text, of the method with all its defaults (NLA: the paper's kernel), and never
     subtracted from a published figure. `x dense` is a figure divided by its own dense model's.
     """
-    published = paper("perplexity")
+    published = pd.DataFrame(yaml.safe_load(PAPER.read_text())["perplexity"])
     published = published[~published["retrained"]]
     table = published.pivot(index=["ratio", "method"], columns="source", values="wikitext2")
-    table.columns = [f"published ({source.split(':')[0].split(',')[0]})" for source in table.columns]
+    table.columns = pd.Index([f"published by {source}" for source in table.columns])
     dense = table.reindex([(0.0, "Original")]).iloc[0].dropna().iloc[0]
     first = table.bfill(axis=1).iloc[:, 0]
     table["published x dense"] = first / dense
@@ -67,7 +68,8 @@ def papers_rows(runs: pd.DataFrame, model: str, data: str) -> pd.Series:
     metric = f"language_modelling.{data}.perplexity"
     if f"compressed.{metric}" not in runs:
         return pd.Series(dtype=float)
-    rows = runs[(runs["model"] == model) & (runs["changed"] == "") & runs[f"compressed.{metric}"].notna()]
+    rows = runs[(runs["model"] == model) & (runs["changed"] == "") & runs["select"].isin(WHOLE)]
+    rows = rows[rows[f"compressed.{metric}"].notna()]
     rows = rows[(rows["method"] != "nla") | (rows["kernel"] == "piecewise")]
     names = rows["method"].map(lambda method: PAPERS_NAMES.get(method, "NLA"))
     figures = {(ratio, name): x for ratio, name, x in zip(rows["ratio"], names, rows[f"compressed.{metric}"], strict=True)}

@@ -114,13 +114,16 @@ def show_sweep(outcomes: list[dict[str, Any]]) -> None:
         label = " ".join(o for o in outcome["overrides"] if o not in shared)
         if "error" in outcome:
             failures.append(f"failed: {label}: {outcome['error']}")
-            rows.append([label, "failed", "", "", ""])
+            rows.append([label, "failed", "", "", "", ""])
         elif outcome["record"]:
             record = read_record(Path(outcome["record"]))
             stages = [stage_headline(record, stage) for stage in ("dense", "compressed")]
-            rows.append([label, *stages, *(f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error"))])
+            errors = [f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error")]
+            weighted = record.fits[0].weighted_error is not None
+            rows.append([label, *stages, *errors, f"{mean(record, 'weighted_error'):.4f}" if weighted else ""])
     if rows:
-        log.info("\n%s", tabulate(rows, ["sweep", "dense", "compressed", "error", "SVD's"], disable_numparse=True))
+        headers = ["sweep", "dense", "compressed", "error", "SVD's", "weighted"]
+        log.info("\n%s", tabulate(rows, headers, disable_numparse=True))
     for failure in failures:
         log.error("%s", failure)
 

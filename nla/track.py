@@ -125,11 +125,14 @@ class WandbTracker:
             "relative_error": fit.relative_error,
             "svd_error": fit.svd_error,
             "floor": fit.floor,
+            "weighted_error": fit.weighted_error,
+            "svd_llm_error": fit.svd_llm_error,
+            "weighted_floor": fit.weighted_floor,
             "seconds": fit.seconds,
             "peak_bytes": fit.peak_bytes,
             "n_params": fit.n_params,
         }
-        self.run.log({f"fit/{name}/{key}": value for key, value in figures.items()})
+        self.run.log({f"fit/{name}/{key}": value for key, value in figures.items() if value is not None})
 
     def _metrics(self, stage: str, figures: dict[str, float]) -> None:
         self.run.log({f"{stage}/{key}": value for key, value in figures.items()})

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import Literal
 
+from torch import nn
+
 from nla.cache import Cache
 from nla.errors import UserError
 from nla.models.base import Inventory, Model, Sample
@@ -50,3 +52,8 @@ class Task(ABC):
         `state` identifies weights, code and type of the model: what was measured in a state is not measured again. `label`
         stands before the progress bar.
         """
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

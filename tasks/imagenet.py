@@ -15,9 +15,8 @@ from nla.errors import NonFiniteError, UserError, require_integer
 from nla.memory import PeakMemory
 from nla.models.base import Inventory, VisionModel
 from nla.workers import ordered_map
-from tasks.base import Figures, Task
+from tasks.base import Figures, Task, resident_bytes
 from tasks.images import Images, Items
-from tasks.language_modelling import resident_bytes
 
 
 class ImageNet(Task):

@@ -6,7 +6,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -15,7 +15,7 @@ from nla.errors import UserError, require_integer
 from nla.memory import PeakMemory
 from nla.models.base import Inventory, LanguageModel
 from nla.workers import ordered_map
-from tasks.base import Figures, Task
+from tasks.base import Figures, Task, resident_bytes
 from tasks.text import Text
 
 CHUNK = 256  # tokens whose log-probabilities are in fp32 at once
@@ -109,8 +109,3 @@ def summary(results: list[dict[str, Any]], scored: int) -> dict[str, float]:
         "tokens_per_second": tokens / seconds,
         "peak_bytes": max(r["peak_bytes"] for r in results),
     }
-
-
-def resident_bytes(module: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

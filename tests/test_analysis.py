@@ -8,7 +8,7 @@ from analysis.execute import NOTEBOOKS, execute
 from analysis.forward import compare_forms
 from analysis.plots import loss_by_layer
 from analysis.records import fits_frame, load_records, runs_frame
-from analysis.tables import conversion_perplexity, paper
+from analysis.tables import accuracy, by_ratio, paper, perplexity_beside_paper
 from nla.kernels.piecewise import Piecewise
 from tests.conftest import ROOT
 
@@ -24,10 +24,10 @@ def test_every_notebook_runs(notebook, tmp_path):
 
 def test_the_records_in_git_are_real_finished_runs_of_committed_code():
     records = load_records([RECORDS])
-    assert len(records) >= 5
+    assert len(records) >= 50
     for record in records:
         assert record.status == "done" and record.environment["commit"] and not record.environment["dirty"]
-        assert record.config["model"]["name"] == "smollm2_135m"
+    assert {record.config["model"]["name"] for record in records} == {"smollm2_135m", "opt_micro", "swin_micro"}
 
 
 def test_frames_have_a_row_per_run_and_per_matrix():
@@ -42,7 +42,7 @@ def test_frames_have_a_row_per_run_and_per_matrix():
 def test_piecewise_lies_between_floor_and_svd_on_every_matrix_of_the_recorded_runs():
     fits = fits_frame(load_records([RECORDS]))
     rows = fits[(fits["kernel"] == "piecewise") & (fits["changed"] == "") & (fits["matrices"] == 210)]
-    assert len(rows) >= 210
+    assert len(rows) >= 420
     assert (rows["floor"] <= rows["relative_error"]).all() and (rows["relative_error"] <= rows["svd_error"]).all()
 
 
@@ -52,16 +52,42 @@ def test_phase_leaves_three_quarters_of_svds_error_over_the_whole_recorded_model
     assert len(rows) == 210 and (rows["relative_error"] / rows["svd_error"]).mean() <= 0.75
 
 
+PERPLEXITY = "language_modelling.sotu.perplexity"
+
+
 def test_a_cell_is_empty_where_nothing_was_run():
-    runs = runs_frame(load_records([RECORDS]))
-    table = conversion_perplexity(runs, "smollm2_135m", "sotu")
-    assert table.loc["svd", 0.0] == pytest.approx(20.617, abs=1e-3)
+    table = by_ratio(runs_frame(load_records([RECORDS])), "smollm2_135m", PERPLEXITY)
+    assert table.loc["SVD", 0.0] == pytest.approx(20.617, abs=1e-3)
     assert table.isna().any(axis=None) and not table.isna().all(axis=None)
 
 
+def test_at_20_percent_svd_llm_is_better_than_asvd_and_asvd_than_svd_in_the_recorded_runs():
+    for model in ("smollm2_135m", "opt_micro"):
+        at_20 = by_ratio(runs_frame(load_records([RECORDS])), model, PERPLEXITY)[0.2]
+        assert at_20["SVD-LLM"] < at_20["ASVD"] < at_20["SVD"]
+
+
+def test_a_published_figure_is_subtracted_only_from_the_same_model_on_the_same_text():
+    runs = runs_frame(load_records([RECORDS]))
+    table = perplexity_beside_paper(runs, "llama7b", "smollm2_135m", "sotu")
+    assert table["measured"].isna().all() and table["difference"].isna().all()
+    assert table.loc[(0.6, "SVD-LLM"), ["published by nla", "published by svd_llm"]].tolist() == [42.30, 66.62]
+    stand_in = table["stand-in: smollm2_135m, sotu"]
+    assert stand_in[(0.0, "Original")] == pytest.approx(20.617, abs=1e-3) and stand_in[(0.2, "SVD-LLM")] > 20.7
+    same = runs.assign(**{f"{stage}.language_modelling.wikitext2.perplexity": 50.0 for stage in ("dense", "compressed")})
+    found = perplexity_beside_paper(same, "smollm2_135m", "smollm2_135m", "sotu")
+    assert found.loc[(0.2, "SVD-LLM"), "difference"] == pytest.approx(50 - 7.94)
+
+
+def test_accuracies_have_the_dense_model_first():
+    table = accuracy(runs_frame(load_records([RECORDS])), "swin_micro", "imagenet.digits")
+    assert table.index[0] == (0.0, "dense") and table["top1"].iloc[0] >= 0.97
+    assert (table["top1"] <= table["top5"]).all()
+
+
 def test_published_figures_carry_their_source():
-    for table in ("conversion_perplexity", "kernel_inference", "forward_memory"):
-        assert paper(table)["source"].str.contains("ICLR 2026").all()
+    for table in ("perplexity", "conversion_perplexity", "commonsense", "swin", "kernel_inference", "forward_memory"):
+        assert paper(table)["source"].str.contains(r"ICLR 202[56]").all()
 
 
 def test_the_figure_has_a_panel_per_kind_of_matrix():
