@@ -58,12 +58,9 @@ def changed_settings(config: dict[str, Any]) -> list[str]:
         for key, value in values.items()
         if key not in NOT_COMPARED
     ]
-    usual = [defaults.get("task", defaults) for defaults in group_defaults("task")]
-    pairs += [
-        (key, value, next((d[key] for d in usual if key in d), None))
-        for key, value in config["task"].items()
-        if key != "_target_"
-    ]
+    tasks = [name for name, value in config["task"].items() if isinstance(value, dict) and name != "data"]
+    usual = task_defaults(tasks or ["language_modelling"])
+    pairs += [(key, value, usual.get(key)) for key, value in config["task"].items() if key != "_target_"]
     top = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
@@ -84,6 +81,12 @@ def selection(chosen: dict[str, Any]) -> str:
 
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; a node of its own
+
+
+def task_defaults(names: list[str]) -> dict[str, Any]:
+    """The settings that these tasks have in conf/task."""
+    files = [yaml.safe_load((ROOT / "conf" / "task" / f"{name}.yaml").read_text()) for name in names]
+    return {key: value for content in files for key, value in content.get("task", content).items()}
 
 
 @cache
