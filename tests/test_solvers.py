@@ -107,6 +107,17 @@ def test_in_a_weighted_norm_too_the_piecewise_kernel_reaches_the_tail_of_the_cen
     assert weighted_tail(weight, S, 22) <= error <= weighted_tail(weight, S, 20)
 
 
+def test_inputs_that_are_nearly_of_low_rank_leave_the_piecewise_kernel_at_its_optimum():
+    """As behind a ReLU or early in training: most directions of the inputs hardly ever occur."""
+    x = random_weight(400, 80, 1) @ torch.diag(torch.logspace(0, -4, 80)) @ random_weight(80, 80, 2)
+    weight, factor = random_weight(60, 80), whitening(x.T @ x)
+    solution = fit(Piecewise(), weight, 20, factor=factor, steps=0)
+    seen = ((Piecewise().dense(solution.triplets) - weight).double() @ factor.S).square().sum()
+    best = weighted_tail(weight, factor.S, 20)
+    assert float(seen / (weight.double() @ factor.S).square().sum()) <= 1.1 * best
+    assert float(Piecewise().dense(solution.triplets).norm()) < 3 * float(weight.norm())
+
+
 def test_inputs_that_always_add_up_to_zero_do_no_harm_to_the_piecewise_kernel():
     """Behind a LayerNorm G 1 = 0: what s_out is cannot be seen, and must not blow up."""
     x = random_weight(200, 24)
