@@ -41,6 +41,7 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "kernel": "+".join(sorted(kernels)),
         "ratio": record.config["ratio"],
         "select": selection(record.config["select"]),
+        "tasks": "+".join(task_names(record.config)),
         "changed": " ".join(changed_settings(record.config)),
         "matrices": len(record.fits),
         "signature": record.signature,
@@ -58,8 +59,7 @@ def changed_settings(config: dict[str, Any]) -> list[str]:
         for key, value in values.items()
         if key not in NOT_COMPARED
     ]
-    tasks = [name for name, value in config["task"].items() if isinstance(value, dict) and name != "data"]
-    usual = task_defaults(tasks or ["language_modelling"])
+    usual = task_defaults(task_names(config))
     pairs += [(key, value, usual.get(key)) for key, value in config["task"].items() if key != "_target_"]
     top = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
@@ -81,6 +81,12 @@ def selection(chosen: dict[str, Any]) -> str:
 
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; a node of its own
+
+
+def task_names(config: dict[str, Any]) -> list[str]:
+    """The tasks of a run; before there were several, a run had perplexity only."""
+    names = [name for name, value in config["task"].items() if isinstance(value, dict) and name != "data"]
+    return names or ["language_modelling"]
 
 
 def task_defaults(names: list[str]) -> dict[str, Any]:
