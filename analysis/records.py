@@ -61,7 +61,7 @@ def changed_settings(config: dict[str, Any]) -> list[str]:
     ]
     usual = task_defaults(task_names(config))
     pairs += [(key, value, usual.get(key)) for key, value in config["task"].items() if key != "_target_"]
-    top = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
+    top = read_yaml(ROOT / "conf" / "config.yaml")
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
     pairs += [("budget", config["budget"]["_target_"].rpartition(".")[2].lower(), "uniform")]
@@ -74,7 +74,7 @@ ERRORS = ("relative_error", "svd_error", "floor", "weighted_error", "svd_llm_err
 def selection(chosen: dict[str, Any]) -> str:
     """The name of a selection in conf/select, or its regular expressions."""
     for path in sorted((ROOT / "conf" / "select").glob("*.yaml")):
-        if yaml.safe_load(path.read_text()) == chosen:
+        if read_yaml(path) == chosen:
             return path.stem
     return chosen["include"] + (f" without {chosen['exclude']}" if chosen["exclude"] else "")
 
@@ -91,14 +91,18 @@ def task_names(config: dict[str, Any]) -> list[str]:
 
 def task_defaults(names: list[str]) -> dict[str, Any]:
     """The settings that these tasks have in conf/task."""
-    files = [yaml.safe_load((ROOT / "conf" / "task" / f"{name}.yaml").read_text()) for name in names]
+    files = [read_yaml(ROOT / "conf" / "task" / f"{name}.yaml") for name in names]
     return {key: value for content in files for key, value in content.get("task", content).items()}
 
 
-@cache
 def group_defaults(group: str) -> list[dict[str, Any]]:
     """The yaml files of a configuration group."""
-    return [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+    return [read_yaml(path) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+
+
+@cache
+def read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -121,8 +125,9 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
 def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row per matrix and run: settings, layer, kind of matrix, and every figure of the fit."""
     rows = [
-        run_settings(record) | fit.model_dump(exclude={"terms"}) | {"h": fit.terms[0].h, "r": fit.terms[0].r}
+        settings | fit.model_dump(exclude={"terms"}) | {"h": fit.terms[0].h, "r": fit.terms[0].r}
         for record in records
+        for settings in [run_settings(record)]
         for fit in record.fits
     ]
     frame = pd.DataFrame(rows)
