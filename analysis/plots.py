@@ -3,6 +3,8 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
+from nla.record import RetrainRecord
+
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:
     """Relative error of each matrix by layer, one panel per kind, one line per kernel or method; SVD and floor as references.
@@ -44,3 +46,38 @@ if __name__ == "__main__":  # python -m analysis.plots: the README's figure, fro
     fits = of_layers(fits_frame(load_records([ROOT / "analysis" / "records"])), "smollm2_135m")
     figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "") & (fits["method"] == "nla")])
     figure.savefig(ROOT / "analysis" / "loss_by_layer.png", dpi=110)
+
+
+def retraining(record: RetrainRecord) -> Figure:
+    """Loss, with the held-out samples' on the left; budget and kept parameters by step on the right."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    steps = pd.DataFrame([row for row in record.history if "loss" in row])
+    watched = pd.DataFrame([row for row in record.history if "watched" in row])
+    left.plot(steps["step"], steps["loss"], linewidth=1, label="training batches")
+    if len(watched):
+        left.plot(watched["step"], watched["watched"], "o-", markersize=3, label="held-out samples")
+    left.set(xlabel="step", ylabel="loss (nats)")
+    left.legend(fontsize=8)
+    right.plot(steps["step"], steps["budget"] / 1e6, "k--", linewidth=1, label="budget b(t)")
+    right.step(steps["step"], steps["kept"] / 1e6, where="post", linewidth=1, label="kept")
+    right.set(xlabel="step", ylabel="million parameters", ylim=(0, None))
+    right.legend(fontsize=8)
+    return figure
+
+
+def kept_by_matrix(record: RetrainRecord) -> Figure:
+    """What is left of each matrix, as a fraction of the dense: kinds of matrix by layers."""
+    frame = pd.DataFrame([matrix.model_dump() for matrix in record.matrices])
+    frame["kind"] = frame["name"].str.replace(r"^.*\.\d+\.", "", regex=True)
+    frame["layer"] = frame["name"].str.replace(r"\.[^.\d]+(\.[^.\d]+)*$", "", regex=True)
+    table = (1 - frame.set_index(["kind", "layer"])["ratio"]).unstack(sort=False)
+    figure = Figure(figsize=(max(5, 1.5 + 0.3 * len(table.columns)), 1.2 + 0.35 * len(table)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(table, aspect="auto", vmin=0, cmap="viridis")
+    axis.set_yticks(range(len(table)), list(table.index))
+    labels = table.columns.str.replace(r"^[^\d]*", "", regex=True)
+    axis.set_xticks(range(len(labels)), list(labels), fontsize=7, rotation=0 if max(map(len, labels)) < 3 else 90)
+    axis.set(xlabel="layer")
+    figure.colorbar(image, label="kept fraction")
+    return figure

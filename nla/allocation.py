@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from nla.budget.base import PlanEntry, make_plan
 from nla.cache import digest
-from nla.config import Request
+from nla.config import Request, without_linear_term
 from nla.fitting import fit_matrices
 from nla.models.base import Model, Sample
 from nla.record import code_digest
@@ -42,6 +42,7 @@ def allocated(request: Request, model: Model, samples: list[Sample], store: Stat
 
     with tqdm(desc="sensitivity", unit="fit", dynamic_ncols=True) as bar:
         shares = request.budget.search(specs, ratio, measure)
+    shares = without_linear_term(shares, specs, request.retraining.linear_term)
     return replace(request, plan=make_plan(specs, ratio, shares, kernel))
 
 

@@ -14,17 +14,25 @@ from nla.cache import Cache
 from nla.errors import UserError
 from nla.methods.base import Method
 from nla.models.base import Inventory, ModelSource
-from nla.select import select_linears
+from nla.retrain.settings import Retraining
+from nla.select import LinearSpec, select_linears
 from nla.track import Tracker
+from nla.triplets import triplet_size
 from tasks.base import Data, Task
 
-INGREDIENTS = ["kernel", "solver", "data", "calibration"]  # groups that reach a run only through method, task and statistics
+INGREDIENTS = ["kernel", "solver", "data", "calibration", "schedule"]  # groups that reach a run only inside other groups
 
 
 @dataclass(frozen=True)
 class Request:
-    """A valid request: plain values for the record, objects for the work."""
+    """A valid request: plain values for the record, objects for the work.
 
+    Attributes:
+        settings: what all this was made from.
+        values: the same for the record, with nothing in it that this request does not use.
+    """
+
+    settings: dict[str, Any]
     values: dict[str, Any]
     model: ModelSource
     inventory: Inventory
@@ -33,6 +41,8 @@ class Request:
     plan: list[PlanEntry]
     tasks: list[Task]
     calibration: Data
+    retraining: Retraining
+    training_data: Data
     tracker: Tracker
     cache: Cache
 
@@ -56,6 +66,8 @@ class Request:
         files = {f"data.{task.name}": task.data.identity(self.cache) for task in self.tasks}
         if self.calibrates:
             files["calibration"] = self.calibration.identity(self.cache)
+        if self.retraining.steps:
+            files["retrain"] = self.training_data.identity(self.cache)
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
@@ -64,6 +76,8 @@ class Request:
             task.data.check()
         if self.calibrates:
             self.calibration.check()
+        if self.retraining.steps:
+            self.training_data.check()
         self.model.check(self.values["dtype"], self.cache)
 
 
@@ -117,13 +131,36 @@ def prepare(settings: dict[str, Any]) -> Request:
     model: ModelSource = build("model", values["model"])
     inventory = model.inventory(cache)
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
-    plan = make_plan(chosen, values["ratio"], budget.allocate(chosen, values["ratio"]), method.kernel)
+    retraining: Retraining = build("retrain", values["retrain"])
+    budget.check_steps(retraining.steps)
+    shares = without_linear_term(budget.allocate(chosen, values["ratio"]), chosen, retraining.linear_term)
+    plan = make_plan(chosen, values["ratio"], shares, method.kernel)
     for task in tasks:
         task.check(inventory)
     if not (method.needs or budget.searches):
         values = {key: value for key, value in values.items() if key != "statistics"}
-    tracker: Tracker = build("track", values["track"])
-    return Request(values, model, inventory, method, budget, plan, tasks, calibration, tracker, cache)
+    if not retraining.steps:
+        values = {key: value for key, value in values.items() if key != "retrain"}
+    return Request(
+        settings=settings,
+        values=values,
+        model=model,
+        inventory=inventory,
+        method=method,
+        budget=budget,
+        plan=plan,
+        tasks=tasks,
+        calibration=calibration,
+        retraining=retraining,
+        training_data=retraining.data,
+        tracker=build("track", values["track"]),
+        cache=cache,
+    )
+
+
+def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int) -> dict[str, int]:
+    """What a linear term of this rank leaves of every matrix's share."""
+    return {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) for s in specs}
 
 
 def build(group: str, node: dict[str, Any]) -> Any:

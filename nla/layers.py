@@ -13,7 +13,11 @@ class Term(nn.Module):
     def __init__(self, kernel: Kernel, triplets: Triplets) -> None:
         super().__init__()
         self.kernel = kernel
-        self.A, self.B, self.mu = (nn.Parameter(p) for p in (triplets.A, triplets.B, triplets.mu))
+        self.hold(triplets)
+
+    def hold(self, triplets: Triplets) -> None:
+        """Take these triplets in place of those before."""
+        self.A, self.B, self.mu = (nn.Parameter(p.detach()) for p in triplets.parts)
 
     @property
     def triplets(self) -> Triplets:

@@ -1,4 +1,4 @@
-"""One run: validate, sign, load, measure, learn about inputs, allocate, fit, swap, measure again, record."""
+"""One run: validate, sign, load, measure, learn about inputs, allocate, fit, swap, measure, retrain, measure again, record."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from nla.config import Request, prepare
 from nla.errors import UserError
 from nla.fitting import CODE as FIT_CODE
 from nla.fitting import fit_matrices
-from nla.layers import Term
+from nla.layers import CompressedLinear, Term
 from nla.memory import PeakMemory
 from nla.methods.base import Fit
 from nla.models.base import DTYPES, Model, Sample
@@ -36,6 +36,9 @@ from nla.record import (
     signature,
     write_line,
 )
+from nla.retrain.history import Row
+from nla.retrain.result import retrain_record, retrained
+from nla.retrain.stage import key_of
 from nla.select import linear_specs
 from nla.statistics import StatisticsStore, collect, stream_blocks
 from nla.surgery import count, swap
@@ -123,9 +126,15 @@ def stages(request: Request, record: RunRecord, folder: Path) -> None:
         record.plan = plan_record(request.plan)
     with timed(record, "fit"):
         fit(request, record, model, samples, store, folder)
-    record.parameters = parameters(request, record, before, count(model.module))
+    compressed = state_of(request, model)
     with timed(record, "compressed"):
-        evaluate(request, record, model, "compressed", state_of(request, model))
+        evaluate(request, record, model, "compressed", compressed)
+    if request.retraining.steps:
+        with timed(record, "retrain"):
+            retrain_and_drop(request, record, model, folder, key_of(request, compressed, dense))
+        with timed(record, "retrained"):
+            evaluate(request, record, model, "retrained", state_of(request, model))
+    record.parameters = parameters(request, before, count(model.module), kept_parameters(model))
 
 
 def state_of(request: Request, model: Model) -> str:
@@ -219,10 +228,28 @@ def fit_record(name: str, fit: Fit) -> FitRecord:
     return FitRecord(name=name, shape=(first.out_features, first.in_features), terms=terms, **figures)
 
 
-def parameters(request: Request, record: RunRecord, before: int, after: int) -> Parameters:
+def retrain_and_drop(request: Request, record: RunRecord, model: Model, folder: Path, key: str) -> None:
+    """Retrain, or take the result of a finished retraining; masked triplets are gone afterwards."""
+    fitted = kept_parameters(model)
+    with (folder / "steps.jsonl").open("w") as lines:
+
+        def show(row: Row) -> None:
+            write_line(lines, row)
+            request.tracker.step(row)
+
+        result = retrained(request, model, key, show)
+    record.peak_bytes["retrain"] = result.peak_bytes
+    record.retraining = retrain_record(request, model, result, fitted, kept_parameters(model))
+
+
+def kept_parameters(model: Model) -> dict[str, int]:
+    """Parameters of the triplets of each compressed matrix."""
+    return {name: m.count() for name, m in model.module.named_modules() if isinstance(m, CompressedLinear)}
+
+
+def parameters(request: Request, before: int, after: int, matrices: dict[str, int]) -> Parameters:
     """Counts before and after; what is not selected, biases included, is the same in both."""
-    selected = sum(e.spec.n_params for e in request.plan)
-    kept = sum(f.n_params for f in record.fits)
+    selected, kept = sum(e.spec.n_params for e in request.plan), sum(matrices.values())
     size = DTYPES[request.values["dtype"]].itemsize
     return Parameters(
         selected_before=selected,
@@ -237,11 +264,14 @@ def parameters(request: Request, record: RunRecord, before: int, after: int) -> 
 
 
 def draw(record: RunRecord, folder: Path) -> None:
-    """The figure that W&B shows too."""
-    from analysis.plots import loss_by_layer
+    """The figures that W&B shows too."""
+    from analysis import plots
     from analysis.records import fits_frame
 
-    loss_by_layer(fits_frame([record])).savefig(folder / "loss_by_layer.png", dpi=120)
+    plots.loss_by_layer(fits_frame([record])).savefig(folder / "loss_by_layer.png", dpi=120)
+    if record.retraining:
+        plots.retraining(record.retraining).savefig(folder / "retraining.png", dpi=120)
+        plots.kept_by_matrix(record.retraining).savefig(folder / "kept.png", dpi=120)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ PACKAGES = [
     "safetensors",
     "numpy",
 ]
+IMPORTANCE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 NOT_IN_SIGNATURE = ["track", "dry_run", "outputs_dir", "cache_dir"]  # they change no figure
 
 
@@ -80,6 +81,30 @@ class PlanRecord(Strict):
     r: int
 
 
+class KeptRecord(Strict):
+    """Parameters of one matrix after its fit and after retraining; `ratio` is the fraction of the dense that is gone."""
+
+    name: str
+    fitted: int
+    kept: int
+    ratio: float
+
+
+class RetrainRecord(Strict):
+    """`history`: rows as in `nla.retrain.history`, about a hundred of them (steps.jsonl has all); `seconds` of all steps."""
+
+    steps: int
+    tokens: int | None  # that were trained on; None where samples are no text
+    samples: int
+    trained: int  # parameters that were moved
+    optimiser_bytes: int
+    importance_bytes: int
+    dense_optimiser_bytes: int  # of AdamW on the whole dense model
+    seconds: float
+    history: list[dict[str, Any]]
+    matrices: list[KeptRecord]
+
+
 class RunRecord(Strict):
     """Schema 1. `seconds` and `peak_bytes` are by stage; metrics are {stage: {task: {data: {metric: value}}}}.
 
@@ -96,6 +121,7 @@ class RunRecord(Strict):
     plan: list[PlanRecord]
     parameters: Parameters | None = None
     fits: list[FitRecord] = []
+    retraining: RetrainRecord | None = None
     metrics: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     seconds: dict[str, float] = {}
     peak_bytes: dict[str, int] = {}

@@ -52,6 +52,8 @@ class Settings(BaseModel):
     kernel: Group
     solver: Group
     budget: Group
+    schedule: Group
+    retrain: Group
     task: Group
     data: Group
     calibration: Group

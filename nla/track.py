@@ -1,6 +1,7 @@
 """Experiment tracking. The jsonl and the record are always written; a tracker shows the same figures elsewhere."""
 
 import logging
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 
 from nla.errors import require_choice
 from nla.methods.base import Fit
-from nla.record import RunRecord
+from nla.record import IMPORTANCE_QUANTILES, RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ class Tracker(Protocol):
 
     def metrics(self, stage: str, figures: dict[str, float]) -> None: ...
 
+    def step(self, row: dict[str, Any]) -> None: ...
+
     def finish(self, record: RunRecord, folder: Path) -> None: ...
 
 
@@ -38,6 +41,9 @@ class NoTracker:
         pass
 
     def metrics(self, stage: str, figures: dict[str, float]) -> None:
+        pass
+
+    def step(self, row: dict[str, Any]) -> None:
         pass
 
     def finish(self, record: RunRecord, folder: Path) -> None:
@@ -65,6 +71,9 @@ class WandbTracker:
 
     def metrics(self, stage: str, figures: dict[str, float]) -> None:
         self._safely(self._metrics, stage, figures)
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._safely(self._step, row)
 
     def finish(self, record: RunRecord, folder: Path) -> None:
         self._safely(self._finish, record, folder)
@@ -109,6 +118,8 @@ class WandbTracker:
         log.info("Weights & Biases: %s", self.run.url or self.run.dir.removesuffix("/files"))
         self.run.define_metric("fit/step")
         self.run.define_metric("loss/*", step_metric="fit/step")
+        self.run.define_metric("retrain/step")
+        self.run.define_metric("retrain/*", step_metric="retrain/step")
         rows: list[Any] = [[p.name, p.n_params, p.h, p.r] for p in record.plan]
         self.run.log({"plan": wandb.Table(columns=["matrix", "n_params", "h", "r"], data=rows)})
 
@@ -137,11 +148,19 @@ class WandbTracker:
     def _metrics(self, stage: str, figures: dict[str, float]) -> None:
         self.run.log({f"{stage}/{key}": value for key, value in figures.items()})
 
+    def _step(self, row: dict[str, Any]) -> None:
+        figures = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        if "watched" in row:
+            figures["watched_perplexity"] = math.exp(min(row["watched"], 700))
+        figures |= {f"importance/{q:.0%}": x for q, x in zip(IMPORTANCE_QUANTILES, row.get("importance", []), strict=False)}
+        figures |= {f"kept/{name}": kept for name, kept in row.get("matrices", {}).items()}
+        self.run.log({f"retrain/{name}": value for name, value in figures.items()})
+
     def _finish(self, record: RunRecord, folder: Path) -> None:
         import wandb
 
         if record.status == "done":
-            self.run.log({"loss_by_layer": wandb.Image(folder / "loss_by_layer.png")})
+            self.run.log({figure.stem: wandb.Image(figure) for figure in sorted(folder.glob("*.png"))})
         if record.parameters is not None:
             self.run.summary.update({f"parameters/{k}": v for k, v in record.parameters.model_dump().items()})
         self.run.summary.update({f"peak_bytes/{stage}": value for stage, value in record.peak_bytes.items()})

@@ -31,6 +31,10 @@ class Triplets:
         return tuple(self.A.shape), tuple(self.B.shape), tuple(self.mu.shape)
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.A, self.B, self.mu
+
+    @property
     def h(self) -> int:
         return self.A.shape[1]
 

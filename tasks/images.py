@@ -49,13 +49,18 @@ class Images(Data):
     def items(self) -> Items:
         """All images and their labels, in their own order."""
 
+    @cached_property
+    def opened(self) -> Items:
+        """The same, kept for those who draw samples step by step."""
+        return self.items()
+
     def check(self) -> None:
         self.items()
 
     def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
         """Images at random, as the model's inputs; each image once before any comes again. `length` is for text."""
         assert isinstance(model, VisionModel)
-        items, generator = self.items(), torch.Generator().manual_seed(seed)
+        items, generator = self.opened, torch.Generator().manual_seed(seed)
         rounds = range(-(-count // len(items)))
         order = [i for _ in rounds for i in torch.randperm(len(items), generator=generator).tolist()]
         chosen = (items[i] for i in order[:count])

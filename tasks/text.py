@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 from abc import abstractmethod
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -28,10 +29,15 @@ class Text(Data):
         """One text: documents joined by an empty line, the field's protocol for perplexity."""
         return "\n\n".join(self.documents())
 
+    @cached_property
+    def whole(self) -> str:
+        """The same, kept for those who draw samples step by step."""
+        return self.joined()
+
     def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
         """Windows that begin at random words of the joined text."""
         assert isinstance(model, LanguageModel)
-        text, generator = self.joined(), torch.Generator().manual_seed(seed)
+        text, generator = self.whole, torch.Generator().manual_seed(seed)
         last = len(text) - CHARACTERS * length
         found: list[Sample] = []
         while len(found) < count:
@@ -39,7 +45,7 @@ class Text(Data):
             word = text.find(" ", begin) + 1
             tokens = model.encode(text[word : word + CHARACTERS * length])[None, :length]
             if tokens.shape[1] < length and last <= 0:
-                raise UserError(f"calibration={self.name} is shorter than statistics.length={length} tokens")
+                raise UserError(f"calibration={self.name} is shorter than one sample of {length} tokens")
             if tokens.shape[1] == length:
                 found.append(Sample(tokens, tokens))
         return found

@@ -10,7 +10,7 @@ from nla.cache import Cache
 from nla.errors import NonFiniteError
 from nla.models.base import Sample
 from nla.models.micro_text import END, learn_tokenizer
-from nla.training import Recipe, train
+from nla.training import Recipe, train, whole_model
 from tests.conftest import configuration
 
 RECIPE = Recipe(steps=30, lr=0.05, warmup=3, weight_decay=0.1, clip=1.0)
@@ -41,7 +41,7 @@ def trained(cache: Cache, stop_at: int | None = None, threads: int = 1, recipe: 
 
     torch.set_num_threads(threads)
     try:
-        train(module, lambda s: cross_entropy(module(s.inputs), s.targets), batches, recipe, cache, "key", "test")
+        train(whole_model(module), lambda s: cross_entropy(module(s.inputs), s.targets), batches, recipe, cache, "key", "test")
     except StoppedError:
         pass
     finally:
@@ -87,7 +87,15 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
     module = network()
     with pytest.raises(NonFiniteError, match="step 3"):
         bad = lambda step: [Sample(part.inputs * (float("nan") if step == 3 else 1), part.targets) for part in batch(step)]  # noqa: E731
-        train(module, lambda s: cross_entropy(module(s.inputs), s.targets), bad, RECIPE, Cache(tmp_path), "key", "test")
+        train(
+            whole_model(module),
+            lambda s: cross_entropy(module(s.inputs), s.targets),
+            bad,
+            RECIPE,
+            Cache(tmp_path),
+            "key",
+            "test",
+        )
 
 
 def test_the_tokeniser_is_lossless_and_has_the_size_it_was_asked_for():

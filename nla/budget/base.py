@@ -35,9 +35,11 @@ class Budget(ABC):
 
     Attributes:
         searches: shares are known only after search().
+        tightens: shares are what retraining begins with; it ends within the ratio.
     """
 
     searches = False
+    tightens = False
 
     @abstractmethod
     def allocate(self, specs: list[LinearSpec], ratio: float) -> dict[str, int]:
@@ -46,6 +48,9 @@ class Budget(ABC):
     def search(self, specs: list[LinearSpec], ratio: float, measure: Measure) -> dict[str, int]:
         """The same, with the model at hand."""
         return self.allocate(specs, ratio)
+
+    def check_steps(self, steps: int) -> None:
+        """Raise UserError if so many steps of retraining do not go with this budget."""
 
 
 def make_plan(specs: list[LinearSpec], ratio: float, allocated: dict[str, int], kernel: Kernel) -> list[PlanEntry]:
@@ -57,7 +62,7 @@ def make_plan(specs: list[LinearSpec], ratio: float, allocated: dict[str, int], 
     plan = [
         PlanEntry(s, allocated[s.name], *kernel.size(s.out_features, s.in_features, allocated[s.name]), kernel) for s in specs
     ]
-    starved = [entry.spec for entry in plan if entry.h == 0]
+    starved = [entry.spec for entry in plan if entry.h < 1]
     if starved:
         spec = min(starved, key=highest_ratio)
         most = math.floor(1000 * highest_ratio(spec)) / 1000

@@ -66,6 +66,10 @@ class Kernel(ABC):
         """Triplets of the same matrix whose numbers lose least when they are rounded."""
         return t
 
+    def balanced(self, t: Triplets) -> Triplets:
+        """Triplets of the same matrix in the gauge that is best to train in: A, B and mu alike in size."""
+        return t
+
     @abstractmethod
     def squared_error(self, t: Triplets, objective: Objective, products: torch.dtype) -> tuple[Tensor, Triplets]:
         """||(dense(t) - W) S||^2 and its gradient with respect to A, B, mu.

@@ -15,6 +15,13 @@ class Linear(FactoredKernel):
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         return (t.A * t.mu[:, None]).flatten(1), t.B.flatten(1)
 
+    def balanced(self, t: Triplets) -> Triplets:
+        """||A_l|| = ||B_l|| and mu = +1, -1 or 0: a step on A changes the matrix as much as one on B."""
+        a, b = (torch.linalg.vector_norm(f, dim=(0, 2)) for f in (t.A, t.B))
+        size = (t.mu.abs() * a * b).sqrt()
+        scale_a, scale_b = (torch.where(norm > 0, size / norm, 1.0)[:, None] for norm in (a, b))
+        return Triplets(t.A * scale_a, t.B * scale_b, t.mu.sign())
+
     def columns(self, h: int, r: int) -> int:
         return h * r
 

@@ -27,6 +27,11 @@ class Piecewise(FactoredKernel):
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         return ThreeTerms.apply(x, t.A, t.B, t.mu)
 
+    def balanced(self, t: Triplets) -> Triplets:
+        """mu = +1, -1 or 0: scaling A_l and B_l by c and mu_l by 1 / c^2 changes nothing."""
+        scale = torch.where(t.mu != 0, t.mu.abs().sqrt(), 1.0)[:, None]
+        return Triplets(t.A * scale, t.B * scale, t.mu.sign())
+
     def columns(self, h: int, r: int) -> int:
         return h * r + 2
 

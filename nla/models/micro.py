@@ -16,7 +16,7 @@ from nla.models.base import Sample, VisionModel
 from nla.models.vision import ImageClassifier, classifier, from_architecture, load_weights
 from nla.record import code_digest, computing_packages
 from nla.sealed import sealed_folder
-from nla.training import Recipe, train
+from nla.training import Recipe, train, whole_model
 from tasks.images import Images, Items
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class MicroModel(ImageClassifier):
                 "training %s on %d images of %s, once (%d steps)", self.name, len(items), self.training.name, self.recipe.steps
             )
             model = classifier(from_architecture(self.architecture, self.weights_seed), "cpu", "float32")
-            train(model.module, model.loss, self.batches(items, model), self.recipe, cache, key, f"training {self.name}")
+            batches = self.batches(items, model)
+            train(whole_model(model.module), model.loss, batches, self.recipe, cache, key, f"training {self.name}")
             save_file({name: p.contiguous() for name, p in model.module.state_dict().items()}, folder / "model.safetensors")
 
         return sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)

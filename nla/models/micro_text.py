@@ -15,7 +15,7 @@ from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import CausalLM, from_architecture, load_pretrained
 from nla.record import code_digest, computing_packages
 from nla.sealed import sealed_folder
-from nla.training import Recipe, train
+from nla.training import Recipe, train, whole_model
 from tasks.text import Text
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class MicroLanguageModel(CausalLM):
                 torch.manual_seed(self.weights_seed)
                 model = LanguageModel(from_architecture(self.architecture).eval(), tokenizer)
             batches = self.batches(model.encode(text))
-            train(model.module, model.loss, batches, self.recipe, cache, key, f"training {self.name}")
+            train(whole_model(model.module), model.loss, batches, self.recipe, cache, key, f"training {self.name}")
             model.module.save_pretrained(folder)  # type: ignore[operator]
             tokenizer.save_pretrained(folder)
 

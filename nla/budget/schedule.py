@@ -1,0 +1,77 @@
+"""How the budget of a retraining tightens, step by step. `conf/schedule/` names the ways."""
+
+from abc import ABC, abstractmethod
+
+from nla.errors import UserError, require_integer
+
+
+class Schedule(ABC):
+    """b(t), in parameters: b0 until t_i, then down to the final budget b_f, which is reached at T - t_f and kept.
+
+    Args:
+        b0: the budget at the start, as a multiple of the final one.
+        t_i, t_f: the warm-up and the cool-down, as fractions of the T steps of a retraining.
+        interval: steps between two choices of the triplets that are kept; the last choice is always made at T - t_f.
+    """
+
+    def __init__(self, b0: float, t_i: float, t_f: float, interval: int) -> None:
+        if not isinstance(b0, int | float) or not b0 >= 1:
+            raise UserError(f"schedule.b0={b0} must be at least 1: it is a multiple of the final budget")
+        for name, value in (("t_i", t_i), ("t_f", t_f)):
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise UserError(f"schedule.{name}={value} must be a fraction of the steps, from 0 and below 1")
+        require_integer("schedule.interval", interval, 1)
+        self.b0, self.t_i, self.t_f, self.interval = b0, t_i, t_f, interval
+
+    @abstractmethod
+    def remaining(self, p: float) -> float:
+        """What is left of b0 - b_f after a fraction p of the tightening, 0 < p < 1."""
+
+    def phases(self, steps: int) -> tuple[int, int]:
+        """The step after which the budget tightens, and the one after which it is final.
+
+        Raises:
+            UserError: nothing is left between warm-up and cool-down.
+        """
+        begin, end = round(self.t_i * steps), steps - round(self.t_f * steps)
+        if begin >= end:
+            raise UserError(
+                f"schedule.t_i={self.t_i} and schedule.t_f={self.t_f} are {begin} and {steps - end} of retrain.steps={steps}, "
+                "and leave no step to tighten the budget in; their sum must be below 1"
+            )
+        return begin, end
+
+    def budget(self, done: int, steps: int, start: int, final: int) -> int:
+        """b(t) in parameters after `done` of `steps` steps, from `start` to `final`."""
+        begin, end = self.phases(steps)
+        if done <= begin:
+            return start
+        if done >= end or start <= final:
+            return final
+        return final + int((start - final) * self.remaining((done - begin) / (end - begin)))
+
+    def chooses(self, done: int, steps: int) -> bool:
+        """Whether the kept triplets are chosen anew after `done` steps."""
+        begin, end = self.phases(steps)
+        return begin < done <= end and (done % self.interval == 0 or done == end)
+
+
+class Constant(Schedule):
+    """All at once: b_f as soon as the warm-up is over."""
+
+    def remaining(self, p: float) -> float:
+        return 0.0
+
+
+class Linear(Schedule):
+    """b_f + (b0 - b_f)(1 - p)"""
+
+    def remaining(self, p: float) -> float:
+        return 1 - p
+
+
+class Cubic(Schedule):
+    """b_f + (b0 - b_f)(1 - p)^3 with p = (t - t_i) / (T - t_f - t_i)  (NLA; AdaLoRA, Zhang et al., 2023)."""
+
+    def remaining(self, p: float) -> float:
+        return (1 - p) ** 3

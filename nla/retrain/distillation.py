@@ -1,0 +1,106 @@
+"""The loss of a retraining: the model's own, and what it may learn from the dense model beside it."""
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
+
+from nla.blocks import Block, chain
+from nla.layers import CompressedLinear
+from nla.models.base import LanguageModel, Model, Sample
+from nla.retrain.settings import Retraining
+from nla.surgery import get_linear
+
+
+class Distillation:
+    """loss + logits * T^2 KL(dense || compressed) + features * mean squared difference + perturbation * mean(max|W' - W|)^2
+
+    Logits are softened by the temperature T (Hinton et al., 2015). Features are the outputs of the blocks, each relative to the
+    mean square of the dense model's. The last is PELA's weight perturbation (Guo et al., 2023), the mean over matrices.
+
+    Args:
+        layers: qualified names of the compressed matrices.
+    """
+
+    def __init__(self, model: Model, dense: Model, layers: list[str], settings: Retraining) -> None:
+        self.model, self.dense, self.settings = model, dense, settings
+        self.compressed = {name: model.module.get_submodule(name) for name in layers}
+        self.weights = {name: get_linear(dense.module, name).weight for name in layers}
+        pairs = ((model, chain(model, layers)), (dense, chain(dense, layers)))
+        self.features = [Features(blocks) if settings.features else None for _, blocks in pairs]
+
+    def __call__(self, sample: Sample) -> Tensor:
+        logits, seen = self.run(self.model, sample, self.features[0])
+        with torch.no_grad():
+            wanted, shown = self.run(self.dense, sample, self.features[1])
+        loss = own_loss(self.model, logits, sample)
+        if self.settings.logits:
+            loss = loss + self.settings.logits * softened_divergence(logits, wanted, self.settings.temperature)
+        if self.settings.features:
+            parts = [mse_loss(a.float(), b.float()) / b.float().square().mean() for a, b in zip(seen, shown, strict=True)]
+            loss = loss + self.settings.features * torch.stack(parts).mean()
+        if self.settings.perturbation:
+            loss = loss + self.settings.perturbation * self.largest_changes().square().mean()
+        return loss
+
+    @staticmethod
+    def run(model: Model, sample: Sample, features: "Features | None") -> tuple[Tensor, list[Tensor]]:
+        if features is None:
+            return model.logits(sample.inputs), []
+        return features.of(lambda: model.logits(sample.inputs))
+
+    def largest_changes(self) -> Tensor:
+        """max|W' - W| of every compressed matrix: (matrices,)"""
+        return torch.stack(
+            [
+                (sum_of_terms(layer) - self.weights[name]).abs().amax().float()
+                for name, layer in self.compressed.items()
+                if isinstance(layer, CompressedLinear)
+            ]
+        )
+
+
+def sum_of_terms(layer: CompressedLinear) -> Tensor:
+    """W': (out, in), with its gradient."""
+    return torch.stack([term.dense() for term in layer.parts()]).sum(0)
+
+
+def own_loss(model: Model, logits: Tensor, sample: Sample) -> Tensor:
+    """`model.loss` of logits that are known."""
+    if isinstance(model, LanguageModel):
+        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), sample.targets[:, 1:].flatten())
+    return cross_entropy(logits.float(), sample.targets)
+
+
+def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(wanted || logits) of the softened distributions, mean over rows: (..., classes) twice -> ()"""
+    a, b = (log_softmax(x.flatten(0, -2).float() / temperature, -1) for x in (logits, wanted))
+    return temperature**2 * kl_div(a, b, reduction="batchmean", log_target=True)
+
+
+class Features:
+    """Catches what blocks put out, apart for each thread."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.seen, self.hooks = threading.local(), ExitStack()
+        for block in blocks:
+            self.hooks.callback(block.module.register_forward_hook(self.catch).remove)
+
+    def catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        caught = getattr(self.seen, "caught", None)
+        if caught is not None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+
+    def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The result of a forward, and the outputs of the blocks on the way."""
+        self.seen.caught = []
+        output = run()
+        caught, self.seen.caught = self.seen.caught, None
+        return output, caught
+
+    def close(self) -> None:
+        self.hooks.close()

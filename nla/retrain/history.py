@@ -1,0 +1,118 @@
+"""What is known of a retraining as it goes on: a row per step, on disk and shown at once."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla.budget.adaptive import Tightening
+from nla.models.base import Model, Sample
+from nla.record import IMPORTANCE_QUANTILES
+from nla.training import Companion, Recipe
+from nla.triplets import Triplets
+from nla.workers import ordered_map
+
+Row = dict[str, Any]
+
+
+class History(Companion):
+    """Keeps the rows of all steps, and has the budget tightened.
+
+    A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds; where triplets
+    were chosen anew also importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by name); at
+    checkpoints watched (nats).
+
+    Args:
+        names: of the term that each of the triplets belongs to.
+        places: of A, B and mu of each term among the trained parameters.
+        tightening: None where all triplets are kept.
+        watch: the loss on samples that are not trained on; None: nothing is watched.
+        recipe: says at which steps.
+        show: is given each row when it is there.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        places: list[tuple[int, int, int]],
+        tightening: Tightening | None,
+        kept: int,
+        watch: Callable[[], float] | None,
+        recipe: Recipe,
+        show: Callable[[Row], None],
+    ) -> None:
+        self.names, self.places, self.tightening, self.kept = names, places, tightening, kept
+        self.watch, self.recipe, self.show = watch, recipe, show
+        self.rows: list[Row] = []
+        self.since = time.perf_counter()
+        self.chosen = False
+
+    def begin(self) -> None:
+        if self.watch:
+            self.add({"step": 0, "watched": self.watch()})
+        self.since = time.perf_counter()
+
+    def after_gradient(self, done: int, gradients: list[Tensor]) -> None:
+        if self.tightening:
+            parts = [Triplets(*(gradients[i] for i in place)) for place in self.places]
+            self.tightening.after_gradient(done, parts)
+
+    def before_publishing(self, done: int) -> None:
+        if self.tightening:
+            self.chosen = self.tightening.after_step(done)
+
+    def after_step(self, done: int, figures: dict[str, float]) -> None:
+        row: Row = {"step": done, **figures, "budget": self.kept, "kept": self.kept}
+        if self.tightening:
+            kept = self.tightening.kept()
+            row |= {"budget": self.tightening.budget(done), "kept": sum(kept)}
+            if self.chosen:
+                ranking = self.tightening.ranking().float()
+                row["importance"] = torch.quantile(ranking, torch.tensor(IMPORTANCE_QUANTILES)).tolist()
+                row["matrices"] = by_matrix(self.names, kept)
+        row["seconds"] = time.perf_counter() - self.since
+        if self.watch and (self.recipe.checkpoints(done) or done == self.recipe.steps):
+            row["watched"] = self.watch()
+        self.since = time.perf_counter()
+        self.add(row)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.show(row)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.tightening.tensors() if self.tightening else {}
+
+    def notes(self) -> list[Row]:
+        return self.rows
+
+    def restore(self, tensors: dict[str, Tensor], notes: list[Row]) -> None:
+        if self.tightening:
+            self.tightening.restore(tensors)
+        for row in notes:
+            self.add(row)
+        self.since = time.perf_counter()
+
+
+def by_matrix(names: list[str], kept: list[int]) -> dict[str, int]:
+    """Kept parameters of each matrix, its terms added up; `names` are those of its terms."""
+    total: dict[str, int] = {}
+    for name, count in zip(names, kept, strict=True):
+        matrix = name.partition(".terms.")[0]
+        total[matrix] = total.get(matrix, 0) + count
+    return total
+
+
+def mean_loss(model: Model, samples: list[Sample]) -> float:
+    """The model's own loss (nats), mean over samples."""
+    device = next(model.module.parameters()).device
+
+    @torch.no_grad()
+    def loss(sample: Sample) -> float:
+        return float(model.loss(sample.to(device)))
+
+    with closing(ordered_map(loss, samples, device)) as losses:
+        return sum(losses) / len(samples)

@@ -1,0 +1,105 @@
+"""Several processes that train one model: started here, each is `python -m nla.retrain.launch FILE`."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla.cache import write_atomically
+from nla.config import Request, prepare
+from nla.crew import Crew
+from nla.errors import NonFiniteError, UserError
+from nla.models.base import Model
+from nla.retrain.parts import load_terms, prepare_terms
+from nla.retrain.stage import retrain
+
+KINDS = {"UserError": UserError, "NonFiniteError": NonFiniteError}
+
+
+class Processes(Crew):
+    """One process of several, each with a GPU of its own where there are GPUs (of accelerate)."""
+
+    def __init__(self, device: str) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = str(self.accelerator.device)
+
+    def sum(self, number: float, tensors: Sequence[Tensor]) -> float:
+        for tensor in tensors:
+            tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))  # type: ignore[arg-type]
+        total = torch.tensor(number, dtype=torch.float64 if self.device == "cpu" else torch.float32, device=self.device)
+        return float(self.accelerator.reduce(total, reduction="sum"))  # type: ignore[arg-type]
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+
+def retrain_together(request: Request, terms: dict[str, Tensor], key: str) -> None:
+    """Have `retrain.processes` processes retrain the model whose terms these are; the result is in the cache.
+
+    Raises:
+        UserError, NonFiniteError: what the first process raised.
+    """
+    count = request.retraining.processes
+    if request.device.startswith("cuda") and count > torch.cuda.device_count():
+        raise UserError(f"retrain.processes={count} need a GPU each; torch sees {torch.cuda.device_count()}")
+    request.cache.store_tensors("compressed", key, terms, {})
+    folder = request.cache.root / "launches"
+    job, failure = folder / f"{key}.json", folder / f"{key}.error.json"
+    failure.unlink(missing_ok=True)
+    settings = request.settings | {"device": request.device}
+    write_atomically(job, json.dumps({"settings": settings, "key": key, "failure": str(failure)}).encode())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    threads = max(1, torch.get_num_threads() // count)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([*launch, "-m", "nla.retrain.launch", str(job)], env=environment, preexec_fn=die_with_parent)
+    try:
+        status = process.wait()
+    finally:
+        process.kill()
+    if failure.exists():
+        told = json.loads(failure.read_text())
+        raise KINDS[told["kind"]](told["message"])
+    if status:
+        raise RuntimeError(f"the processes of retrain.processes={count} ended with status {status}; see above")
+    request.cache.remove_tensors("compressed", key)
+    job.unlink()
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def take_part(job: dict[str, Any]) -> None:
+    """One process: the same model from the same cache, and its share of every step."""
+    crew = Processes("cpu" if job["settings"]["device"] == "cpu" else "cuda")
+    try:
+        request = prepare(job["settings"] | {"device": crew.device})
+        model: Model = request.model.load(crew.device, request.values["dtype"], request.cache)
+        entry = request.cache.load_tensors("compressed", job["key"])
+        assert entry is not None
+        load_terms(model.module, entry[0], request.method.kernel, crew.device)
+        prepare_terms(model.module, request.retraining.linear_term, request.values["seed"])
+        retrain(request, model, job["key"], lambda row: None, crew)
+    except tuple(KINDS.values()) as error:
+        if crew.rank == 0:
+            told = {"kind": type(error).__name__, "message": str(error)}
+            write_atomically(Path(job["failure"]), json.dumps(told).encode())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    take_part(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,100 @@
+"""What `retrain.*` says. `conf/retrain/` names the ways."""
+
+from typing import Any
+
+from nla.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.training import Recipe
+
+PARTS = ["triplets", "A", "B", "mu", "linear_term", "norms", "biases", "everything"]
+
+
+class Retraining:
+    """Settings of a retraining, checked.
+
+    Args:
+        steps: optimiser steps T in all; 0: none.
+        data: the samples to train on, a node of conf/calibration.
+        batch: samples of a step; micro: how many of them one worker (or GPU) runs at once.
+        length: tokens of a sample, where it is text.
+        lr: of every tensor, relative to the root mean square of its numbers at the start.
+        warmup: fraction of the steps in which the rate rises; then it falls along a cosine.
+        weight_decay, clip, spike, checkpoint: as in `nla.training.Recipe`.
+        train: the stages, each trained for an equal share of the steps: names of PARTS joined by `+`.
+        linear_term: rank of a linear term (LoRA) that every matrix gets beside its triplets, out of its own budget.
+        logits, features, perturbation, temperature: weights of the losses of `nla.retrain.distillation`.
+        recompute: keep the inputs of blocks only, and compute what is inside again for the gradient.
+        watch: samples of the first task's data whose loss is shown at every checkpoint; nothing is chosen by it.
+        processes: how many train together, each on its share of the micro-batches (one GPU each, where there are GPUs).
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        data: Any,
+        batch: int,
+        micro: int,
+        length: int,
+        lr: float,
+        warmup: float,
+        weight_decay: float,
+        clip: float,
+        spike: float,
+        train: list[str],
+        linear_term: int,
+        logits: float,
+        features: float,
+        perturbation: float,
+        temperature: float,
+        recompute: bool,
+        checkpoint: int,
+        watch: int,
+        processes: int,
+    ) -> None:
+        for name, value, least in (
+            ("steps", steps, 0),
+            ("batch", batch, 1),
+            ("micro", micro, 1),
+            ("length", length, 2),
+            ("linear_term", linear_term, 0),
+            ("checkpoint", checkpoint, 1),
+            ("watch", watch, 0),
+            ("processes", processes, 1),
+        ):
+            require_integer(f"retrain.{name}", value, least)
+        for name, number in (("lr", lr), ("clip", clip), ("spike", spike), ("temperature", temperature)):
+            require_positive(f"retrain.{name}", number)
+        for name, number in (
+            ("weight_decay", weight_decay),
+            ("logits", logits),
+            ("features", features),
+            ("perturbation", perturbation),
+        ):
+            require_at_least_zero(f"retrain.{name}", number)
+        if not isinstance(warmup, int | float) or not 0 <= warmup < 1:
+            raise UserError(f"retrain.warmup={warmup} must be a fraction of the steps, from 0 and below 1")
+        require_choice("retrain.recompute", recompute, [True, False])
+        if not isinstance(train, list) or not train:
+            raise UserError(f"retrain.train={train} must be a list of stages, such as [triplets+norms]")
+        for part in [part for stage in train for part in str(stage).split("+")]:
+            require_choice("retrain.train", part, PARTS)
+        if steps % len(train):
+            raise UserError(f"retrain.steps={steps} must be a multiple of the {len(train)} stages of retrain.train={train}")
+        if batch % micro:
+            raise UserError(f"retrain.batch={batch} must be a multiple of retrain.micro={micro}: micro-batches count the same")
+        if processes > batch // micro:
+            raise UserError(
+                f"retrain.processes={processes} have {batch // micro} micro-batches to share; "
+                "raise retrain.batch or lower retrain.micro"
+            )
+        self.steps, self.data, self.batch, self.micro, self.length = steps, data, batch, micro, length
+        self.train, self.recompute = [stage.split("+") for stage in train], recompute
+        self.linear_term = linear_term if steps else 0
+        self.logits, self.features, self.perturbation, self.temperature = logits, features, perturbation, temperature
+        self.watch, self.processes, self.checkpoint = watch, processes, checkpoint
+        part = steps // len(train)
+        self.recipe = Recipe(part, lr, int(warmup * part), weight_decay, clip, checkpoint, spike)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the dense model is needed beside the compressed one."""
+        return max(self.logits, self.features, self.perturbation) > 0

@@ -1,0 +1,171 @@
+"""Train a compressed model in stages, and keep the result."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nla.blocks import chain
+from nla.budget.adaptive import Adaptive, Tightening
+from nla.cache import digest
+from nla.config import Request
+from nla.crew import Crew
+from nla.layers import Term
+from nla.models.base import Model, Sample
+from nla.record import code_digest, computing_packages
+from nla.retrain.distillation import Distillation
+from nla.retrain.history import History, Row, mean_loss
+from nla.retrain.parts import chosen_parts, drop_masked
+from nla.training import Trained, train
+from nla.triplets import Triplets
+from tasks.images import Images
+from tasks.text import Text
+
+CODE = ("nla/retrain", "nla/budget", "nla/training.py", "nla/crew.py", "nla/blocks.py", "nla/workers.py")
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining leaves beside the weights.
+
+    Attributes:
+        rows: as in `nla.retrain.history`.
+        peak_bytes: of one micro-batch's gradient.
+        trained: parameters that the optimiser moved at once; scored: those whose importance was followed.
+    """
+
+    rows: list[Row]
+    peak_bytes: int
+    trained: int
+    scored: int
+
+
+def key_of(request: Request, compressed: str, dense: str) -> str:
+    """Digest of everything the result depends on, given the digests of both models' states."""
+    names = ("retrain", "budget", "ratio", "seed", "task")
+    return digest(
+        {
+            "states": [compressed, dense],
+            "settings": {name: request.values[name] for name in names},
+            "inputs": request.inputs,
+            "code": code_digest(*CODE),
+            "packages": computing_packages(),
+        }
+    )
+
+
+def load_retrained(request: Request, model: Model, key: str) -> Retrained | None:
+    """Put the numbers of a finished retraining into the prepared model and drop its masked triplets; None if there is none."""
+    entry = request.cache.load_tensors("retrained", key)
+    if entry is None:
+        return None
+    tensors, notes = entry
+    model.module.load_state_dict(tensors, strict=False)
+    drop_masked(model.module)
+    return Retrained(**notes)
+
+
+def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None], crew: Crew) -> None:
+    """Train what `retrain.train` names of a prepared model, stage after stage; the result is in the cache under `key`.
+
+    Raises:
+        NonFiniteError: names the step, the batch and the last good checkpoint.
+    """
+    settings, cache = request.retraining, request.cache
+    loss, batch, watch = objective(request, model), batches(request, model), watched(request, model)
+    rows: list[Row] = []
+    tensors: dict[str, Tensor] = {}
+    peaks, counts, keys = [], [], [digest([key, parts]) for parts in settings.train]
+    for stage, parts in enumerate(settings.train):
+        before = stage * settings.recipe.steps
+        trained = chosen_parts(model.module, parts)
+
+        def shown(row: Row, before: int = before) -> None:
+            rows.append(row | {"step": row["step"] + before})
+            show(rows[-1])
+
+        def batch_of(step: int, before: int = before) -> list[Sample]:
+            return batch(step + before)
+
+        history = History(*tightening(request, model, trained), watch if crew.rank == 0 else None, settings.recipe, shown)
+        label = f"retrain {'+'.join(parts)}"
+        with recomputed_blocks(model, request.layers) if settings.recompute else nullcontext():
+            peaks.append(train(trained, loss, batch_of, settings.recipe, cache, keys[stage], label, history, crew))
+        counts.append(sum(t.master.numel() for t in trained))
+        tensors |= {t.name: t.parameter.detach() for t in trained}
+    if crew.rank == 0:
+        scored = sum(p.numel() for name, p in tensors.items() if name.rpartition(".")[2] in ("A", "B", "mu"))
+        notes = {"trained": max(counts), "scored": scored if request.budget.tightens else 0}
+        cache.store_tensors("retrained", key, tensors, notes | {"rows": rows, "peak_bytes": max(peaks)})
+        for stage_key in keys:
+            cache.remove_tensors("trainings", stage_key)
+    crew.wait()
+
+
+def objective(request: Request, model: Model) -> Callable[[Sample], Tensor]:
+    """The model's own loss, or with a dense model beside it that of `Distillation`."""
+    if not request.retraining.distils:
+        return model.loss
+    dense = request.model.load(request.device, request.values["dtype"], request.cache)
+    dense.module.requires_grad_(False)
+    return Distillation(model, dense, request.layers, request.retraining)
+
+
+def batches(request: Request, model: Model) -> Callable[[int], list[Sample]]:
+    """step -> its micro-batches, a function of the seed and the step alone."""
+    settings = request.retraining
+
+    def batch(step: int) -> list[Sample]:
+        seed = int(digest([request.values["seed"], step])[:15], 16)
+        samples = request.training_data.samples(model, settings.batch, settings.length, seed)
+        parts = [samples[i : i + settings.micro] for i in range(0, settings.batch, settings.micro)]
+        return [Sample(torch.cat([s.inputs for s in part]), torch.cat([s.targets for s in part])) for part in parts]
+
+    return batch
+
+
+def watched(request: Request, model: Model) -> Callable[[], float] | None:
+    """The loss on a few samples of the first task's data that can be sampled."""
+    data = next((task.data for task in request.tasks if isinstance(task.data, Text | Images)), None)
+    count = request.retraining.watch
+    if data is None or count == 0:
+        return None
+    samples = data.samples(model, count, request.retraining.length, request.values["seed"])
+    return lambda: mean_loss(model, samples)
+
+
+def tightening(
+    request: Request, model: Model, trained: list[Trained]
+) -> tuple[list[str], list[tuple[int, int, int]], Tightening | None, int]:
+    """The model's terms, where A, B and mu of each are among the trained, the masks, and the parameters of all triplets."""
+    terms = {name: m for name, m in model.module.named_modules() if isinstance(m, Term)}
+    kept = sum(term.triplets.count() for term in terms.values())
+    budget = request.budget
+    if not isinstance(budget, Adaptive):
+        return [], [], None, kept
+    index = {t.name: i for i, t in enumerate(trained)}
+    places = [(index[f"{name}.A"], index[f"{name}.B"], index[f"{name}.mu"]) for name in terms]
+    masters = [Triplets(*(trained[i].master for i in place)) for place in places]
+    final = int((1 - request.values["ratio"]) * sum(entry.spec.n_params for entry in request.plan))
+    return list(terms), places, budget.tightening(masters, final, request.retraining.steps), kept
+
+
+@contextmanager
+def recomputed_blocks(model: Model, layers: list[str]) -> Iterator[None]:
+    """Meanwhile every block keeps its inputs only; what is inside is computed again for the gradient (Chen et al., 2016)."""
+    blocks = [block.module for block in chain(model, layers)]
+    for block in blocks:
+        forward = block.forward
+
+        def again(*arguments: object, forward: Callable = forward, **keywords: object) -> object:
+            return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+        block.forward = again
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
