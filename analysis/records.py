@@ -43,6 +43,10 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "select": selection(record.config["select"]),
         "tasks": "+".join(task_names(record.config)),
         "changed": " ".join(changed_settings(record.config)),
+        "budget": " ".join([budget_name(record.config), *changed_schedule(record.config["budget"])]),
+        "retraining": " ".join(changed_retraining(record.config)),
+        "retrain_steps": record.config.get("retrain", {}).get("steps", 0),
+        "seed": record.config["seed"],
         "matrices": len(record.fits),
         "signature": record.signature,
     }
@@ -64,8 +68,32 @@ def changed_settings(config: dict[str, Any]) -> list[str]:
     top = read_yaml(ROOT / "conf" / "config.yaml")
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
-    pairs += [("budget", config["budget"]["_target_"].rpartition(".")[2].lower(), "uniform")]
+    pairs += [("budget", budget_name(config), "uniform")]
     return [f"{key}={value}" for key, value, default in pairs if value != default and not isinstance(value, dict)]
+
+
+def changed_retraining(config: dict[str, Any]) -> list[str]:
+    """`key=value` of the settings of retraining that are not those of conf/."""
+    if "retrain" not in config:
+        return []
+    text, images = (read_yaml(ROOT / "conf" / "retrain" / f"{name}.yaml") for name in ("text", "images"))
+    usual = text | images if "imagenet" in task_names(config) else text
+    pairs = [(key, value, usual.get(key)) for key, value in config["retrain"].items() if key not in NOT_TRAINED_BY]
+    return [f"{key}={value}" for key, value, default in pairs if value != default]
+
+
+def budget_name(config: dict[str, Any]) -> str:
+    return config["budget"]["_target_"].rpartition(".")[2].lower()
+
+
+def changed_schedule(budget: dict[str, Any]) -> list[str]:
+    """The kind of a schedule that is not cubic, and `key=value` of its settings that are not those of conf/."""
+    if "schedule" not in budget:
+        return []
+    kind = budget["schedule"]["_target_"].rpartition(".")[2].lower()
+    usual = read_yaml(ROOT / "conf" / "schedule" / f"{kind}.yaml")
+    changed = [f"{key}={value}" for key, value in budget["schedule"].items() if value != usual.get(key)]
+    return ([] if kind == "cubic" else [kind]) + changed
 
 
 ERRORS = ("relative_error", "svd_error", "floor", "weighted_error", "svd_llm_error", "weighted_floor")
@@ -79,6 +107,7 @@ def selection(chosen: dict[str, Any]) -> str:
     return chosen["include"] + (f" without {chosen['exclude']}" if chosen["exclude"] else "")
 
 
+NOT_TRAINED_BY = ("_target_", "data", "steps", "checkpoint", "watch", "processes", "recompute")
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; a node of its own
 
@@ -114,6 +143,9 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         row |= record.parameters.model_dump(exclude={"ratio"}) if record.parameters else {}
         row |= {key: fits[key].mean() for key in ERRORS}
         row |= {"fit_seconds": fits["seconds"].sum(), "fit_peak_bytes": fits["peak_bytes"].max()}
+        if record.retraining:
+            row |= record.retraining.model_dump(include={"tokens", "samples", "trained"})
+            row |= {"retrain_seconds": record.retraining.seconds}
         for stage, tasks in record.metrics.items():
             for task, sets in tasks.items():
                 for data, figures in sets.items():

@@ -25,10 +25,11 @@ def method_name(row: pd.Series) -> str:
 
 
 def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.DataFrame:
-    """The rows of a model's runs with this selection (default: whole models), named by method."""
+    """The rows of a model's runs without retraining, with this selection (default: whole models), named by method."""
     if frame.empty:
         raise ValueError("there are no finished runs to show; run.py makes them, analysis/records has some")
     rows = frame[(frame["model"] == model) & frame["select"].isin(WHOLE if select is None else [select])]
+    rows = rows[rows["retrain_steps"] == 0]
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 
 
@@ -68,7 +69,7 @@ def papers_rows(runs: pd.DataFrame, model: str, data: str) -> pd.Series:
     metric = f"language_modelling.{data}.perplexity"
     if f"compressed.{metric}" not in runs:
         return pd.Series(dtype=float)
-    rows = runs[(runs["model"] == model) & (runs["changed"] == "") & runs["select"].isin(WHOLE)]
+    rows = runs[(runs["model"] == model) & (runs["changed"] == "") & runs["select"].isin(WHOLE) & (runs["retrain_steps"] == 0)]
     rows = rows[rows[f"compressed.{metric}"].notna()]
     rows = rows[(rows["method"] != "nla") | (rows["kernel"] == "piecewise")]
     names = rows["method"].map(lambda method: PAPERS_NAMES.get(method, "NLA"))
@@ -76,6 +77,40 @@ def papers_rows(runs: pd.DataFrame, model: str, data: str) -> pd.Series:
     if len(rows):
         figures[(0.0, "Original")] = rows[f"dense.{metric}"].iloc[0]
     return pd.Series(figures, dtype=float)
+
+
+def retrained(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
+    """One row per retrained run: a metric of the dense, the compressed and the retrained model, and what retraining took.
+
+    With `budget` adaptive, compressed is the model before its budget was tightened.
+    """
+    rows = runs[(runs["model"] == model) & (runs["retrain_steps"] > 0) & runs["select"].isin(WHOLE)]
+    rows = rows.assign(method=[start_name(row) for _, row in rows.iterrows()])
+    columns = {f"{stage}.{metric}": stage for stage in ("dense", "compressed", "retrained")}
+    columns |= {"retrain_steps": "steps", "tokens": "tokens", "samples": "samples", "retrain_seconds": "seconds"}
+    index = ["ratio", "method", "budget", "retraining", "seed"]
+    table = rows.set_index(index)[list(columns)].rename(columns=columns).sort_index()
+    table.insert(3, "x dense", table["retrained"] / table["dense"])
+    return table.dropna(axis=1, how="all")
+
+
+def start_name(row: pd.Series) -> str:
+    """The method that a retraining starts from, with the settings beside budget and seed that are not the defaults."""
+    changed = [pair for pair in row["changed"].split() if pair.partition("=")[0] not in ("budget", "seed")]
+    return method_name(pd.Series({**row, "changed": " ".join(changed)}))
+
+
+def adaptive_or_not(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
+    """Adaptive beside uniform budgets at equal final parameters and steps: mean, standard deviation and count over seeds."""
+    table = retrained(runs, model, metric).reset_index()
+    same = ["ratio", "method", "retraining", "steps"]
+    uniform = table[table["budget"] == "uniform"].groupby(same)["retrained"].agg(["mean", "std", "count"])
+    adaptive = (
+        table[table["budget"].str.startswith("adaptive")].groupby([*same, "budget"])["retrained"].agg(["mean", "std", "count"])
+    )
+    both = adaptive.reset_index("budget").join(uniform, lsuffix=" adaptive", rsuffix=" uniform", how="inner")
+    both["adaptive - uniform"] = both["mean adaptive"] - both["mean uniform"]
+    return both.set_index("budget", append=True)
 
 
 def accuracy(runs: pd.DataFrame, model: str, prefix: str) -> pd.DataFrame:

@@ -132,7 +132,7 @@ def prepare(settings: dict[str, Any]) -> Request:
     inventory = model.inventory(cache)
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
     retraining: Retraining = build("retrain", values["retrain"])
-    budget.check_steps(retraining.steps)
+    budget.check_retraining(retraining)
     shares = without_linear_term(budget.allocate(chosen, values["ratio"]), chosen, retraining.linear_term)
     plan = make_plan(chosen, values["ratio"], shares, method.kernel)
     for task in tasks:
@@ -159,8 +159,20 @@ def prepare(settings: dict[str, Any]) -> Request:
 
 
 def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int) -> dict[str, int]:
-    """What a linear term of this rank leaves of every matrix's share."""
-    return {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) for s in specs}
+    """What a linear term of this rank leaves of every matrix's share.
+
+    Raises:
+        UserError: it leaves some matrix nothing.
+    """
+    left = {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) for s in specs}
+    for s in specs:
+        if rank and left[s.name] <= 0:
+            most = (shares[s.name] - 1) // triplet_size(s.out_features, s.in_features, 1)
+            raise UserError(
+                f"retrain.linear_term={rank} takes all of the {shares[s.name]} parameters of {s.name} "
+                f"({s.out_features}x{s.in_features}); allowed here: below {max(most, 1)}, or a smaller ratio"
+            )
+    return left
 
 
 def build(group: str, node: dict[str, Any]) -> Any:

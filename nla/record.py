@@ -27,7 +27,7 @@ PACKAGES = [
     "numpy",
 ]
 IMPORTANCE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-NOT_IN_SIGNATURE = ["track", "dry_run", "outputs_dir", "cache_dir"]  # they change no figure
+NOT_IN_SIGNATURE = ["track", "dry_run", "estimate", "outputs_dir", "cache_dir"]  # they change no figure
 
 
 class Strict(BaseModel):

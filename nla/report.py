@@ -5,6 +5,7 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tabulate import tabulate
@@ -13,7 +14,9 @@ from nla.budget.base import PlanEntry
 from nla.config import Request
 from nla.cost import estimate
 from nla.models.base import DTYPES
-from nla.record import RunRecord, read_record
+from nla.record import RetrainRecord, RunRecord, read_record
+from nla.retrain.cost import retraining_cost
+from nla.triplets import triplet_size
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +24,9 @@ log = logging.getLogger(__name__)
 def announce(request: Request) -> None:
     """What is about to be removed, before the work begins."""
     selected = sum(e.spec.n_params for e in request.plan)
-    kept = sum(e.realised for e in request.plan)
+    fitted = sum(e.realised for e in request.plan)
+    most = int((1 - request.values["ratio"]) * selected)
+    kept = min(fitted, most) if request.budget.tightens else fitted + linear_terms(request)
     total = request.inventory.parameters
     log.info(
         "removing %.1f %%, keeping %.1f %% of %s parameters in %d matrices;\nwhole model %s -> %s",
@@ -32,6 +37,18 @@ def announce(request: Request) -> None:
         millions(total),
         millions(total - selected + kept),
     )
+    if request.budget.tightens:
+        log.info(
+            "the fits keep %.1f %% (%s); retraining tightens them to that",
+            100 * fitted / selected,
+            millions(fitted),
+        )
+
+
+def linear_terms(request: Request) -> int:
+    """Parameters of the linear terms that retraining adds."""
+    rank = request.retraining.linear_term
+    return sum(rank * triplet_size(e.spec.out_features, e.spec.in_features, 1) for e in request.plan)
 
 
 def show_plan(request: Request) -> None:
@@ -63,7 +80,28 @@ def show_plan(request: Request) -> None:
             ["a step of all fits", f"{flop(cost.step)}, {duration(step)} at {flop(cost.step_rate)}/s measured"],
             ["fits altogether", f"{duration(starts)}, or {most} if all {cost.steps} steps run"],
         ]
+    if request.retraining.steps:
+        rows += cost_of_retraining(request)
     log.info("\n%s\n\nNothing was fitted: dry_run=true.", tabulate(rows, tablefmt="plain"))
+
+
+def cost_of_retraining(request: Request) -> list[list[str]]:
+    """Operations, bytes and hours of the retraining, on the device of `estimate`."""
+    cost, device = retraining_cost(request), request.values["estimate"]
+    seconds = cost.flops / (device["flops"] * device["used"])
+    what = f"{cost.tokens:,} tokens" if cost.tokens else f"{cost.samples:,} images"
+    parts = {
+        "weights": cost.weights_bytes,
+        "gradient": cost.gradient_bytes,
+        "AdamW": cost.optimiser_bytes,
+        "importance": cost.importance_bytes,
+    }
+    return [
+        ["retraining", f"{request.retraining.steps:,} steps, {what}, {flop(cost.flops)}"],
+        ["... takes", f"{duration(seconds)} at {100 * device['used']:.0f} % of {device['device']}"],
+        ["... holds", f"{sum(parts.values()) / 1e9:.2f} GB and activations:"],
+        ["", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)],
+    ]
 
 
 def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
@@ -95,6 +133,8 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
             "weighted by the inputs: %.4f; SVD-LLM with as many parameters %.4f; floor %.4f",
             *(mean(record, key) for key in ("weighted_error", "svd_llm_error", "weighted_floor")),
         )
+    if record.retraining:
+        log.info("%s", told_of_retraining(record.retraining))
     seconds, flops = sum(f.seconds for f in record.fits), sum(f.flops for f in record.fits)
     log.info(
         "fits: %d matrices, %s in %.0f s of one worker (%s/s)",
@@ -106,6 +146,18 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
 
 
+def told_of_retraining(r: RetrainRecord) -> str:
+    """What retraining took, and what it left of the matrices."""
+    left = [1 - matrix.ratio for matrix in r.matrices]
+    what = f"{r.tokens:,} tokens" if r.tokens else f"{r.samples:,} samples"
+    moments = (r.optimiser_bytes + r.importance_bytes) / r.dense_optimiser_bytes
+    return (
+        f"retraining: {r.steps:,} steps, {what} in {r.seconds:,.0f} s; optimiser and importance\n"
+        f"        {moments:.2f} of what AdamW keeps of the dense model;\n"
+        f"        matrices keep {100 * min(left):.1f} to {100 * max(left):.1f} % (median {100 * median(left):.1f} %)"
+    )
+
+
 def show_sweep(outcomes: list[dict[str, Any]]) -> None:
     """One line per job, labelled by the settings in which jobs differ; failures again below, with their reasons."""
     shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
@@ -114,16 +166,18 @@ def show_sweep(outcomes: list[dict[str, Any]]) -> None:
         label = " ".join(o for o in outcome["overrides"] if o not in shared)
         if "error" in outcome:
             failures.append(f"failed: {label}: {outcome['error']}")
-            rows.append([label, "failed", "", "", "", ""])
+            rows.append([label, "failed", "", "", "", "", ""])
         elif outcome["record"]:
             record = read_record(Path(outcome["record"]))
-            stages = [stage_headline(record, stage) for stage in ("dense", "compressed")]
+            stages = [stage_headline(record, stage) for stage in ("dense", "compressed", "retrained")]
             errors = [f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error")]
             weighted = record.fits[0].weighted_error is not None
             rows.append([label, *stages, *errors, f"{mean(record, 'weighted_error'):.4f}" if weighted else ""])
     if rows:
-        headers = ["sweep", "dense", "compressed", "error", "SVD's", "weighted"]
-        log.info("\n%s", tabulate(rows, headers, disable_numparse=True))
+        headers = ["sweep", "dense", "compressed", "retrained", "error", "SVD's", "weighted"]
+        filled = [i for i in range(len(headers)) if any(row[i] for row in rows)]
+        table = [[row[i] for i in filled] for row in rows]
+        log.info("\n%s", tabulate(table, [headers[i] for i in filled], disable_numparse=True))
     for failure in failures:
         log.error("%s", failure)
 
@@ -175,6 +229,8 @@ def flop(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds < 0.01:
+        return "less than 0.01 s"
     if seconds < 90:
         return f"about {seconds:.0f} s" if seconds >= 10 else f"about {seconds:.1g} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

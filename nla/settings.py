@@ -34,6 +34,13 @@ class Statistics(BaseModel):
     collect: list[Statistic]
 
 
+class Estimate(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    device: str
+    flops: Annotated[float, Field(gt=0)]
+    used: Annotated[float, Field(gt=0, le=1)]
+
+
 class Settings(BaseModel):
     """conf/config.yaml without Hydra's own part."""
 
@@ -45,6 +52,7 @@ class Settings(BaseModel):
     select: Select
     statistics: Statistics
     dry_run: bool
+    estimate: Estimate
     outputs_dir: str
     cache_dir: str
     model: Group

@@ -131,7 +131,8 @@ def train(
         value = loss(sample.to(device))
         return float(value.detach()), torch.autograd.grad(value, parameters)
 
-    bar = tqdm(range(begun, recipe.steps), label, recipe.steps, begun, unit="step", dynamic_ncols=True, disable=crew.rank > 0)
+    steps, quiet = range(begun, recipe.steps), crew.rank > 0
+    bar = tqdm(steps, label, recipe.steps, initial=begun, unit="step", dynamic_ncols=True, disable=quiet)
     for step in bar:
         micro = batch(step)
         if step == 0:

@@ -85,7 +85,15 @@ def test_accuracies_have_the_dense_model_first():
 
 
 def test_published_figures_carry_their_source():
-    for table in ("perplexity", "conversion_perplexity", "commonsense", "swin", "kernel_inference", "forward_memory"):
+    for table in (
+        "perplexity",
+        "conversion_perplexity",
+        "commonsense",
+        "swin",
+        "kernel_inference",
+        "forward_memory",
+        "adaptive",
+    ):
         assert paper(table)["source"].str.contains(r"ICLR 202[56]").all()
 
 

@@ -21,7 +21,20 @@ def test_help_is_a_page_with_every_option_and_needs_no_heavy_import():
     code = [sys.executable, "-X", "importtime", "run.py", "--help"]
     result = subprocess.run(code, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
-    for group in ("model", "method", "kernel", "solver", "budget", "task", "data", "calibration", "track"):
+    for group in (
+        "model",
+        "method",
+        "kernel",
+        "solver",
+        "budget",
+        "task",
+        "data",
+        "calibration",
+        "track",
+        "retrain",
+        "schedule",
+        "experiment",
+    ):
         for option in options(group):
             assert option in result.stdout
     assert "python run.py model=llama7b ratio=0.7" in result.stdout

@@ -38,8 +38,9 @@ def inspect(outputs: Path) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_an_offline_run_read_back_holds_losses_errors_plan_figure_and_perplexities(cli, tmp_path):
-    cli(*[a for a in TINY if a != "track=none"], "kernel=phase", "solver.steps=40")
+def test_an_offline_run_read_back_holds_losses_errors_plan_figures_steps_and_perplexities(cli, tmp_path):
+    retraining = ["retrain.steps=4", "retrain.length=64", "budget=adaptive", "schedule.interval=1"]
+    cli(*[a for a in TINY if a != "track=none"], "kernel=phase", "solver.steps=40", *retraining)
     record = only_record(tmp_path)
     text = json.dumps(inspect(tmp_path))
     lines = (tmp_path / "runs" / record["signature"] / "fits.jsonl").read_text().splitlines()
@@ -49,10 +50,18 @@ def test_an_offline_run_read_back_holds_losses_errors_plan_figure_and_perplexiti
         assert all(f"fit/{name}/{key}" in text for key in ("relative_error", "svd_error", "floor", "peak_bytes"))
         assert len(line["losses"]) >= 3
         assert all(repr(loss)[:12] in text for _, loss in line["losses"])
-    for stage in ("dense", "compressed"):
+    for row in record["retraining"]["history"][1:]:
+        assert all(repr(row[key])[:12] in text for key in ("loss", "lr", "norm", "kept"))
+    for key in ("budget", "watched_perplexity", "importance/50%", f"kept/{record['fits'][0]['name']}"):
+        assert f"retrain/{key}" in text
+    for stage in ("dense", "compressed", "retrained"):
         perplexity = record["metrics"][stage]["language_modelling"]["sotu"]["perplexity"]
         assert f"{stage}/language_modelling/sotu/perplexity" in text and repr(perplexity)[:12] in text
-    assert "loss_by_layer" in text and "plan.table.json" in text and "parameters/selected_after" in text
+    assert (
+        all(figure in text for figure in ("loss_by_layer", "retraining", "kept.png"))
+        and "plan.table.json" in text
+        and "parameters/selected_after" in text
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from nla.budget.base import Budget
 from nla.budget.importance import Importance, best
 from nla.budget.schedule import Schedule
 from nla.errors import UserError, require_choice
+from nla.retrain.settings import Retraining
 from nla.select import LinearSpec
 from nla.triplets import Triplets, triplet_size
 
@@ -36,12 +37,18 @@ class Adaptive(Budget):
         kept = min(1.0, self.schedule.b0 * (1 - ratio))
         return {s.name: int(kept * s.n_params) for s in specs}
 
-    def check_steps(self, steps: int) -> None:
-        if steps == 0:
+    def check_retraining(self, retraining: Retraining) -> None:
+        if retraining.steps == 0:
             raise UserError(
-                "budget=adaptive shares parameters out while retraining; set retrain.steps, or use budget=uniform or sensitivity"
+                "budget=adaptive shares parameters out while retraining; "
+                "set retrain.steps, or use budget=uniform or sensitivity"
             )
-        self.schedule.phases(steps)
+        if len(retraining.train) > 1 or not {"triplets", "everything"} & set(retraining.train[0]):
+            raise UserError(
+                f"budget=adaptive needs A, B and mu trained together; retrain.train={['+'.join(s) for s in retraining.train]} "
+                "does not, retrain.train=[triplets+norms] does"
+            )
+        self.schedule.phases(retraining.steps)
 
     def tightening(self, triplets: Sequence[Triplets], final: int, steps: int) -> "Tightening":
         return Tightening(self, triplets, final, steps)
@@ -68,8 +75,8 @@ class Tightening:
         self.start = int(self.costs.sum())
 
     def budget(self, done: int) -> int:
-        """b(t) after `done` steps."""
-        return self.schedule.budget(done, self.steps, self.start, self.final)
+        """The budget in force after `done` steps."""
+        return self.schedule.in_force(done, self.steps, self.start, self.final)
 
     @torch.no_grad()
     def after_gradient(self, done: int, gradients: Sequence[Triplets]) -> None:
@@ -85,10 +92,8 @@ class Tightening:
         mus = self.whole()
         chosen = self.schedule.chooses(done, self.steps)
         if chosen:
-            keep = best(self.ranking(), self.costs, self.budget(done))
-            self.masks = [
-                part.to(t.mu.device) for part, t in zip(keep.split([t.h for t in self.triplets]), self.triplets, strict=True)
-            ]
+            keep = best(self.ranking(), self.costs, self.budget(done)).split([t.h for t in self.triplets])
+            self.masks = [part.to(t.mu.device) for part, t in zip(keep, self.triplets, strict=True)]
         self.waiting = mus
         for t, mask, mu in zip(self.triplets, self.masks, mus, strict=True):
             t.mu.copy_(torch.where(mask, mu, 0))
@@ -111,7 +116,7 @@ class Tightening:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next steps depend on."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for i, (mask, waiting) in enumerate(zip(self.masks, self.waiting, strict=True)):
             named |= {f"{i}.mask": mask, f"{i}.waiting": waiting}
             for name, t in (("smoothed", self.importance.smoothed[i]), ("uncertainty", self.importance.uncertainty[i])):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nla.errors import UserError
 from nla.kernels.base import Kernel
+from nla.retrain.settings import Retraining
 from nla.select import LinearSpec
 from nla.triplets import triplet_size
 
@@ -49,8 +50,8 @@ class Budget(ABC):
         """The same, with the model at hand."""
         return self.allocate(specs, ratio)
 
-    def check_steps(self, steps: int) -> None:
-        """Raise UserError if so many steps of retraining do not go with this budget."""
+    def check_retraining(self, retraining: Retraining) -> None:  # noqa: B027 (most budgets go with any)
+        """Raise UserError if this budget does not go with such a retraining."""
 
 
 def make_plan(specs: list[LinearSpec], ratio: float, allocated: dict[str, int], kernel: Kernel) -> list[PlanEntry]:

@@ -28,10 +28,13 @@ class Importance:
     def update(self, values: Sequence[Triplets], gradients: Sequence[Triplets]) -> None:
         """One step of smoothing."""
         for many in zip(values, gradients, self.smoothed, self.uncertainty, strict=True):
-            for w, g, smoothed, uncertainty in zip(*(t.parts for t in many), strict=True):
-                sensitivity = (w * g).abs_()
-                smoothed.lerp_(sensitivity, 1 - self.beta1)
-                uncertainty.lerp_(sensitivity.sub_(smoothed).abs_(), 1 - self.beta2)
+            for parts in zip(*(t.parts for t in many), strict=True):
+                self.smooth(*parts)
+
+    def smooth(self, w: Tensor, g: Tensor, smoothed: Tensor, uncertainty: Tensor) -> None:
+        sensitivity = (w * g).abs_()
+        smoothed.lerp_(sensitivity, 1 - self.beta1)
+        uncertainty.lerp_(sensitivity.sub_(smoothed).abs_(), 1 - self.beta2)
 
     @torch.no_grad()
     def scores(self) -> list[Tensor]:
@@ -43,8 +46,8 @@ class Importance:
 
 
 def mean_product(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of a * b over rows and columns, without the product: (n, h, r) twice -> (h,)"""
-    return torch.einsum("nhr,nhr->h", a, b) / max(1, a.shape[0] * a.shape[2])
+    """Mean of a * b over rows and columns: (n, h, r) twice -> (h,)"""
+    return (a * b).mean(dim=(0, 2))
 
 
 def best(scores: Tensor, costs: Tensor, budget: int) -> Tensor:

@@ -50,6 +50,14 @@ class Schedule(ABC):
             return final
         return final + int((start - final) * self.remaining((done - begin) / (end - begin)))
 
+    def in_force(self, done: int, steps: int, start: int, final: int) -> int:
+        """The budget of the last choice of triplets: b(t) as a staircase of `interval` steps."""
+        begin, end = self.phases(steps)
+        if done >= end:
+            return final
+        last = done - done % self.interval
+        return self.budget(last, steps, start, final) if last > begin else start
+
     def chooses(self, done: int, steps: int) -> bool:
         """Whether the kept triplets are chosen anew after `done` steps."""
         begin, end = self.phases(steps)

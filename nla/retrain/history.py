@@ -21,9 +21,9 @@ Row = dict[str, Any]
 class History(Companion):
     """Keeps the rows of all steps, and has the budget tightened.
 
-    A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds; where triplets
-    were chosen anew also importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by name); at
-    checkpoints watched (nats).
+    A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. Where triplets
+    were chosen anew it has importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by
+    name); at checkpoints watched (nats).
 
     Args:
         names: of the term that each of the triplets belongs to.

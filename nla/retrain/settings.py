@@ -75,8 +75,8 @@ class Retraining:
         require_choice("retrain.recompute", recompute, [True, False])
         if not isinstance(train, list) or not train:
             raise UserError(f"retrain.train={train} must be a list of stages, such as [triplets+norms]")
-        for part in [part for stage in train for part in str(stage).split("+")]:
-            require_choice("retrain.train", part, PARTS)
+        for name in [name for stage in train for name in str(stage).split("+")]:
+            require_choice("retrain.train", name, PARTS)
         if steps % len(train):
             raise UserError(f"retrain.steps={steps} must be a multiple of the {len(train)} stages of retrain.train={train}")
         if batch % micro:
@@ -91,8 +91,8 @@ class Retraining:
         self.linear_term = linear_term if steps else 0
         self.logits, self.features, self.perturbation, self.temperature = logits, features, perturbation, temperature
         self.watch, self.processes, self.checkpoint = watch, processes, checkpoint
-        part = steps // len(train)
-        self.recipe = Recipe(part, lr, int(warmup * part), weight_decay, clip, checkpoint, spike)
+        each = steps // len(train)
+        self.recipe = Recipe(each, lr, int(warmup * each), weight_decay, clip, checkpoint, spike)
 
     @property
     def distils(self) -> bool:

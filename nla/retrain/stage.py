@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ def recomputed_blocks(model: Model, layers: list[str]) -> Iterator[None]:
     for block in blocks:
         forward = block.forward
 
-        def again(*arguments: object, forward: Callable = forward, **keywords: object) -> object:
+        def again(*arguments: Any, forward: Callable = forward, **keywords: Any) -> Any:
             return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
 
         block.forward = again

@@ -1,0 +1,88 @@
+"""What a retraining costs, counted on the model's architecture without weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nla.config import Request
+
+FP32, MOMENTS = 4, 8  # bytes of a number, and of the two that AdamW (or importance) keeps of it
+
+
+@dataclass(frozen=True)
+class RetrainingCost:
+    """Operations (FLOP) of all steps; bytes beside activations.
+
+    Attributes:
+        forward: of one sample through the compressed model, as the retraining finds it.
+        flops: of all samples: the forward, twice as much for the gradient, the forward again where blocks are recomputed, and
+            the dense model's forward where it is learnt from.
+    """
+
+    samples: int
+    tokens: int | None
+    forward: float
+    flops: float
+    weights_bytes: int
+    gradient_bytes: int
+    optimiser_bytes: int
+    importance_bytes: int
+
+
+def retraining_cost(request: Request) -> RetrainingCost:
+    """The cost of the request's retraining.
+
+    Gradients of frozen parameters are counted as if they were made: an upper bound by the embeddings' share.
+    """
+    settings, kernel = request.retraining, request.method.kernel
+    dense, rows = dense_forward(request)
+    sizes = {e.spec.name: (e.spec.out_features, e.spec.in_features, e.h, e.r) for e in request.plan}
+    selected = sum(2 * m * n * rows[name] for name, (m, n, _, _) in sizes.items())
+    compressed = sum(kernel.forward_flops(*size, rows[name]) for name, size in sizes.items())
+    linear_terms = sum(2 * (m + n) * settings.linear_term * rows[name] for name, (m, n, _, _) in sizes.items())
+    forward = dense - selected + compressed + linear_terms
+    samples = settings.steps * settings.batch
+    triplets = sum(e.realised + settings.linear_term * (e.spec.out_features + e.spec.in_features + 1) for e in request.plan)
+    kept = request.inventory.parameters - sum(e.spec.n_params for e in request.plan) + triplets
+    trained = kept if any("everything" in parts for parts in settings.train) else triplets
+    width = torch.finfo(getattr(torch, request.values["dtype"])).bits // 8
+    masters = 0 if width == FP32 else FP32 * trained
+    return RetrainingCost(
+        samples=samples,
+        tokens=samples * settings.length if request.inventory.reads == "text" else None,
+        forward=forward,
+        flops=samples * (forward * (4 if settings.recompute else 3) + (dense if settings.distils else 0)),
+        weights_bytes=kept * width + masters,
+        gradient_bytes=FP32 * trained,
+        optimiser_bytes=MOMENTS * trained,
+        importance_bytes=MOMENTS * triplets if request.budget.tightens else 0,
+    )
+
+
+def dense_forward(request: Request) -> tuple[float, dict[str, int]]:
+    """Operations of one sample through the dense model, as torch counts them, and the rows that each selected layer reads."""
+    module, _ = request.model.empty(request.model.configuration(request.cache))
+    rows: dict[str, int] = {}
+
+    def reads(name: str) -> None:
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows[name] = inputs[0].numel() // inputs[0].shape[-1]
+
+        module.get_submodule(name).register_forward_pre_hook(note)
+
+    for layer in request.layers:
+        reads(layer)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(meta_sample(request, module))
+    return counter.get_total_flops(), rows
+
+
+def meta_sample(request: Request, module: nn.Module) -> Tensor:
+    """One sample's shape: token ids, or an image of the size that timm has for the model."""
+    if request.inventory.reads == "text":
+        return torch.zeros(1, request.retraining.length, dtype=torch.long, device="meta")
+    from timm.data import resolve_model_data_config
+
+    return torch.zeros(1, *resolve_model_data_config(module)["input_size"], device="meta")

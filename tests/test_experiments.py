@@ -1,0 +1,95 @@
+"""The tables of the paper as experiments: every row is a request that can be met, and its small twin asks the same."""
+
+import itertools
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from nla.cache import Cache
+from nla.config import prepare
+from nla.retrain.cost import retraining_cost
+from nla.settings import check_settings
+from tests.conftest import CONF, TINY, configuration, options
+
+PAPERS = ("llama7b", "opt_1_3b", "swin_base")
+TWINS = {"llama7b": "smollm2", "opt_1_3b": "opt_micro", "swin_base": "swin_micro"}
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("inventories")
+
+
+def rows(experiment: str) -> list[list[str]]:
+    """The overrides of every row that `python run.py experiment=...` runs."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True).hydra
+    swept = dict(hydra.sweeper.params or {})
+    assert not swept or hydra.mode.name == "MULTIRUN"
+    choices = [[f"{key}={value}" for value in str(values).split(",")] for key, values in swept.items()]
+    return [list(row) for row in itertools.product(*choices)]
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_row_of_an_experiment_is_a_request_that_can_be_met(experiment, cache_dir):
+    comment = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[1]
+    assert comment.startswith("# ")
+    plans = set()
+    for row in rows(experiment):
+        settings = check_settings(configuration(f"experiment={experiment}", *row, f"cache_dir={cache_dir}"))
+        request = prepare(settings)
+        assert request.plan
+        plans.add(str([(key, settings[key]) for key in ("ratio", "method", "budget", "data")]))
+    assert len(plans) == len(rows(experiment))
+
+
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if name.endswith(PAPERS)])
+def test_an_experiment_of_the_papers_model_has_a_twin_that_sweeps_the_same(experiment):
+    model = next(name for name in PAPERS if experiment.endswith(name))
+    twin = experiment.removesuffix(model) + TWINS[model]
+    ours, theirs = ({tuple(o for o in row if "data=" not in o) for row in rows(name)} for name in (experiment, twin))
+    assert ours == theirs
+    steps = [yaml.safe_load((CONF / "experiment" / f"{e}.yaml").read_text()).get("retrain", {}) for e in (experiment, twin)]
+    assert bool(steps[0]) == bool(steps[1])
+
+
+def test_an_experiment_is_a_sweep_by_itself_and_its_rows_can_be_chosen(cli):
+    result = cli("experiment=adaptive_opt_micro", "dry_run=true", "budget=adaptive")
+    assert result.stdout.count("Nothing was fitted") == 1 and "retraining tightens them" in result.stdout
+    assert "... takes" in result.stdout and "NVIDIA A100" in result.stdout
+    result = cli("experiment=adaptive_opt_micro", "dry_run=true")
+    assert result.stdout.count("Nothing was fitted") == 2
+    assert max(map(len, [line for line in result.stdout.splitlines() if not line.startswith("\t#")])) <= 80
+
+
+def test_the_cost_of_a_retraining_by_hand(tmp_path):
+    arguments = ["retrain.steps=3", "retrain.length=16", "kernel=linear", "ratio=0.5", f"outputs_dir={tmp_path}"]
+    request = prepare(check_settings(configuration(*TINY, *arguments)))
+    cost = retraining_cost(request)
+    assert cost.tokens == 3 * 4 * 16 and cost.samples == 12
+    factors = sum(2 * 16 * e.h * (e.spec.out_features + e.spec.in_features) for e in request.plan)
+    head = 2 * 16 * 256 * 48
+    attention = 2 * 2 * 2 * 16 * 16 * 48  # layers, products, multiply and add, tokens^2, width
+    assert cost.forward == factors + head + attention
+    assert cost.flops == 12 * 3 * cost.forward
+    triplets = sum(e.realised for e in request.plan)
+    assert (cost.optimiser_bytes, cost.gradient_bytes, cost.importance_bytes) == (8 * triplets, 4 * triplets, 0)
+    again = prepare(check_settings(configuration(*TINY, *arguments, "retrain.recompute=true", "dtype=bfloat16")))
+    assert retraining_cost(again).flops == 12 * 4 * cost.forward
+    assert retraining_cost(again).weights_bytes == cost.weights_bytes // 2 + 4 * triplets
+
+
+def test_an_images_rows_are_counted_layer_by_layer(tmp_path):
+    from timm import create_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    request = prepare(check_settings(configuration("model=tiny_swin", "retrain.steps=2", f"outputs_dir={tmp_path}")))
+    cost = retraining_cost(request)
+    architecture = dict(request.model.configuration(Cache(tmp_path)))
+    dense = create_model(architecture.pop("model"), **architecture).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        dense(torch.zeros(1, 1, 16, 16))
+    assert cost.tokens is None and cost.samples == 128
+    assert 0.3 * counter.get_total_flops() < cost.forward < counter.get_total_flops()

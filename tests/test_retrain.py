@@ -1,0 +1,319 @@
+"""Retraining: what is trained, what is dropped, and that nothing on the way changes the result."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from nla.cache import Cache
+from nla.config import prepare
+from nla.errors import NonFiniteError, UserError
+from nla.kernels.linear import Linear
+from nla.layers import CompressedLinear, Term
+from nla.models.base import LanguageModel, Sample
+from nla.retrain.distillation import Distillation, softened_divergence
+from nla.retrain.parts import chosen_parts, drop_masked, prepare_terms
+from nla.retrain.stage import recomputed_blocks
+from nla.settings import check_settings
+from nla.training import Recipe, Trained, train
+from nla.triplets import Triplets
+from tests.conftest import TINY, command, configuration, figures, only_record, records, settings
+
+SHORT = [*TINY, "solver.steps=0", "kernel=linear", "ratio=0.5", "retrain.length=64", "retrain.watch=4", "retrain.checkpoint=4"]
+ADAPTIVE = [*SHORT, "retrain.steps=12", "budget=adaptive", "schedule.interval=2"]
+
+
+def request_of(tmp_path, *arguments: str):
+    return prepare(check_settings(configuration(*arguments, f"outputs_dir={tmp_path}")))
+
+
+def compressed(tmp_path, *arguments: str):
+    """The tiny LLaMA with every selected layer replaced by its truncated SVD."""
+    request = request_of(tmp_path, *SHORT, *arguments)
+    model = request.model.load("cpu", "float32", request.cache)
+    for entry in request.plan:
+        dense = model.module.get_submodule(entry.spec.name)
+        left, s, right = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
+        triplets = Triplets(left[:, : entry.h, None], right[: entry.h].T[:, :, None], s[: entry.h])
+        model.module.set_submodule(entry.spec.name, CompressedLinear(((Linear(), triplets),), dense.bias))
+    return request, model
+
+
+def sample(seed: int = 0, length: int = 32) -> Sample:
+    tokens = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(seed))
+    return Sample(tokens, tokens)
+
+
+def rows_of(tmp_path) -> list[dict]:
+    (file,) = (tmp_path / "runs").glob("*/steps.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def weights_of(outputs) -> dict[str, torch.Tensor]:
+    (file,) = (outputs / "cache" / "retrained").glob("*.safetensors")
+    tensors, _ = Cache(outputs / "cache").load_tensors("retrained", file.stem)
+    return tensors
+
+
+def timeless(record: dict) -> dict:
+    """Figures without the seconds of steps."""
+    record = figures(record)
+    del record["retraining"]["seconds"]
+    for row in record["retraining"]["history"]:
+        row.pop("seconds", None)
+    return record
+
+
+@pytest.fixture(scope="module")
+def adaptive_run(tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("adaptive")
+    result = subprocess.run(command(outputs, *ADAPTIVE), **settings())
+    assert result.returncode == 0, result.stderr
+    return outputs, result.stdout
+
+
+def test_retraining_lowers_the_loss_and_ends_within_the_ratio(adaptive_run):
+    outputs, told = adaptive_run
+    record = only_record(outputs)
+    before, after = (record["metrics"][s]["language_modelling"]["sotu"]["perplexity"] for s in ("compressed", "retrained"))
+    assert after < before
+    p, retraining = record["parameters"], record["retraining"]
+    assert p["ratio"] >= 0.5 and sum(m["kept"] for m in retraining["matrices"]) == p["selected_after"]
+    assert sum(m["fitted"] for m in retraining["matrices"]) == sum(f["n_params"] for f in record["fits"]) > p["selected_after"]
+    assert len({round(m["ratio"], 3) for m in retraining["matrices"]}) > 2
+    assert {"retrain", "retrained"} <= set(record["seconds"]) and record["peak_bytes"]["retrain"] > 0
+    assert "tightens them" in told and "retraining: 12 steps" in told and max(map(len, told.splitlines()[:-1])) <= 80
+    folder = outputs / "runs" / record["signature"]
+    assert all((folder / f"{name}.png").stat().st_size > 5_000 for name in ("retraining", "kept"))
+    assert not list((outputs / "cache" / "trainings").glob("*"))
+
+
+def test_every_step_leaves_a_row_and_the_budget_is_never_exceeded(adaptive_run):
+    rows = rows_of(adaptive_run[0])
+    assert [row["step"] for row in rows] == list(range(13))
+    record = only_record(adaptive_run[0])
+    final = int(0.5 * record["parameters"]["selected_before"])
+    sizes = [sum(f["shape"]) + 1 for f in record["fits"]]
+    for row in rows[1:]:
+        assert {"loss", "lr", "norm", "seconds"} <= set(row)
+        if "matrices" in row:
+            assert row["budget"] - max(sizes) < row["kept"] == sum(row["matrices"].values()) <= row["budget"]
+            assert row["importance"] == sorted(row["importance"])
+    assert rows[-1]["budget"] == final and {row["step"] for row in rows if "watched" in row} == {0, 4, 8, 12}
+
+
+@pytest.mark.parametrize("stopped_after", [0, 4, 8])
+def test_a_retraining_killed_at_any_moment_goes_on_to_the_same_weights(adaptive_run, tmp_path, stopped_after):
+    quietly = settings() | {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    del quietly["capture_output"], quietly["timeout"]
+    process = subprocess.Popen(command(tmp_path, *ADAPTIVE), **quietly)
+
+    def reached() -> bool:
+        if not stopped_after:
+            return any(tmp_path.glob("runs/*/steps.jsonl"))
+        entries = [Cache(tmp_path / "cache").load_tensors("trainings", f.stem) for f in tmp_path.glob("cache/trainings/*.saf*")]
+        return any(entry and entry[1]["step"] >= stopped_after for entry in entries)
+
+    while process.poll() is None and not reached():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    result = subprocess.run(command(tmp_path, *ADAPTIVE), **settings())
+    assert result.returncode == 0, result.stderr
+    quiet = weights_of(adaptive_run[0])
+    assert all(torch.equal(tensor, quiet[name]) for name, tensor in weights_of(tmp_path).items())
+    assert timeless(only_record(tmp_path)) == timeless(only_record(adaptive_run[0]))
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(13))
+
+
+def test_two_processes_train_what_one_trains(tmp_path, cli):
+    arguments = [*SHORT, "retrain.steps=3", "budget=adaptive", "retrain.watch=0"]
+    cli(*arguments, f"outputs_dir={tmp_path / 'one'}")
+    cli(*arguments, "retrain.processes=2", f"outputs_dir={tmp_path / 'two'}")
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+    (record,) = records(tmp_path / "two")
+    assert record["status"] == "done" and [row["step"] for row in rows_of(tmp_path / "two")] == [1, 2, 3]
+
+
+def test_an_error_in_several_processes_is_the_users_one_line(tmp_path, cli):
+    result = cli(*SHORT, "retrain.steps=3", "retrain.processes=2", "retrain.lr=1e6", "retrain.spike=0.1", check=False)
+    assert result.returncode == 2 and "the loss leaps" in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt", "tiny_swin"])
+@pytest.mark.parametrize("retrain", ["default", "lora", "u_then_v", "pela"])
+def test_every_way_of_retraining_runs_on_every_architecture(run_here, tmp_path, model, retrain):
+    task = ["task.max_images=32", "track=none", "retrain.batch=8", "retrain.micro=4"]
+    text = [*TINY[1:], "retrain.length=32", "retrain.batch=2", "retrain.micro=1"]
+    way = [] if retrain == "default" else [f"retrain={retrain}"]
+    few = ["retrain.steps=2", "retrain.watch=2", "retrain.linear_term=1", "method=svd", "ratio=0.4", "dtype=bfloat16"]
+    record = run_here(f"model={model}", *way, *(task if model == "tiny_swin" else text), *few)
+    assert record.status == "done" and record.parameters.ratio >= 0.4
+    assert all(math.isfinite(row["loss"]) for row in record.retraining.history if "loss" in row)
+
+
+def test_dropping_masked_triplets_changes_no_output(kernel):
+    generator = torch.Generator().manual_seed(0)
+    triplets = kernel.random_start(13, 9, 6, kernel.r, generator)
+    bias, x = torch.randn(13, generator=generator), torch.randn(5, 9, generator=generator)
+    for masked in ([1, 4], range(6)):
+        t = Triplets(triplets.A, triplets.B, triplets.mu.clone())
+        t.mu[list(masked)] = 0
+        layer = CompressedLinear(((kernel, t),), bias)
+        before = layer(x)
+        drop_masked(layer)
+        torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+        assert layer.count() == sum(p.numel() for p in layer.terms.parameters())
+    assert layer.count() == 0 and torch.equal(layer(x), bias.expand(5, 13))
+
+
+def test_balanced_triplets_are_of_the_same_matrix(kernel):
+    t = kernel.random_start(13, 9, 6, kernel.r, torch.Generator().manual_seed(0))
+    t = Triplets(t.A * 3, t.B / 7, t.mu.clone())
+    t.mu[2] = 0
+    torch.testing.assert_close(kernel.dense(kernel.balanced(t)), kernel.dense(t), rtol=1e-4, atol=1e-5)
+
+
+def test_balanced_linear_triplets_have_factors_of_one_size():
+    t = Linear().balanced(Linear().random_start(13, 9, 6, 1, torch.Generator().manual_seed(0)).scaled(50))
+    assert torch.allclose(t.A.norm(dim=(0, 2)), t.B.norm(dim=(0, 2))) and set(t.mu.tolist()) <= {-1.0, 1.0}
+
+
+def test_a_linear_term_begins_at_zero_and_is_paid_for_by_the_matrix(tmp_path):
+    request, model = compressed(tmp_path, "retrain=lora", "retrain.steps=2", "retrain.linear_term=2")
+    plain = request_of(tmp_path, *SHORT)
+    assert all(
+        e.realised + 8 * (sum((e.spec.out_features, e.spec.in_features)) + 1) <= e.n_params + 8 * 130 for e in request.plan
+    )
+    assert all(e.n_params < p.n_params for e, p in zip(request.plan, plain.plan, strict=True))
+    before = model.logits(sample().inputs)
+    prepare_terms(model.module, 2, seed=0)
+    torch.testing.assert_close(model.logits(sample().inputs), before, rtol=1e-4, atol=1e-5)
+    assert {t.name.partition(".terms.")[2] for t in chosen_parts(model.module, ["linear_term"])} == {"1.A", "1.B", "1.mu"}
+
+
+def test_what_is_trained_is_what_was_named(tmp_path):
+    _, model = compressed(tmp_path)
+    kinds = {"A": ("A",), "triplets": ("A", "B", "mu"), "norms": ("weight",)}
+    for part, endings in kinds.items():
+        names = [t.name for t in chosen_parts(model.module, [part])]
+        assert names and {name.rpartition(".")[2] for name in names} == set(endings)
+        assert {n for n, p in model.module.named_parameters() if p.requires_grad} == set(names)
+    assert all("norm" in t.name for t in chosen_parts(model.module, ["norms"]))
+    assert len(chosen_parts(model.module, ["everything"])) == len(list(model.module.parameters()))
+    with pytest.raises(UserError, match="biases names no parameter"):
+        chosen_parts(model.module, ["biases"])
+
+
+def test_recomputing_blocks_gives_the_same_gradient_and_leaves_no_trace(tmp_path):
+    request, model = compressed(tmp_path)
+    parameters = [t.parameter for t in chosen_parts(model.module, ["triplets", "norms"])]
+    plain = torch.autograd.grad(model.loss(sample()), parameters)
+    with recomputed_blocks(model, request.layers):
+        again = torch.autograd.grad(model.loss(sample()), parameters)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert not any("forward" in vars(m) for m in model.module.modules())
+
+
+def test_a_model_distilled_from_itself_has_its_own_loss(tmp_path):
+    request = request_of(tmp_path, *SHORT, "retrain.steps=2", "retrain.logits=1", "retrain.features=1")
+    model, dense = (request.model.load("cpu", "float32", request.cache) for _ in range(2))
+    loss = Distillation(model, dense, request.layers, request.retraining)
+    torch.testing.assert_close(loss(sample()), model.loss(sample()))
+
+
+def test_distillation_is_the_sum_of_its_parts_by_hand(tmp_path):
+    request, model = compressed(
+        tmp_path,
+        "retrain.steps=2",
+        "retrain.logits=0.5",
+        "retrain.features=2",
+        "retrain.perturbation=3",
+        "retrain.temperature=4",
+    )
+    dense = request.model.load("cpu", "float32", request.cache)
+    s, seen = sample(), {id(model): [], id(dense): []}
+    loss = Distillation(model, dense, request.layers, request.retraining)(s)
+    for m in (model, dense):
+        for block in m.module.model.layers:
+            block.register_forward_hook(lambda _, i, out, m=m: seen[id(m)].append(out[0] if isinstance(out, tuple) else out))
+    a, b = model.logits(s.inputs), dense.logits(s.inputs)
+    p, q = (b / 4).softmax(-1), (a / 4).softmax(-1)
+    divergence = 16 * (p * (p / q).log()).sum(-1).mean()
+    pairs = list(zip(seen[id(model)], seen[id(dense)], strict=True))
+    features = sum((f - g).square().mean() / g.square().mean() for f, g in pairs) / len(pairs)
+    changes = [
+        (model.module.get_submodule(n).dense().weight - dense.module.get_submodule(n).weight).abs().max()
+        for n in request.layers
+    ]
+    perturbation = torch.stack(changes).square().mean()
+    own = cross_entropy(a[0, :-1], s.targets[0, 1:])
+    torch.testing.assert_close(loss, own + 0.5 * divergence + 2 * features + 3 * perturbation, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert all(t.parameter.grad is not None for t in chosen_parts(model.module, ["triplets"]))
+
+
+def test_softened_divergence_of_equal_predictions_is_zero():
+    logits = torch.randn(2, 3, 7)
+    assert float(softened_divergence(logits, logits + 5.0, 2.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_bf16_numbers_move_although_each_step_is_below_their_rounding(tmp_path):
+    parameter = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    recipe = Recipe(steps=100, lr=5e-4, warmup=0, weight_decay=0.0, clip=1.0)
+    batch = [Sample(torch.zeros(1), torch.zeros(1))]
+    train([Trained("p", parameter)], lambda s: parameter.sum(), lambda step: batch, recipe, Cache(tmp_path), "key", "test")
+    assert torch.finfo(torch.bfloat16).eps / 2 > 5e-4 and float(parameter.detach().max()) < 0.98
+
+
+@pytest.mark.parametrize(("bad", "told"), [(math.nan, "the loss is nan"), (50.0, "the loss leaps from -0.0")])
+def test_a_training_that_goes_wrong_names_step_batch_and_last_good_checkpoint(tmp_path, bad, told):
+    parameter = torch.zeros(1, requires_grad=True)
+    recipe = Recipe(steps=20, lr=0.01, warmup=0, weight_decay=0.0, clip=1.0, checkpoint=4, spike=2.0)
+    cache = Cache(tmp_path)
+
+    def batch(step: int) -> list[Sample]:
+        return [Sample(torch.tensor([bad if step == 10 else 0.0]), torch.zeros(1))]
+
+    with pytest.raises(NonFiniteError) as raised:
+        train([Trained("p", parameter)], lambda s: (s.inputs + parameter).sum(), batch, recipe, cache, "key", "test")
+    assert all(part in str(raised.value) for part in (told, "step 10, batch 10", "checkpoint is of step 8", "key.safetensors"))
+
+
+ERRORS = [
+    (["budget=adaptive"], "set retrain.steps"),
+    (["budget=adaptive", "retrain.steps=10", "schedule.t_i=0.5", "schedule.t_f=0.5"], "leave no step to tighten"),
+    (["budget=adaptive", "retrain.steps=10", "retrain=u_then_v"], "trained together"),
+    (["retrain.steps=10", "retrain.batch=5", "retrain.micro=2"], "retrain.batch=5 must be a multiple of retrain.micro=2"),
+    (["retrain.steps=10", "retrain.train=[weights]"], "retrain.train=weights is not known"),
+    (["retrain.steps=10", "retrain.processes=9"], "retrain.processes=9 have 4 micro-batches"),
+    (["retrain.steps=-1"], "retrain.steps=-1"),
+    (["retrain.steps=3", "retrain=u_then_v"], "a multiple of the 2 stages"),
+    (["retrain.steps=3", "retrain.linear_term=99"], "retrain.linear_term=99 takes all"),
+    (["retrain.steps=3", "retrain.lr=0"], "retrain.lr=0 must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), ERRORS, ids=[" ".join(arguments) for arguments, _ in ERRORS])
+def test_a_retraining_that_cannot_be_is_refused_at_once(tmp_path, arguments, told):
+    with pytest.raises(UserError, match=told.replace("[", r"\[")):
+        request_of(tmp_path, *TINY, *arguments)
+
+
+def test_the_optimiser_keeps_less_than_the_dense_models(run_here):
+    record = run_here(*SHORT, "retrain.steps=1", "retrain.watch=0")
+    assert record.retraining.optimiser_bytes < record.retraining.dense_optimiser_bytes
+
+
+def test_terms_are_found_in_any_model(tmp_path):
+    _, model = compressed(tmp_path)
+    assert isinstance(model, LanguageModel) and sum(isinstance(m, Term) for m in model.module.modules()) == 14
