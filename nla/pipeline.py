@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nla import report
+from nla.accounts import draw, fit_record, kept_parameters, parameters, plan_record
 from nla.allocation import allocated
 from nla.budget.base import PlanEntry
 from nla.cache import digest, exclusive, tensor_digest, write_atomically
@@ -19,16 +20,12 @@ from nla.config import Request, prepare
 from nla.errors import UserError
 from nla.fitting import CODE as FIT_CODE
 from nla.fitting import fit_matrices
-from nla.layers import CompressedLinear, Term
+from nla.layers import Term
 from nla.memory import PeakMemory
 from nla.methods.base import Fit
-from nla.models.base import DTYPES, Model, Sample
+from nla.models.base import Model, Sample
 from nla.record import (
-    FitRecord,
-    Parameters,
-    PlanRecord,
     RunRecord,
-    TermRecord,
     code_digest,
     computing_packages,
     environment,
@@ -186,10 +183,6 @@ def measure_inputs(request: Request, model: Model, samples: list[Sample], store:
     return memory.peak_bytes
 
 
-def plan_record(plan: list[PlanEntry]) -> list[PlanRecord]:
-    return [PlanRecord(name=e.spec.name, n_params=e.n_params, h=e.h, r=e.r) for e in plan]
-
-
 def fit(request: Request, record: RunRecord, model: Model, samples: list[Sample], store: StatisticsStore, folder: Path) -> None:
     """Fit and swap all planned matrices; each fit is on disk and tracked as soon as it is there."""
     with (folder / "fits.jsonl").open("w") as lines, progress(request) as bar:
@@ -221,13 +214,6 @@ def progress(request: Request) -> tqdm:
     return tqdm(total=total, desc="fit", unit="param", unit_scale=True, dynamic_ncols=True)
 
 
-def fit_record(name: str, fit: Fit) -> FitRecord:
-    figures = {k: getattr(fit, k) for k in FitRecord.model_fields if k not in ("name", "shape", "terms")}
-    first = fit.terms[0][1]
-    terms = [TermRecord(kernel=kernel.name, h=t.h, r=t.r) for kernel, t in fit.terms]
-    return FitRecord(name=name, shape=(first.out_features, first.in_features), terms=terms, **figures)
-
-
 def retrain_and_drop(request: Request, record: RunRecord, model: Model, folder: Path, key: str) -> None:
     """Retrain, or take the result of a finished retraining; masked triplets are gone afterwards."""
     fitted = kept_parameters(model)
@@ -240,38 +226,6 @@ def retrain_and_drop(request: Request, record: RunRecord, model: Model, folder: 
         result = retrained(request, model, key, show)
     record.peak_bytes["retrain"] = result.peak_bytes
     record.retraining = retrain_record(request, model, result, fitted, kept_parameters(model))
-
-
-def kept_parameters(model: Model) -> dict[str, int]:
-    """Parameters of the triplets of each compressed matrix."""
-    return {name: m.count() for name, m in model.module.named_modules() if isinstance(m, CompressedLinear)}
-
-
-def parameters(request: Request, before: int, after: int, matrices: dict[str, int]) -> Parameters:
-    """Counts before and after; what is not selected, biases included, is the same in both."""
-    selected, kept = sum(e.spec.n_params for e in request.plan), sum(matrices.values())
-    size = DTYPES[request.values["dtype"]].itemsize
-    return Parameters(
-        selected_before=selected,
-        selected_after=kept,
-        model_before=before,
-        model_after=after,
-        ratio=1 - kept / selected,
-        model_ratio=1 - after / before,
-        bytes_before=before * size,
-        bytes_after=after * size,
-    )
-
-
-def draw(record: RunRecord, folder: Path) -> None:
-    """The figures that W&B shows too."""
-    from analysis import plots
-    from analysis.records import fits_frame
-
-    plots.loss_by_layer(fits_frame([record])).savefig(folder / "loss_by_layer.png", dpi=120)
-    if record.retraining:
-        plots.retraining(record.retraining).savefig(folder / "retraining.png", dpi=120)
-        plots.kept_by_matrix(record.retraining).savefig(folder / "kept.png", dpi=120)
 
 
 @contextmanager
