@@ -45,7 +45,10 @@ class Text(Data):
             word = text.find(" ", begin) + 1
             tokens = model.encode(text[word : word + CHARACTERS * length])[None, :length]
             if tokens.shape[1] < length and last <= 0:
-                raise UserError(f"calibration={self.name} is shorter than one sample of {length} tokens")
+                raise UserError(
+                    f"calibration={self.name} is shorter than one sample of {length} tokens; "
+                    "give more text, or lower statistics.length (of a retraining: retrain.length)"
+                )
             if tokens.shape[1] == length:
                 found.append(Sample(tokens, tokens))
         return found

@@ -178,7 +178,7 @@ def test_samples_are_windows_of_the_training_speeches_only(tmp_path):
 def test_calibration_text_shorter_than_a_window_is_an_error(run_here, tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     calibration = ["calibration=wikitext2", f"calibration.path={tmp_path / 'short.txt'}", "calibration.lines=text"]
-    with pytest.raises(UserError, match=r"calibration=wikitext2 .*statistics\.length=512"):
+    with pytest.raises(UserError, match=r"calibration=wikitext2 .* 512 tokens; .*statistics\.length"):
         run_here("model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "method=asvd", *calibration)
 
 
