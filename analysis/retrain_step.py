@@ -94,14 +94,13 @@ def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[st
     optimiser = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-5)
     model = LanguageModel(model_with(lambda dense: triplets_for(dense, kernel)).eval(), None)
     trained = chosen_parts(model.module, PARTS)
-    index = {t.name: i for i, t in enumerate(trained)}
+    by_name = {t.name: t for t in trained}
     names = [t.name.removesuffix(".A") for t in trained if t.name.endswith(".A")]
-    places = [(index[f"{name}.A"], index[f"{name}.B"], index[f"{name}.mu"]) for name in names]
-    masters = [Triplets(*(trained[i].master for i in place)) for place in places]
+    masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
     kept = sum(t.count() for t in masters)
     tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score").tightening(masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
-    clock = Clock(names, places, tightening if adaptive else None, kept, None, recipe, lambda row: None)
+    clock = Clock(names, tightening if adaptive else None, kept, None, recipe, lambda row: None)
     others: list[float] = []
 
     def batch(step: int) -> list[Sample]:

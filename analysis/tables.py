@@ -89,7 +89,7 @@ def retrained(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     columns = {f"{stage}.{metric}": stage for stage in ("dense", "compressed", "retrained")}
     columns |= {"retrain_steps": "steps", "tokens": "tokens", "samples": "samples", "retrain_seconds": "seconds"}
     index = ["ratio", "method", "budget", "retraining", "seed"]
-    table = rows.set_index(index)[list(columns)].rename(columns=columns).sort_index()
+    table = rows.set_index(index).reindex(columns=list(columns)).rename(columns=columns).sort_index()
     table.insert(3, "x dense", table["retrained"] / table["dense"])
     return table.dropna(axis=1, how="all")
 

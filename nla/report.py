@@ -89,6 +89,8 @@ def cost_of_retraining(request: Request) -> list[list[str]]:
     """Operations, bytes and hours of the retraining, on the device of `estimate`."""
     cost, device = retraining_cost(request), request.values["estimate"]
     seconds = cost.flops / (device["flops"] * device["used"])
+    processes = request.retraining.processes
+    devices = f"{processes} x {device['device']}" if processes > 1 else device["device"]
     what = f"{cost.tokens:,} tokens" if cost.tokens else f"{cost.samples:,} images"
     parts = {
         "weights": cost.weights_bytes,
@@ -98,8 +100,8 @@ def cost_of_retraining(request: Request) -> list[list[str]]:
     }
     return [
         ["retraining", f"{request.retraining.steps:,} steps, {what}, {flop(cost.flops)}"],
-        ["... takes", f"{duration(seconds)} at {100 * device['used']:.0f} % of {device['device']}"],
-        ["... holds", f"{sum(parts.values()) / 1e9:.2f} GB and activations:"],
+        ["... takes", f"{duration(seconds / processes)} at {100 * device['used']:.0f} % of {devices}"],
+        ["... holds", f"{sum(parts.values()) / 1e9:.2f} GB and activations{' in each' if processes > 1 else ''}:"],
         ["", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)],
     ]
 
@@ -232,5 +234,5 @@ def duration(seconds: float) -> str:
     if seconds < 0.01:
         return "less than 0.01 s"
     if seconds < 90:
-        return f"about {seconds:.0f} s" if seconds >= 10 else f"about {seconds:.1g} s"
+        return f"about {seconds:.0f} s" if seconds >= 9.5 else f"about {seconds:.1g} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

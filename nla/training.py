@@ -1,4 +1,8 @@
-"""A training loop whose result depends on its recipe alone, and that goes on after a crash."""
+"""A training loop whose result depends on its recipe alone, and that goes on after a crash.
+
+Several processes share the micro-batches, and what is kept of every parameter beside it: its gradient, the optimiser's
+numbers, its importance. Only weights are whole in each (ZeRO, stage 2, Rajbhandari et al., 2020; FSDP's SHARD_GRAD_OP).
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nla.cache import Cache
@@ -15,6 +19,8 @@ from nla.crew import Crew
 from nla.errors import NonFiniteError
 from nla.memory import PeakMemory
 from nla.models.base import Sample
+from nla.resume import Checkpoints
+from nla.trained import Companion, Trained
 from nla.workers import ordered_map
 
 SMOOTHING = 0.9  # of the loss that a step's loss is compared with
@@ -51,53 +57,6 @@ class Recipe:
         return done % (self.checkpoint or max(1, self.steps // 10)) == 0 and done < self.steps
 
 
-class Trained:
-    """A parameter, the fp32 numbers that the optimiser moves (itself, unless its type is narrower), and its own rate."""
-
-    def __init__(self, name: str, parameter: Tensor, rate: float = 1.0) -> None:
-        self.name, self.parameter, self.rate = name, parameter, rate
-        narrow = parameter.dtype in (torch.bfloat16, torch.float16)
-        self.master = parameter.detach().float() if narrow else parameter.detach()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the optimiser's numbers to those the model computes with."""
-        if self.master.dtype != self.parameter.dtype:
-            self.parameter.copy_(self.master)
-
-
-class Companion:
-    """Goes along with a training: sees its gradients and steps, and is kept with its checkpoints."""
-
-    def begin(self) -> None:
-        """Before the first step; not after a restore."""
-
-    def after_gradient(self, done: int, gradients: list[Tensor]) -> None:
-        """After the mean gradient of the step that follows `done` steps, before it is clipped."""
-
-    def before_publishing(self, done: int) -> None:
-        """After the optimiser has moved the masters, before the model sees them."""
-
-    def after_step(self, done: int, figures: dict[str, float]) -> None:
-        """At the end of a step; `figures`: loss, lr and norm of the gradient."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors that its next steps depend on."""
-        return {}
-
-    def notes(self) -> Any:
-        """What else it needs, as JSON."""
-        return None
-
-    def restore(self, tensors: dict[str, Tensor], notes: Any) -> None:
-        """Be as it was when tensors() and notes() were kept."""
-
-
-def whole_model(module: nn.Module) -> list[Trained]:
-    """Every parameter that asks for a gradient."""
-    return [Trained(name, p) for name, p in module.named_parameters() if p.requires_grad]
-
-
 def train(
     trained: Sequence[Trained],
     loss: Callable[[Sample], Tensor],
@@ -119,11 +78,12 @@ def train(
         NonFiniteError: a loss or gradient is not finite, or the loss leaps; it names step, batch and last checkpoint.
     """
     companion, crew = companion or Companion(), crew or Crew()
-    parameters = [t.parameter for t in trained]
+    parameters, own = [t.parameter for t in trained], [t for t in trained if t.owner == crew.rank]
     device = parameters[0].device
-    optimiser = torch.optim.AdamW(groups(trained, recipe), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    begun, smoothed, peak = restore(cache, key, trained, optimiser, companion)
-    crew.wait()
+    optimiser = torch.optim.AdamW(groups(own, recipe), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    checkpoints = Checkpoints(cache, key, own, optimiser, companion, crew)
+    begun, smoothed, peak = checkpoints.restore()
+    publish(trained, crew)
     if begun == 0:
         companion.begin()
 
@@ -140,29 +100,38 @@ def train(
                 gradient(micro[0])
             peak = memory.peak_bytes
         total, mean = mean_gradient(gradient, micro, trained, device, crew)
+        norm = float(torch.nn.utils.get_total_norm(mean.values()))
+        total, square = crew.total(total, norm**2)
+        norm = math.sqrt(square)
         where = f"{label}: step {step}, batch {step} ({recipe.steps} steps of {len(micro)} micro-batches)"
         if recipe.spike is not None and smoothed is not None and total > smoothed + recipe.spike:
             what = f"the loss leaps from {smoothed:.3f} to {total:.3f}, by more than spike={recipe.spike}"
-            raise NonFiniteError(f"{where}: {what}; {last_checkpoint(cache, key)}")
-        norm = float(torch.nn.utils.get_total_norm(mean))
+            raise NonFiniteError(f"{where}: {what}; {checkpoints.told()}")
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise NonFiniteError(f"{where}: the loss is {total}, its gradient's norm {norm}; {last_checkpoint(cache, key)}")
+            raise NonFiniteError(f"{where}: the loss is {total}, its gradient's norm {norm}; {checkpoints.told()}")
         smoothed = total if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * total
         companion.after_gradient(step, mean)
-        for t, g in zip(trained, mean, strict=True):
-            t.master.grad = g.mul_(min(1.0, recipe.clip / (norm + 1e-6)))
+        for t in own:
+            t.master.grad = mean[t.name].mul_(min(1.0, recipe.clip / (norm + 1e-6)))
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate(step) * group["rate"]
         optimiser.step()
         companion.before_publishing(step + 1)
-        for t in trained:
-            t.publish()
+        publish(trained, crew)
         companion.after_step(step + 1, {"loss": total, "lr": recipe.rate(step), "norm": norm})
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
-        if recipe.checkpoints(step + 1) and crew.rank == 0:
-            save(cache, key, step + 1, smoothed, peak, trained, optimiser, companion)
+        if recipe.checkpoints(step + 1):
+            checkpoints.save(step + 1, smoothed, peak)
     optimiser.zero_grad()
     return peak
+
+
+def publish(trained: Sequence[Trained], crew: Crew) -> None:
+    """Have the model compute with the optimiser's numbers, in every process."""
+    for t in trained:
+        if t.owner == crew.rank:
+            t.publish()
+    crew.hand_out([t.parameter.detach() for t in trained], [t.owner for t in trained])
 
 
 def groups(trained: Sequence[Trained], recipe: Recipe) -> list[dict[str, Any]]:
@@ -180,61 +149,15 @@ def mean_gradient(
     trained: Sequence[Trained],
     device: torch.device,
     crew: Crew,
-) -> tuple[float, list[Tensor]]:
-    """Mean loss and gradient over the micro-batches of the whole crew, in fp32."""
-    total, mean = 0.0, [torch.zeros_like(t.master) for t in trained]
+) -> tuple[float, dict[str, Tensor]]:
+    """This process' part of the mean loss, and the mean gradient over the whole crew, fp32, of the parameters it owns."""
+    total, mean = 0.0, {t.name: torch.zeros_like(t.master) for t in trained if t.owner == crew.rank}
     with closing(ordered_map(gradient, micro[crew.rank :: crew.size], device)) as results:
         for value, gradients in results:
             total += value / len(micro)
-            torch._foreach_add_(mean, [g.to(m.dtype) for g, m in zip(gradients, mean, strict=True)], alpha=1 / len(micro))
-    return crew.sum(total, mean), mean
-
-
-def last_checkpoint(cache: Cache, key: str) -> str:
-    """Where the last good state is, for a person."""
-    path = cache.root / "trainings" / f"{key}.safetensors"
-    entry = cache.load_tensors("trainings", key)
-    return f"the last good checkpoint is of step {entry[1]['step']}, {path}" if entry else "there is no checkpoint before it"
-
-
-def save(
-    cache: Cache,
-    key: str,
-    step: int,
-    smoothed: float,
-    peak: int,
-    trained: Sequence[Trained],
-    optimiser: torch.optim.Optimizer,
-    companion: Companion,
-) -> None:
-    """The state before `step`, in place of an earlier one."""
-    tensors = {f"model.{t.name}": t.master for t in trained}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{i}.{name}": value for name, value in state.items()}
-    tensors |= {f"companion.{name}": value for name, value in companion.tensors().items()}
-    notes = {"step": step, "smoothed": smoothed, "peak": peak, "companion": companion.notes()}
-    cache.store_tensors("trainings", key, tensors, notes)
-
-
-def restore(
-    cache: Cache, key: str, trained: Sequence[Trained], optimiser: torch.optim.Optimizer, companion: Companion
-) -> tuple[int, float | None, int]:
-    """Load the checkpoint, if there is one: the step to go on with, the smoothed loss, peak bytes."""
-    entry = cache.load_tensors("trainings", key)
-    if entry is None:
-        return 0, None, 0
-    tensors, notes = entry
-    for t in trained:
-        t.master.copy_(tensors[f"model.{t.name}"])
-        t.publish()
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimiser":
-            i, _, quantity = rest.partition(".")
-            state.setdefault(int(i), {})[quantity] = value
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
-    companion.restore(
-        {name.removeprefix("companion."): t for name, t in tensors.items() if name.startswith("companion.")}, notes["companion"]
-    )
-    return notes["step"], notes["smoothed"], notes["peak"]
+            for t, g in zip(trained, gradients, strict=True):
+                part = g.to(torch.promote_types(g.dtype, torch.float32))
+                crew.collect(part, t.owner)
+                if t.owner == crew.rank:
+                    mean[t.name].add_(part, alpha=1 / len(micro))
+    return total, mean

@@ -75,10 +75,13 @@ def test_the_cost_of_a_retraining_by_hand(tmp_path):
     assert cost.forward == factors + head + attention
     assert cost.flops == 12 * 3 * cost.forward
     triplets = sum(e.realised for e in request.plan)
-    assert (cost.optimiser_bytes, cost.gradient_bytes, cost.importance_bytes) == (8 * triplets, 4 * triplets, 0)
+    assert (cost.optimiser_bytes, cost.gradient_bytes, cost.importance_bytes) == (8 * triplets, 8 * triplets, 0)
     again = prepare(check_settings(configuration(*TINY, *arguments, "retrain.recompute=true", "dtype=bfloat16")))
     assert retraining_cost(again).flops == 12 * 4 * cost.forward
     assert retraining_cost(again).weights_bytes == cost.weights_bytes // 2 + 4 * triplets
+    shared = prepare(check_settings(configuration(*TINY, *arguments, "retrain.processes=4", "dtype=bfloat16")))
+    part = retraining_cost(shared)
+    assert (part.optimiser_bytes, part.gradient_bytes) == (2 * triplets, 3 * triplets) and part.flops == cost.flops
 
 
 def test_an_images_rows_are_counted_layer_by_layer(tmp_path):

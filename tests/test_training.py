@@ -3,14 +3,18 @@
 import pytest
 import torch
 from hydra.utils import instantiate
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nla.cache import Cache
+from nla.crew import shared_out
 from nla.errors import NonFiniteError
 from nla.models.base import Sample
 from nla.models.micro_text import END, learn_tokenizer
-from nla.training import Recipe, train, whole_model
+from nla.trained import whole_model
+from nla.training import Recipe, train
 from tests.conftest import configuration
 
 RECIPE = Recipe(steps=30, lr=0.05, warmup=3, weight_decay=0.1, clip=1.0)
@@ -121,3 +125,10 @@ def test_the_micro_opt_is_made_once_from_its_recipe_and_not_from_held_out_speech
     assert weights.stat().st_mtime_ns == made
     model, data = configuration("model=opt_micro").model, configuration("model=opt_micro").data.text
     assert (model.training.split, data.split) == ("train", "test") and model.training.held_out == data.held_out
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=30), st.integers(1, 5))
+def test_no_process_keeps_more_than_the_largest_module_above_the_others(sizes, count):
+    owners = shared_out({str(i): size for i, size in enumerate(sizes)}, count)
+    load = [sum(size for i, size in enumerate(sizes) if owners[str(i)] == rank) for rank in range(count)]
+    assert sum(load) == sum(sizes) and max(load) - min(load) <= max(sizes)

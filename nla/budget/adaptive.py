@@ -8,6 +8,7 @@ from torch import Tensor
 from nla.budget.base import Budget
 from nla.budget.importance import Importance, best
 from nla.budget.schedule import Schedule
+from nla.crew import Crew
 from nla.errors import UserError, require_choice
 from nla.retrain.settings import Retraining
 from nla.select import LinearSpec
@@ -50,8 +51,15 @@ class Adaptive(Budget):
             )
         self.schedule.phases(retraining.steps)
 
-    def tightening(self, triplets: Sequence[Triplets], final: int, steps: int) -> "Tightening":
-        return Tightening(self, triplets, final, steps)
+    def tightening(
+        self,
+        triplets: Sequence[Triplets],
+        final: int,
+        steps: int,
+        crew: Crew | None = None,
+        owners: Sequence[int] | None = None,
+    ) -> "Tightening":
+        return Tightening(self, triplets, final, steps, crew or Crew(), owners or [0] * len(triplets))
 
 
 class Tightening:
@@ -62,16 +70,20 @@ class Tightening:
     Args:
         triplets: what is trained, one container per term, masked in place.
         final: b_f, parameters.
+        owners: the process that follows the importance of each term, and moves its numbers; masks are known to all.
     """
 
-    def __init__(self, budget: Adaptive, triplets: Sequence[Triplets], final: int, steps: int) -> None:
-        self.schedule, self.rank, self.final, self.steps = budget.schedule, budget.rank, final, steps
+    def __init__(
+        self, budget: Adaptive, triplets: Sequence[Triplets], final: int, steps: int, crew: Crew, owners: Sequence[int]
+    ) -> None:
+        self.schedule, self.rank, self.final, self.steps, self.crew = budget.schedule, budget.rank, final, steps, crew
         self.triplets = list(triplets)
-        self.importance = Importance(self.triplets, budget.beta1, budget.beta2)
+        self.own = [i for i, owner in enumerate(owners) if owner == crew.rank]
+        self.importance = Importance([self.triplets[i] for i in self.own], budget.beta1, budget.beta2)
         self.masks = [torch.ones_like(t.mu, dtype=torch.bool) for t in self.triplets]
-        self.waiting = [t.mu.detach().clone() for t in self.triplets]  # mu of masked triplets
-        sizes = [triplet_size(t.out_features, t.in_features, t.r) for t in self.triplets]
-        self.costs = torch.cat([torch.full((t.h,), size) for t, size in zip(self.triplets, sizes, strict=True)])
+        self.waiting = {i: self.triplets[i].mu.detach().clone() for i in self.own}  # mu of masked triplets
+        self.sizes = [triplet_size(t.out_features, t.in_features, t.r) for t in self.triplets]
+        self.costs = torch.cat([torch.full((t.h,), size) for t, size in zip(self.triplets, self.sizes, strict=True)])
         self.start = int(self.costs.sum())
 
     def budget(self, done: int) -> int:
@@ -80,10 +92,10 @@ class Tightening:
 
     @torch.no_grad()
     def after_gradient(self, done: int, gradients: Sequence[Triplets]) -> None:
-        """Learn from the gradient of the step after `done`, at the values it was taken at."""
+        """Learn from the gradient (of the own terms) of the step after `done`, at the values it was taken at."""
         if done < self.schedule.phases(self.steps)[1]:
             mus = self.whole()
-            values = [Triplets(t.A, t.B, mu) for t, mu in zip(self.triplets, mus, strict=True)]
+            values = [Triplets(self.triplets[i].A, self.triplets[i].B, mus[i]) for i in self.own]
             self.importance.update(values, gradients)
 
     @torch.no_grad()
@@ -95,31 +107,33 @@ class Tightening:
             keep = best(self.ranking(), self.costs, self.budget(done)).split([t.h for t in self.triplets])
             self.masks = [part.to(t.mu.device) for part, t in zip(keep, self.triplets, strict=True)]
         self.waiting = mus
-        for t, mask, mu in zip(self.triplets, self.masks, mus, strict=True):
-            t.mu.copy_(torch.where(mask, mu, 0))
+        for i, mu in mus.items():
+            self.triplets[i].mu.copy_(torch.where(self.masks[i], mu, 0))
         return chosen
 
-    def whole(self) -> list[Tensor]:
-        """mu of all triplets, masked or not."""
-        parts = zip(self.masks, self.triplets, self.waiting, strict=True)
-        return [torch.where(mask, t.mu, waiting) for mask, t, waiting in parts]
+    def whole(self) -> dict[int, Tensor]:
+        """mu of all own triplets, masked or not."""
+        return {i: torch.where(self.masks[i], self.triplets[i].mu, self.waiting[i]) for i in self.own}
 
     def ranking(self) -> Tensor:
         """What triplets of the whole model are compared by: (count,), on the CPU."""
-        scores = torch.cat([s.cpu() for s in self.importance.scores()])
-        return scores / self.costs if self.rank == "score_per_parameter" else scores
+        scores = [torch.zeros(t.h, device=t.mu.device) for t in self.triplets]
+        for i, found in zip(self.own, self.importance.scores(), strict=True):
+            scores[i] = found
+        together = torch.cat(scores)
+        self.crew.sum(together)  # each has the others' as zeros
+        return together.cpu() / self.costs if self.rank == "score_per_parameter" else together.cpu()
 
     def kept(self) -> list[int]:
         """Parameters of each term that are not masked."""
-        sizes = [triplet_size(t.out_features, t.in_features, t.r) for t in self.triplets]
-        return [int(mask.sum()) * size for mask, size in zip(self.masks, sizes, strict=True)]
+        return [int(mask.sum()) * size for mask, size in zip(self.masks, self.sizes, strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next steps depend on."""
-        named: dict[str, Tensor] = {}
-        for i, (mask, waiting) in enumerate(zip(self.masks, self.waiting, strict=True)):
-            named |= {f"{i}.mask": mask, f"{i}.waiting": waiting}
-            for name, t in (("smoothed", self.importance.smoothed[i]), ("uncertainty", self.importance.uncertainty[i])):
+        named = {f"{i}.mask": mask for i, mask in enumerate(self.masks)}
+        for i, smoothed, uncertainty in zip(self.own, self.importance.smoothed, self.importance.uncertainty, strict=True):
+            named[f"{i}.waiting"] = self.waiting[i]
+            for name, t in (("smoothed", smoothed), ("uncertainty", uncertainty)):
                 named |= {f"{i}.{name}.A": t.A, f"{i}.{name}.B": t.B, f"{i}.{name}.mu": t.mu}
         return named
 

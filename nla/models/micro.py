@@ -16,7 +16,8 @@ from nla.models.base import Sample, VisionModel
 from nla.models.vision import ImageClassifier, classifier, from_architecture, load_weights
 from nla.record import code_digest, computing_packages
 from nla.sealed import sealed_folder
-from nla.training import Recipe, train, whole_model
+from nla.trained import whole_model
+from nla.training import Recipe, train
 from tasks.images import Images, Items
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ CODE = (
     "nla/models/vision.py",
     "nla/models/base.py",
     "nla/training.py",
+    "nla/trained.py",
+    "nla/resume.py",
     "nla/workers.py",
     "tasks/images.py",
 )

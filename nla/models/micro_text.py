@@ -15,7 +15,8 @@ from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import CausalLM, from_architecture, load_pretrained
 from nla.record import code_digest, computing_packages
 from nla.sealed import sealed_folder
-from nla.training import Recipe, train, whole_model
+from nla.trained import whole_model
+from nla.training import Recipe, train
 from tasks.text import Text
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ CODE = (
     "nla/models/causal_lm.py",
     "nla/models/base.py",
     "nla/training.py",
+    "nla/trained.py",
+    "nla/resume.py",
     "nla/workers.py",
     "tasks/text.py",
 )

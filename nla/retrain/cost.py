@@ -13,12 +13,13 @@ FP32, MOMENTS = 4, 8  # bytes of a number, and of the two that AdamW (or importa
 
 @dataclass(frozen=True)
 class RetrainingCost:
-    """Operations (FLOP) of all steps; bytes beside activations.
+    """Operations (FLOP) of all steps; bytes of one process beside activations, where processes have equal shares.
 
     Attributes:
         forward: of one sample through the compressed model, as the retraining finds it.
         flops: of all samples: the forward, twice as much for the gradient, the forward again where blocks are recomputed, and
             the dense model's forward where it is learnt from.
+        gradient_bytes: that of a micro-batch in the model's type, and the sum of the own part in fp32.
     """
 
     samples: int
@@ -48,16 +49,17 @@ def retraining_cost(request: Request) -> RetrainingCost:
     kept = request.inventory.parameters - sum(e.spec.n_params for e in request.plan) + triplets
     trained = kept if any("everything" in parts for parts in settings.train) else triplets
     width = torch.finfo(getattr(torch, request.values["dtype"])).bits // 8
-    masters = 0 if width == FP32 else FP32 * trained
+    own = trained // settings.processes
+    masters = 0 if width == FP32 else FP32 * own
     return RetrainingCost(
         samples=samples,
         tokens=samples * settings.length if request.inventory.reads == "text" else None,
         forward=forward,
         flops=samples * (forward * (4 if settings.recompute else 3) + (dense if settings.distils else 0)),
         weights_bytes=kept * width + masters,
-        gradient_bytes=FP32 * trained,
-        optimiser_bytes=MOMENTS * trained,
-        importance_bytes=MOMENTS * triplets if request.budget.tightens else 0,
+        gradient_bytes=width * trained + FP32 * own,
+        optimiser_bytes=MOMENTS * own,
+        importance_bytes=MOMENTS * triplets // settings.processes if request.budget.tightens else 0,
     )
 
 

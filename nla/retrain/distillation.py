@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from nla.blocks import Block, chain
 from nla.layers import CompressedLinear
@@ -17,10 +17,10 @@ from nla.surgery import get_linear
 
 
 class Distillation:
-    """loss + logits * T^2 KL(dense || compressed) + features * mean squared difference + perturbation * mean(max|W' - W|)^2
+    """loss + logits * T^2 KL(dense || compressed) + features * squared difference + perturbation * mean(max|W' - W|)^2
 
-    Logits are softened by the temperature T (Hinton et al., 2015). Features are the outputs of the blocks, each relative to the
-    mean square of the dense model's. The last is PELA's weight perturbation (Guo et al., 2023), the mean over matrices.
+    Logits are softened by the temperature T (Hinton et al., 2015). Features are the outputs of the blocks, as in
+    `relative_difference`. The last is PELA's weight perturbation (Guo et al., 2023), the mean over matrices.
 
     Args:
         layers: qualified names of the compressed matrices.
@@ -41,7 +41,7 @@ class Distillation:
         if self.settings.logits:
             loss = loss + self.settings.logits * softened_divergence(logits, wanted, self.settings.temperature)
         if self.settings.features:
-            parts = [mse_loss(a.float(), b.float()) / b.float().square().mean() for a, b in zip(seen, shown, strict=True)]
+            parts = [relative_difference(a, b) for a, b in zip(seen, shown, strict=True)]
             loss = loss + self.settings.features * torch.stack(parts).mean()
         if self.settings.perturbation:
             loss = loss + self.settings.perturbation * self.largest_changes().square().mean()
@@ -62,6 +62,16 @@ class Distillation:
                 if isinstance(layer, CompressedLinear)
             ]
         )
+
+
+def relative_difference(features: Tensor, wanted: Tensor) -> Tensor:
+    """|features - wanted|^2 / |wanted|^2, mean over positions: (..., features) twice -> ()
+
+    Relative at each position: the first token of a text has features hundreds of times larger than all others in models like
+    LLaMA (massive activations, Sun et al., 2024), and would be all that counts.
+    """
+    wanted = wanted.float()
+    return ((features.float() - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
 
 def sum_of_terms(layer: CompressedLinear) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from nla.budget.adaptive import Tightening
 from nla.models.base import Model, Sample
 from nla.record import IMPORTANCE_QUANTILES
-from nla.training import Companion, Recipe
+from nla.trained import Companion
+from nla.training import Recipe
 from nla.triplets import Triplets
 from nla.workers import ordered_map
 
@@ -27,7 +28,6 @@ class History(Companion):
 
     Args:
         names: of the term that each of the triplets belongs to.
-        places: of A, B and mu of each term among the trained parameters.
         tightening: None where all triplets are kept.
         watch: the loss on samples that are not trained on; None: nothing is watched.
         recipe: says at which steps.
@@ -37,14 +37,13 @@ class History(Companion):
     def __init__(
         self,
         names: list[str],
-        places: list[tuple[int, int, int]],
         tightening: Tightening | None,
         kept: int,
         watch: Callable[[], float] | None,
         recipe: Recipe,
         show: Callable[[Row], None],
     ) -> None:
-        self.names, self.places, self.tightening, self.kept = names, places, tightening, kept
+        self.names, self.tightening, self.kept = names, tightening, kept
         self.watch, self.recipe, self.show = watch, recipe, show
         self.rows: list[Row] = []
         self.since = time.perf_counter()
@@ -55,9 +54,10 @@ class History(Companion):
             self.add({"step": 0, "watched": self.watch()})
         self.since = time.perf_counter()
 
-    def after_gradient(self, done: int, gradients: list[Tensor]) -> None:
+    def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
         if self.tightening:
-            parts = [Triplets(*(gradients[i] for i in place)) for place in self.places]
+            own = [self.names[i] for i in self.tightening.own]
+            parts = [Triplets(*(gradients[f"{name}.{part}"] for part in ("A", "B", "mu"))) for name in own]
             self.tightening.after_gradient(done, parts)
 
     def before_publishing(self, done: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import all_reduce, broadcast, reduce
 
 from nla.cache import write_atomically
 from nla.config import Request, prepare
@@ -25,7 +26,7 @@ KINDS = {"UserError": UserError, "NonFiniteError": NonFiniteError}
 
 
 class Processes(Crew):
-    """One process of several, each with a GPU of its own where there are GPUs (of accelerate)."""
+    """One process of several, each with a GPU of its own where there are GPUs (accelerate finds and joins them)."""
 
     def __init__(self, device: str) -> None:
         from accelerate import Accelerator
@@ -34,11 +35,20 @@ class Processes(Crew):
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = str(self.accelerator.device)
 
-    def sum(self, number: float, tensors: Sequence[Tensor]) -> float:
-        for tensor in tensors:
-            tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))  # type: ignore[arg-type]
-        total = torch.tensor(number, dtype=torch.float64 if self.device == "cpu" else torch.float32, device=self.device)
-        return float(self.accelerator.reduce(total, reduction="sum"))  # type: ignore[arg-type]
+    def total(self, *numbers: float) -> tuple[float, ...]:
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        self.sum(tensor)
+        return tuple(tensor.tolist())
+
+    def sum(self, tensor: Tensor) -> None:
+        all_reduce(tensor)
+
+    def collect(self, tensor: Tensor, owner: int) -> None:
+        reduce(tensor, owner)
+
+    def hand_out(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        for tensor, owner in zip(tensors, owners, strict=True):
+            broadcast(tensor, owner)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -72,7 +82,7 @@ def retrain_together(request: Request, terms: dict[str, Tensor], key: str) -> No
         raise KINDS[told["kind"]](told["message"])
     if status:
         raise RuntimeError(f"the processes of retrain.processes={count} ended with status {status}; see above")
-    request.cache.remove_tensors("compressed", key)
+    request.cache.remove("compressed", key)
     job.unlink()
 
 

@@ -10,7 +10,7 @@ from nla.kernels.base import Kernel
 from nla.kernels.linear import Linear
 from nla.layers import CompressedLinear, Term
 from nla.surgery import get_linear
-from nla.training import Trained
+from nla.trained import Trained
 from nla.triplets import Triplets
 
 NOTHING = 0.02  # size of a tensor that begins at zero, for its learning rate: what transformers start weights with

@@ -24,7 +24,8 @@ class Retraining:
         logits, features, perturbation, temperature: weights of the losses of `nla.retrain.distillation`.
         recompute: keep the inputs of blocks only, and compute what is inside again for the gradient.
         watch: samples of the first task's data whose loss is shown at every checkpoint; nothing is chosen by it.
-        processes: how many train together, each on its share of the micro-batches (one GPU each, where there are GPUs).
+        processes: how many train together (one GPU each, where there are GPUs): they share the micro-batches, and the
+            gradients, optimiser and importance of the parameters; the weights are whole in each.
     """
 
     def __init__(
@@ -81,10 +82,10 @@ class Retraining:
             raise UserError(f"retrain.steps={steps} must be a multiple of the {len(train)} stages of retrain.train={train}")
         if batch % micro:
             raise UserError(f"retrain.batch={batch} must be a multiple of retrain.micro={micro}: micro-batches count the same")
-        if processes > batch // micro:
+        if batch // micro % processes:
             raise UserError(
-                f"retrain.processes={processes} have {batch // micro} micro-batches to share; "
-                "raise retrain.batch or lower retrain.micro"
+                f"retrain.processes={processes} cannot share the {batch // micro} micro-batches of "
+                f"retrain.batch={batch} evenly; allowed: a divisor of {batch // micro}, or another batch"
             )
         self.steps, self.data, self.batch, self.micro, self.length = steps, data, batch, micro, length
         self.train, self.recompute = [stage.split("+") for stage in train], recompute

@@ -20,12 +20,22 @@ from nla.record import code_digest, computing_packages
 from nla.retrain.distillation import Distillation
 from nla.retrain.history import History, Row, mean_loss
 from nla.retrain.parts import chosen_parts, drop_masked
-from nla.training import Trained, train
+from nla.trained import Trained, owned_by_module
+from nla.training import train
 from nla.triplets import Triplets
 from tasks.images import Images
 from tasks.text import Text
 
-CODE = ("nla/retrain", "nla/budget", "nla/training.py", "nla/crew.py", "nla/blocks.py", "nla/workers.py")
+CODE = (
+    "nla/retrain",
+    "nla/budget",
+    "nla/training.py",
+    "nla/trained.py",
+    "nla/resume.py",
+    "nla/crew.py",
+    "nla/blocks.py",
+    "nla/workers.py",
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
     for stage, parts in enumerate(settings.train):
         before = stage * settings.recipe.steps
         trained = chosen_parts(model.module, parts)
+        owned_by_module(trained, crew)
 
         def shown(row: Row, before: int = before) -> None:
             rows.append(row | {"step": row["step"] + before})
@@ -91,7 +102,7 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
         def batch_of(step: int, before: int = before) -> list[Sample]:
             return batch(step + before)
 
-        history = History(*tightening(request, model, trained), watch if crew.rank == 0 else None, settings.recipe, shown)
+        history = History(*tightening(request, model, trained, crew), watch if crew.rank == 0 else None, settings.recipe, shown)
         label = f"retrain {'+'.join(parts)}"
         with recomputed_blocks(model, request.layers) if settings.recompute else nullcontext():
             peaks.append(train(trained, loss, batch_of, settings.recipe, cache, keys[stage], label, history, crew))
@@ -102,7 +113,7 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
         notes = {"trained": max(counts), "scored": scored if request.budget.tightens else 0}
         cache.store_tensors("retrained", key, tensors, notes | {"rows": rows, "peak_bytes": max(peaks)})
         for stage_key in keys:
-            cache.remove_tensors("trainings", stage_key)
+            cache.remove("trainings", stage_key)
     crew.wait()
 
 
@@ -138,20 +149,21 @@ def watched(request: Request, model: Model) -> Callable[[], float] | None:
     return lambda: mean_loss(model, samples)
 
 
-def tightening(
-    request: Request, model: Model, trained: list[Trained]
-) -> tuple[list[str], list[tuple[int, int, int]], Tightening | None, int]:
-    """The model's terms, where A, B and mu of each are among the trained, the masks, and the parameters of all triplets."""
+def tightening(request: Request, model: Model, trained: list[Trained], crew: Crew) -> tuple[list[str], Tightening | None, int]:
+    """Names of the model's terms, the masks, and the parameters of all triplets."""
     terms = {name: m for name, m in model.module.named_modules() if isinstance(m, Term)}
     kept = sum(term.triplets.count() for term in terms.values())
     budget = request.budget
     if not isinstance(budget, Adaptive):
-        return [], [], None, kept
-    index = {t.name: i for i, t in enumerate(trained)}
-    places = [(index[f"{name}.A"], index[f"{name}.B"], index[f"{name}.mu"]) for name in terms]
-    masters = [Triplets(*(trained[i].master for i in place)) for place in places]
+        return [], None, kept
+    by_name = {t.name: t for t in trained}
+    owners = [by_name[f"{name}.mu"].owner for name in terms]
+    moved = [
+        Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) if owner == crew.rank else term.triplets
+        for (name, term), owner in zip(terms.items(), owners, strict=True)
+    ]
     final = int((1 - request.values["ratio"]) * sum(entry.spec.n_params for entry in request.plan))
-    return list(terms), places, budget.tightening(masters, final, request.retraining.steps), kept
+    return list(terms), budget.tightening(moved, final, request.retraining.steps, crew, owners), kept
 
 
 @contextmanager
