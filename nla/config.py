@@ -71,7 +71,10 @@ class Request:
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError, in one sentence, if the weights or the data cannot be had."""
+        """Raise UserError, in one sentence, if the weights, the data or the processors cannot be had."""
+        processes, there = self.retraining.processes, torch.cuda.device_count()
+        if self.retraining.steps and self.device.startswith("cuda") and processes > there:
+            raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
         for task in self.tasks:
             task.data.check()
         if self.calibrates:

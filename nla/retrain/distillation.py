@@ -65,13 +65,14 @@ class Distillation:
 
 
 def relative_difference(features: Tensor, wanted: Tensor) -> Tensor:
-    """|features - wanted|^2 / |wanted|^2, mean over positions: (..., features) twice -> ()
+    """2 |f - w|^2 / (|f|^2 + |w|^2), mean over positions, from 0 to 4: (..., features) twice -> ()
 
-    Relative at each position: the first token of a text has features hundreds of times larger than all others in models like
-    LLaMA (massive activations, Sun et al., 2024), and would be all that counts.
+    At each position by itself: the first token of a text has features hundreds of times larger than all others in models like
+    LLaMA (massive activations, Sun et al., 2024), and would be all that counts. By the size of both, because a compressed
+    model may have them where the dense one has none.
     """
-    wanted = wanted.float()
-    return ((features.float() - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+    f, w = features.float(), wanted.float()
+    return (2 * (f - w).square().sum(-1) / (f.square().sum(-1) + w.square().sum(-1))).mean()
 
 
 def sum_of_terms(layer: CompressedLinear) -> Tensor:

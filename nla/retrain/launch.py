@@ -61,8 +61,6 @@ def retrain_together(request: Request, terms: dict[str, Tensor], key: str) -> No
         UserError, NonFiniteError: what the first process raised.
     """
     count = request.retraining.processes
-    if request.device.startswith("cuda") and count > torch.cuda.device_count():
-        raise UserError(f"retrain.processes={count} need a GPU each; torch sees {torch.cuda.device_count()}")
     request.cache.store_tensors("compressed", key, terms, {})
     folder = request.cache.root / "launches"
     job, failure = folder / f"{key}.json", folder / f"{key}.error.json"
