@@ -254,7 +254,10 @@ def test_distillation_is_the_sum_of_its_parts_by_hand(tmp_path):
     )
     dense = request.model.load("cpu", "float32", request.cache)
     s, seen = sample(), {id(model): [], id(dense): []}
-    loss = Distillation(model, dense, request.layers, request.retraining)(s)
+    distillation = Distillation(model, dense, request.layers, request.retraining)
+    loss = distillation(s)
+    distillation.close()
+    assert not any(part._forward_hooks for m in (model, dense) for part in m.module.modules())
     for m in (model, dense):
         for block in m.module.model.layers:
             block.register_forward_hook(lambda _, i, out, m=m: seen[id(m)].append(out[0] if isinstance(out, tuple) else out))

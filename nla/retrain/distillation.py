@@ -47,6 +47,11 @@ class Distillation:
             loss = loss + self.settings.perturbation * self.largest_changes().square().mean()
         return loss
 
+    def close(self) -> None:
+        """Take the hooks off both models."""
+        for features in filter(None, self.features):
+            features.hooks.close()
+
     @staticmethod
     def run(model: Model, sample: Sample, features: "Features | None") -> tuple[Tensor, list[Tensor]]:
         if features is None:
@@ -112,6 +117,3 @@ class Features:
         output = run()
         caught, self.seen.caught = self.seen.caught, None
         return output, caught
-
-    def close(self) -> None:
-        self.hooks.close()

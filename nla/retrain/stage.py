@@ -1,7 +1,7 @@
 """Train a compressed model in stages, and keep the result."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
         NonFiniteError: names the step, the batch and the last good checkpoint.
     """
     settings, cache = request.retraining, request.cache
-    loss, batch, watch = objective(request, model), batches(request, model), watched(request, model)
+    batch, watch = batches(request, model), watched(request, model) if crew.rank == 0 else None
     rows: list[Row] = []
     tensors: dict[str, Tensor] = {}
     peaks, counts, keys = [], [], [digest([key, parts]) for parts in settings.train]
@@ -102,11 +102,12 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
         def batch_of(step: int, before: int = before) -> list[Sample]:
             return batch(step + before)
 
-        history = History(*tightening(request, model, trained, crew), watch if crew.rank == 0 else None, settings.recipe, shown)
+        history = History(*tightening(request, model, trained, crew), watch, settings.recipe, shown)
         label = f"retrain {'+'.join(parts)}"
-        with recomputed_blocks(model, request.layers) if settings.recompute else nullcontext():
+        blocks = recomputed_blocks(model, request.layers) if settings.recompute else nullcontext()
+        with objective(request, model) as loss, blocks:
             peaks.append(train(trained, loss, batch_of, settings.recipe, cache, keys[stage], label, history, crew))
-        counts.append(sum(t.master.numel() for t in trained))
+        counts.append(sum(t.parameter.numel() for t in trained))
         tensors |= {t.name: t.parameter.detach() for t in trained}
     if crew.rank == 0:
         scored = sum(p.numel() for name, p in tensors.items() if name.rpartition(".")[2] in ("A", "B", "mu"))
@@ -117,13 +118,16 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
     crew.wait()
 
 
-def objective(request: Request, model: Model) -> Callable[[Sample], Tensor]:
+@contextmanager
+def objective(request: Request, model: Model) -> Iterator[Callable[[Sample], Tensor]]:
     """The model's own loss, or with a dense model beside it that of `Distillation`."""
     if not request.retraining.distils:
-        return model.loss
+        yield model.loss
+        return
     dense = request.model.load(request.device, request.values["dtype"], request.cache)
     dense.module.requires_grad_(False)
-    return Distillation(model, dense, request.layers, request.retraining)
+    with closing(Distillation(model, dense, request.layers, request.retraining)) as loss:
+        yield loss
 
 
 def batches(request: Request, model: Model) -> Callable[[int], list[Sample]]:
