@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from nla.config import Request, prepare
 from nla.crew import Crew
 from nla.errors import NonFiniteError, UserError
 from nla.models.base import Model
+from nla.retrain.history import Row
 from nla.retrain.parts import load_terms, prepare_terms
 from nla.retrain.stage import retrain
 
+ROW = "row of the history: "
 KINDS = {"UserError": UserError, "NonFiniteError": NonFiniteError}
 
 
@@ -54,8 +56,10 @@ class Processes(Crew):
         self.accelerator.wait_for_everyone()
 
 
-def retrain_together(request: Request, terms: dict[str, Tensor], key: str) -> None:
+def retrain_together(request: Request, terms: dict[str, Tensor], key: str, show: Callable[[Row], None]) -> None:
     """Have `retrain.processes` processes retrain the model whose terms these are; the result is in the cache.
+
+    The first of them prints each row of its history, for `show`.
 
     Raises:
         UserError, NonFiniteError: what the first process raised.
@@ -70,8 +74,15 @@ def retrain_together(request: Request, terms: dict[str, Tensor], key: str) -> No
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     threads = max(1, torch.get_num_threads() // count)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen([*launch, "-m", "nla.retrain.launch", str(job)], env=environment, preexec_fn=die_with_parent)
+    command = [*launch, "-m", "nla.retrain.launch", str(job)]
+    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
+        for line in process.stdout:
+            if line.startswith(ROW):
+                show(json.loads(line.removeprefix(ROW)))
+            else:
+                sys.stdout.write(line)
         status = process.wait()
     finally:
         process.kill()
@@ -100,12 +111,16 @@ def take_part(job: dict[str, Any]) -> None:
         assert entry is not None
         load_terms(model.module, entry[0], request.method.kernel, crew.device)
         prepare_terms(model.module, request.retraining.linear_term, request.values["seed"])
-        retrain(request, model, job["key"], lambda row: None, crew)
+        retrain(request, model, job["key"], say if crew.rank == 0 else lambda row: None, crew)
     except tuple(KINDS.values()) as error:
         if crew.rank == 0:
             told = {"kind": type(error).__name__, "message": str(error)}
             write_atomically(Path(job["failure"]), json.dumps(told).encode())
         sys.exit(1)
+
+
+def say(row: Row) -> None:
+    print(f"{ROW}{json.dumps(row)}", flush=True)
 
 
 if __name__ == "__main__":

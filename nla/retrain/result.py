@@ -23,18 +23,17 @@ def retrained(request: Request, model: Model, key: str, show: Callable[[Row], No
         terms = save_terms(model.module) if shared else {}
         prepare_terms(model.module, request.retraining.linear_term, request.values["seed"])
         result = load_retrained(request, model, key)
-        if result is None and not shared:
-            retrain(request, model, key, show, Crew())
-            result = load_retrained(request, model, key)
-            assert result is not None
+        if result is not None:
+            for row in result.rows:
+                show(row)
             return result
-        if result is None:
-            retrain_together(request, terms, key)
-            result = load_retrained(request, model, key)
-            assert result is not None
-    for row in result.rows:
-        show(row)
-    return result
+        if shared:
+            retrain_together(request, terms, key, show)
+        else:
+            retrain(request, model, key, show, Crew())
+        result = load_retrained(request, model, key)
+        assert result is not None
+        return result
 
 
 def retrain_record(
