@@ -26,6 +26,7 @@ from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import from_architecture
 from nla.retrain.history import History
 from nla.retrain.parts import chosen_parts
+from nla.retrain.surface import Surface
 from nla.select import linear_specs, select_linears
 from nla.training import Recipe, train
 from nla.triplets import Triplets
@@ -100,7 +101,7 @@ def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[st
     kept = sum(t.count() for t in masters)
     tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score").tightening(masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
-    clock = Clock(names, tightening if adaptive else None, kept, None, recipe, lambda row: None)
+    clock = Clock(Surface(), names, tightening if adaptive else None, kept, None, recipe, lambda row: None)
     others: list[float] = []
 
     def batch(step: int) -> list[Sample]:

@@ -36,7 +36,7 @@ class Companion:
         """Before the first step; not after a restore."""
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
-        """After the mean gradient of the step that follows `done` steps, before it is clipped; of what this process owns."""
+        """With the mean gradient of the step after `done`, of what this process owns; may change it, before it is clipped."""
 
     def before_publishing(self, done: int) -> None:
         """After the optimiser has moved the masters, before the model sees them."""

@@ -100,6 +100,7 @@ def train(
                 gradient(micro[0])
             peak = memory.peak_bytes
         total, mean = mean_gradient(gradient, micro, trained, device, crew)
+        companion.after_gradient(step, mean)
         norm = float(torch.nn.utils.get_total_norm(mean.values()))
         total, square = crew.total(total, norm**2)
         norm = math.sqrt(square)
@@ -110,7 +111,6 @@ def train(
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteError(f"{where}: the loss is {total}, its gradient's norm {norm}; {checkpoints.told()}")
         smoothed = total if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * total
-        companion.after_gradient(step, mean)
         for t in own:
             t.master.grad = mean[t.name].mul_(min(1.0, recipe.clip / (norm + 1e-6)))
         for group in optimiser.param_groups:

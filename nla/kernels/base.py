@@ -26,9 +26,14 @@ class Kernel(ABC):
     Args:
         r: columns of a triplet.
         min_h: where a matrix's budget holds fewer triplets than this, r is lowered for it.
+
+    Attributes:
+        exact_apply: whether apply() is a closed form, or goes tile by tile.
+        has_self_terms: whether sum_l mu_l |A_il|^2 and sum_l mu_l |B_jl|^2 are summands of the matrix.
     """
 
     exact_apply: bool
+    has_self_terms = False
 
     def __init__(self, r: int = 1, min_h: int = 1) -> None:
         require_integer("kernel.r", r, 1)

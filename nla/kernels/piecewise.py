@@ -18,6 +18,8 @@ class Piecewise(FactoredKernel):
     rank at most h*r + 2.
     """
 
+    has_self_terms = True
+
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         s_out, s_in = self_term(t.A, t.mu), self_term(t.B, t.mu)
         left = torch.cat((s_out[:, None], torch.ones_like(s_out)[:, None], (t.A * (-2 * t.mu[:, None])).flatten(1)), 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from nla.budget.adaptive import Tightening
 from nla.models.base import Model, Sample
 from nla.record import IMPORTANCE_QUANTILES
+from nla.retrain.surface import Surface
 from nla.trained import Companion
 from nla.training import Recipe
 from nla.triplets import Triplets
@@ -20,13 +21,14 @@ Row = dict[str, Any]
 
 
 class History(Companion):
-    """Keeps the rows of all steps, and has the budget tightened.
+    """Keeps the rows of all steps, has the budget tightened, and the triplets kept on their surface.
 
     A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. Where triplets
     were chosen anew it has importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by
     name); at checkpoints watched (nats).
 
     Args:
+        surface: what every step is kept on.
         names: of the term that each of the triplets belongs to.
         tightening: None where all triplets are kept.
         watch: the loss on samples that are not trained on; None: nothing is watched.
@@ -36,6 +38,7 @@ class History(Companion):
 
     def __init__(
         self,
+        surface: Surface,
         names: list[str],
         tightening: Tightening | None,
         kept: int,
@@ -43,7 +46,7 @@ class History(Companion):
         recipe: Recipe,
         show: Callable[[Row], None],
     ) -> None:
-        self.names, self.tightening, self.kept = names, tightening, kept
+        self.surface, self.names, self.tightening, self.kept = surface, names, tightening, kept
         self.watch, self.recipe, self.show = watch, recipe, show
         self.rows: list[Row] = []
         self.since = time.perf_counter()
@@ -55,6 +58,7 @@ class History(Companion):
         self.since = time.perf_counter()
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
+        self.surface.project(gradients)
         if self.tightening:
             own = [self.names[i] for i in self.tightening.own]
             parts = [Triplets(*(gradients[f"{name}.{part}"] for part in ("A", "B", "mu"))) for name in own]
@@ -63,6 +67,7 @@ class History(Companion):
     def before_publishing(self, done: int) -> None:
         if self.tightening:
             self.chosen = self.tightening.after_step(done)
+        self.surface.retract()
 
     def after_step(self, done: int, figures: dict[str, float]) -> None:
         row: Row = {"step": done, **figures, "budget": self.kept, "kept": self.kept}

@@ -20,6 +20,7 @@ from nla.record import code_digest, computing_packages
 from nla.retrain.distillation import Distillation
 from nla.retrain.history import History, Row, mean_loss
 from nla.retrain.parts import chosen_parts, drop_masked
+from nla.retrain.surface import surface_of
 from nla.trained import Trained, owned_by_module
 from nla.training import train
 from nla.triplets import Triplets
@@ -102,7 +103,10 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
         def batch_of(step: int, before: int = before) -> list[Sample]:
             return batch(step + before)
 
-        history = History(*tightening(request, model, trained, crew), watch, settings.recipe, shown)
+        terms = {name: m for name, m in model.module.named_modules() if isinstance(m, Term)}
+        own = {t.name: t for t in trained if t.owner == crew.rank}
+        masks, kept = tightening(request, terms, trained, crew), sum(term.triplets.count() for term in terms.values())
+        history = History(surface_of(terms, own), list(terms), masks, kept, watch, settings.recipe, shown)
         label = f"retrain {'+'.join(parts)}"
         blocks = recomputed_blocks(model, request.layers) if settings.recompute else nullcontext()
         with objective(request, model) as loss, blocks:
@@ -153,13 +157,11 @@ def watched(request: Request, model: Model) -> Callable[[], float] | None:
     return lambda: mean_loss(model, samples)
 
 
-def tightening(request: Request, model: Model, trained: list[Trained], crew: Crew) -> tuple[list[str], Tightening | None, int]:
-    """Names of the model's terms, the masks, and the parameters of all triplets."""
-    terms = {name: m for name, m in model.module.named_modules() if isinstance(m, Term)}
-    kept = sum(term.triplets.count() for term in terms.values())
+def tightening(request: Request, terms: dict[str, Term], trained: list[Trained], crew: Crew) -> Tightening | None:
+    """The masks of the model's terms, where the budget tightens."""
     budget = request.budget
     if not isinstance(budget, Adaptive):
-        return [], None, kept
+        return None
     by_name = {t.name: t for t in trained}
     owners = [by_name[f"{name}.mu"].owner for name in terms]
     moved = [
@@ -167,7 +169,7 @@ def tightening(request: Request, model: Model, trained: list[Trained], crew: Cre
         for (name, term), owner in zip(terms.items(), owners, strict=True)
     ]
     final = int((1 - request.values["ratio"]) * sum(entry.spec.n_params for entry in request.plan))
-    return list(terms), budget.tightening(moved, final, request.retraining.steps, crew, owners), kept
+    return budget.tightening(moved, final, request.retraining.steps, crew, owners)
 
 
 @contextmanager

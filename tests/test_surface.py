@@ -1,0 +1,78 @@
+"""Self-terms stay as they were fitted, and gradients know it: against autograd."""
+
+import torch
+
+from nla.kernels.linear import Linear
+from nla.kernels.piecewise import Piecewise, self_term
+from nla.layers import Term
+from nla.retrain.surface import surface_of
+from nla.trained import Trained
+from tests.conftest import TINY
+
+PARTS = ("A", "B", "mu")
+
+
+def on_surface(kernel=None, h: int = 6):
+    """A term of h triplets, its surface, and the fitted self-terms."""
+    kernel = kernel or Piecewise(r=2)
+    term = Term(kernel, kernel.random_start(13, 9, h, 2, torch.Generator().manual_seed(0)))
+    own = {f"t.{part}": Trained(f"t.{part}", getattr(term, part)) for part in PARTS}
+    return term, surface_of({"t": term}, own), (self_term(term.A, term.mu).detach(), self_term(term.B, term.mu).detach())
+
+
+def gradients(term: Term, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = torch.autograd.grad(loss, [term.A, term.B, term.mu])
+    return {f"t.{part}": g.clone() for part, g in zip(PARTS, found, strict=True)}
+
+
+def test_a_loss_of_self_terms_alone_has_no_gradient_on_the_surface():
+    term, surface, _ = on_surface()
+    found = gradients(term, self_term(term.A, term.mu).cos().sum() + self_term(term.B, term.mu).square().sum())
+    surface.project(found)
+    assert all(float(g.abs().max()) < 1e-4 for g in found.values())
+
+
+def test_the_gradient_on_the_surface_is_that_of_the_way_back_to_it():
+    """mu is free and A makes up for it: the gradient of mu -> loss(A drawn back, mu), by autograd through one Newton step."""
+    term, surface, (fitted, _) = on_surface()
+    weights = torch.randn(13, 6, 2, generator=torch.Generator().manual_seed(1))
+    found = gradients(term, (term.A * weights).sum() + (term.mu**3).sum() + 0 * term.B.sum())
+    surface.project(found)
+    mu = term.mu.detach().requires_grad_()
+    normal = term.A.detach() * mu[:, None]
+    excess = (self_term(term.A.detach(), mu) - fitted) / (2 * normal.square().sum((1, 2)))
+    drawn_back = term.A.detach() - excess[:, None, None] * normal
+    (expected,) = torch.autograd.grad((drawn_back * weights).sum() + (mu**3).sum(), mu)
+    torch.testing.assert_close(found["t.mu"], expected, rtol=1e-4, atol=1e-4)
+    normal = term.A.detach() * term.mu.detach()[:, None]
+    assert float((found["t.A"] * normal).sum((1, 2)).abs().max()) < 1e-4
+
+
+def test_a_step_is_drawn_back_though_triplets_are_masked():
+    term, surface, fitted = on_surface(h=40)
+    with torch.no_grad():
+        for part in PARTS:
+            getattr(term, part).mul_(1 + 0.02 * torch.randn(getattr(term, part).shape))
+        term.mu[1] = 0
+        before = (self_term(term.A, term.mu) - fitted[0]).abs().mean()
+        for _ in range(3):
+            surface.retract()
+        after = (self_term(term.A, term.mu) - fitted[0]).abs().mean()
+        term.mu.zero_()
+        surface.retract()
+    assert after < 0.05 * before and bool(torch.isfinite(term.A).all())
+
+
+def test_other_kernels_are_trained_freely():
+    term, surface, _ = on_surface(Linear(r=2))
+    found = gradients(term, term.dense().square().sum())
+    before = {name: g.clone() for name, g in found.items()}
+    surface.project(found)
+    surface.retract()
+    assert not surface.held and all(torch.equal(found[name], g) for name, g in before.items())
+
+
+def test_the_papers_kernel_is_retrained_at_the_rate_of_the_others(run_here):
+    record = run_here(*TINY, "ratio=0.5", "budget=adaptive", "retrain.steps=20", "retrain.length=64", "schedule.interval=2")
+    losses = [row["loss"] for row in record.retraining.history if "loss" in row]
+    assert max(losses) < losses[0] + 0.1 and losses[-1] < losses[0] - 0.1
