@@ -162,7 +162,7 @@ def told_of_retraining(r: RetrainRecord) -> str:
 
 def show_sweep(outcomes: list[dict[str, Any]]) -> None:
     """One line per job, labelled by the settings in which jobs differ; failures again below, with their reasons."""
-    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes))
     rows, failures = [], []
     for outcome in outcomes:
         label = " ".join(o for o in outcome["overrides"] if o not in shared)

@@ -67,7 +67,8 @@ class SweepTable(Callback):
         configure_log(config.hydra.job_logging)  # the jobs may have run, and logged, in other processes
         files = sorted(Path(config.hydra.sweep.dir).glob("job-*.json"), key=lambda p: int(p.stem.split("-")[1]))
         outcomes = [json.loads(file.read_text()) for file in files]
-        show_sweep(outcomes)
+        if len(outcomes) > 1:  # one row of an experiment has said what there is to say
+            show_sweep(outcomes)
         if any("error" in outcome for outcome in outcomes):
             _exit_code = FAILED
 
