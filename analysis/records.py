@@ -42,9 +42,9 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "ratio": record.config["ratio"],
         "select": selection(record.config["select"]),
         "tasks": "+".join(task_names(record.config)),
-        "changed": " ".join(changed_settings(record.config)),
+        "changed": " ".join(changed_settings(record.config, stepped=any(fit.steps for fit in record.fits))),
         "budget": " ".join([budget_name(record.config), *changed_schedule(record.config["budget"])]),
-        "retraining": " ".join(changed_retraining(record.config)),
+        "retraining": retraining_name(record.config),
         "retrain_steps": record.config.get("retrain", {}).get("steps", 0),
         "seed": record.config["seed"],
         "matrices": len(record.fits),
@@ -52,8 +52,11 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def changed_settings(config: dict[str, Any]) -> list[str]:
-    """`key=value` of the settings of method, task, statistics, seed, type and selection that are not those of conf/."""
+def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
+    """`key=value` of the settings of method, task, statistics, seed, type and selection that are not those of conf/.
+
+    How many steps a solver may take is left out where it had a closed form and took none.
+    """
     method = config["method"]
     used = {"method": method} | {group: method[group] for group in ("kernel", "solver") if group in method}
     pairs = [
@@ -69,17 +72,30 @@ def changed_settings(config: dict[str, Any]) -> list[str]:
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
     pairs += [("budget", budget_name(config), "uniform")]
-    return [f"{key}={value}" for key, value, default in pairs if value != default and not isinstance(value, dict)]
+    unused = () if stepped else ("steps",)
+    changed = [(key, value) for key, value, default in pairs if value != default and not isinstance(value, dict)]
+    return [f"{key}={value}" for key, value in changed if key not in unused or not value]
 
 
-def changed_retraining(config: dict[str, Any]) -> list[str]:
-    """`key=value` of the settings of retraining that are not those of conf/."""
+def retraining_name(config: dict[str, Any]) -> str:
+    """The file of conf/retrain that the settings are nearest to, and `key=value` of those that differ from it."""
     if "retrain" not in config:
-        return []
-    text, images = (read_yaml(ROOT / "conf" / "retrain" / f"{name}.yaml") for name in ("text", "images"))
-    usual = text | images if "imagenet" in task_names(config) else text
-    pairs = [(key, value, usual.get(key)) for key, value in config["retrain"].items() if key not in NOT_TRAINED_BY]
-    return [f"{key}={value}" for key, value, default in pairs if value != default]
+        return ""
+    folder = ROOT / "conf" / "retrain"
+    names = {path.stem: retrain_defaults(path.stem) for path in sorted(folder.glob("*.yaml"))}
+    changes = {
+        name: [f"{k}={v}" for k, v in config["retrain"].items() if k not in NOT_TRAINED_BY and v != usual.get(k)]
+        for name, usual in names.items()
+    }
+    nearest = min(changes, key=lambda name: len(changes[name]))
+    return " ".join([nearest, *changes[nearest]])
+
+
+def retrain_defaults(name: str) -> dict[str, Any]:
+    """A file of conf/retrain over those it is made from."""
+    content = dict(read_yaml(ROOT / "conf" / "retrain" / f"{name}.yaml"))
+    bases = [base for base in content.pop("defaults", []) if base != "_self_"]
+    return {key: value for base in bases for key, value in retrain_defaults(base).items()} | content
 
 
 def budget_name(config: dict[str, Any]) -> str:
@@ -107,7 +123,7 @@ def selection(chosen: dict[str, Any]) -> str:
     return chosen["include"] + (f" without {chosen['exclude']}" if chosen["exclude"] else "")
 
 
-NOT_TRAINED_BY = ("_target_", "data", "steps", "checkpoint", "watch", "processes", "recompute")
+NOT_TRAINED_BY = ("_target_", "data", "steps", "spike", "checkpoint", "watch", "processes", "recompute")
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; a node of its own
 

@@ -21,12 +21,13 @@ from nla.budget.schedule import Cubic
 from nla.cache import Cache
 from nla.kernels.base import Kernel
 from nla.kernels.linear import Linear
-from nla.layers import CompressedLinear
+from nla.kernels.piecewise import Piecewise
+from nla.layers import CompressedLinear, Term
 from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import from_architecture
 from nla.retrain.history import History
 from nla.retrain.parts import chosen_parts
-from nla.retrain.surface import Surface
+from nla.retrain.surface import surface_of
 from nla.select import linear_specs, select_linears
 from nla.training import Recipe, train
 from nla.triplets import Triplets
@@ -96,12 +97,13 @@ def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[st
     model = LanguageModel(model_with(lambda dense: triplets_for(dense, kernel)).eval(), None)
     trained = chosen_parts(model.module, PARTS)
     by_name = {t.name: t for t in trained}
-    names = [t.name.removesuffix(".A") for t in trained if t.name.endswith(".A")]
+    terms = {name: m for name, m in model.module.named_modules() if isinstance(m, Term)}
+    names = list(terms)
     masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
     kept = sum(t.count() for t in masters)
     tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score").tightening(masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
-    clock = Clock(Surface(), names, tightening if adaptive else None, kept, None, recipe, lambda row: None)
+    clock = Clock(surface_of(terms, by_name), names, tightening if adaptive else None, kept, None, recipe, lambda row: None)
     others: list[float] = []
 
     def batch(step: int) -> list[Sample]:
@@ -121,5 +123,6 @@ def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[st
 if __name__ == "__main__":
     count = int(sys.argv[1]) if sys.argv[1:] else 6
     with tempfile.TemporaryDirectory() as folder:
-        for adaptive in (False, True):
-            print(json.dumps({"adaptive": adaptive} | compare(count, adaptive, Linear(), Cache(Path(folder)))), flush=True)
+        for kernel, adaptive in ((Linear(), False), (Linear(), True), (Piecewise(r=20, min_h=30), True)):
+            figures = compare(count, adaptive, kernel, Cache(Path(folder)))
+            print(json.dumps({"kernel": kernel.name, "adaptive": adaptive} | figures), flush=True)
