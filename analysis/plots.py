@@ -70,7 +70,7 @@ def kept_by_matrix(record: RetrainRecord) -> Figure:
     """What is left of each matrix, as a fraction of the dense: kinds of matrix by layers."""
     frame = pd.DataFrame([matrix.model_dump() for matrix in record.matrices])
     frame["kind"] = frame["name"].str.replace(r"^.*\.\d+\.", "", regex=True)
-    frame["layer"] = frame["name"].str.replace(r"\.[^.\d]+(\.[^.\d]+)*$", "", regex=True)
+    frame["layer"] = frame["name"].str.extract(r"^(.*\.\d+)\.", expand=False).fillna(frame["name"])
     table = (1 - frame.set_index(["kind", "layer"])["ratio"]).unstack(sort=False)
     figure = Figure(figsize=(max(5, 1.5 + 0.3 * len(table.columns)), 1.2 + 0.35 * len(table)), layout="constrained")
     axis = figure.subplots()

@@ -43,7 +43,7 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "select": selection(record.config["select"]),
         "tasks": "+".join(task_names(record.config)),
         "changed": " ".join(changed_settings(record.config, stepped=any(fit.steps for fit in record.fits))),
-        "budget": " ".join([budget_name(record.config), *changed_schedule(record.config["budget"])]),
+        "budget": " ".join([budget_name(record.config), *changed_budget(record.config["budget"])]),
         "retraining": retraining_name(record.config),
         "retrain_steps": record.config.get("retrain", {}).get("steps", 0),
         "seed": record.config["seed"],
@@ -78,7 +78,7 @@ def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
 
 
 def retraining_name(config: dict[str, Any]) -> str:
-    """The file of conf/retrain that the settings are nearest to, and `key=value` of those that differ from it."""
+    """The file of conf/retrain that the settings are nearest to, the data, and `key=value` of what differs from the file."""
     if "retrain" not in config:
         return ""
     folder = ROOT / "conf" / "retrain"
@@ -88,7 +88,7 @@ def retraining_name(config: dict[str, Any]) -> str:
         for name, usual in names.items()
     }
     nearest = min(changes, key=lambda name: len(changes[name]))
-    return " ".join([nearest, *changes[nearest]])
+    return " ".join([nearest, f"on {config['retrain']['data']['name']}", *changes[nearest]])
 
 
 def retrain_defaults(name: str) -> dict[str, Any]:
@@ -102,14 +102,16 @@ def budget_name(config: dict[str, Any]) -> str:
     return config["budget"]["_target_"].rpartition(".")[2].lower()
 
 
-def changed_schedule(budget: dict[str, Any]) -> list[str]:
-    """The kind of a schedule that is not cubic, and `key=value` of its settings that are not those of conf/."""
-    if "schedule" not in budget:
-        return []
-    kind = budget["schedule"]["_target_"].rpartition(".")[2].lower()
-    usual = read_yaml(ROOT / "conf" / "schedule" / f"{kind}.yaml")
-    changed = [f"{key}={value}" for key, value in budget["schedule"].items() if value != usual.get(key)]
-    return ([] if kind == "cubic" else [kind]) + changed
+def changed_budget(budget: dict[str, Any]) -> list[str]:
+    """`key=value` of the settings that are not those of conf/, and the kind of a schedule that is not cubic."""
+    usual = read_yaml(ROOT / "conf" / "budget" / f"{budget['_target_'].rpartition('.')[2].lower()}.yaml")
+    changed = [f"{key}={value}" for key, value in budget.items() if key != "schedule" and value != usual.get(key)]
+    if "schedule" in budget:
+        kind = budget["schedule"]["_target_"].rpartition(".")[2].lower()
+        usual = read_yaml(ROOT / "conf" / "schedule" / f"{kind}.yaml")
+        changed += [] if kind == "cubic" else [kind]
+        changed += [f"{key}={value}" for key, value in budget["schedule"].items() if value != usual.get(key)]
+    return changed
 
 
 ERRORS = ("relative_error", "svd_error", "floor", "weighted_error", "svd_llm_error", "weighted_floor")

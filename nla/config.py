@@ -140,6 +140,9 @@ def prepare(settings: dict[str, Any]) -> Request:
     plan = make_plan(chosen, values["ratio"], shares, method.kernel)
     for task in tasks:
         task.check(inventory)
+    check_retraining(retraining, inventory, plan, values["model"])
+    if method.needs or budget.searches:
+        check_data("calibration", calibration, inventory)
     if not (method.needs or budget.searches):
         values = {key: value for key, value in values.items() if key != "statistics"}
     if not retraining.steps:
@@ -159,6 +162,30 @@ def prepare(settings: dict[str, Any]) -> Request:
         tracker=build("track", values["track"]),
         cache=cache,
     )
+
+
+def check_retraining(retraining: Retraining, inventory: Inventory, plan: list[PlanEntry], model: dict[str, Any]) -> None:
+    """Raise UserError if this model cannot be retrained so."""
+    if not retraining.steps:
+        return
+    check_data("retrain.data", retraining.data, inventory)
+    if inventory.reads == "text" and retraining.length > inventory.limit:
+        raise UserError(f"retrain.length={retraining.length} is longer than the {inventory.limit} tokens the model can read")
+    if retraining.processes > len(plan):
+        raise UserError(
+            f"retrain.processes={retraining.processes} have {len(plan)} matrices to share; allowed: 1 to {len(plan)}"
+        )
+    if retraining.processes > 1 and model.get("device_map"):
+        raise UserError(
+            f"model.device_map={model['device_map']} spreads the model over the GPUs that "
+            f"retrain.processes={retraining.processes} would each have for themselves; use one of the two"
+        )
+
+
+def check_data(setting: str, data: Data, inventory: Inventory) -> None:
+    """Raise UserError if the samples of the data are not what the model reads."""
+    if data.kind != inventory.reads:
+        raise UserError(f"{setting}={data.name} holds {data.kind}, the model reads {inventory.reads}; choose another")
 
 
 def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int) -> dict[str, int]:

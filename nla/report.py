@@ -15,8 +15,7 @@ from nla.config import Request
 from nla.cost import estimate
 from nla.models.base import DTYPES
 from nla.record import RetrainRecord, RunRecord, read_record
-from nla.retrain.cost import retraining_cost
-from nla.triplets import triplet_size
+from nla.retrain.cost import moved, retraining_cost
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +23,7 @@ log = logging.getLogger(__name__)
 def announce(request: Request) -> None:
     """What is about to be removed, before the work begins."""
     selected = sum(e.spec.n_params for e in request.plan)
-    fitted = sum(e.realised for e in request.plan)
-    most = int((1 - request.values["ratio"]) * selected)
-    kept = min(fitted, most) if request.budget.tightens else fitted + linear_terms(request)
+    fitted, kept = sum(e.realised for e in request.plan), kept_in_the_end(request)
     total = request.inventory.parameters
     log.info(
         "removing %.1f %%, keeping %.1f %% of %s parameters in %d matrices;\nwhole model %s -> %s",
@@ -45,10 +42,11 @@ def announce(request: Request) -> None:
         )
 
 
-def linear_terms(request: Request) -> int:
-    """Parameters of the linear terms that retraining adds."""
-    rank = request.retraining.linear_term
-    return sum(rank * triplet_size(e.spec.out_features, e.spec.in_features, 1) for e in request.plan)
+def kept_in_the_end(request: Request) -> int:
+    """Parameters of the selected matrices after the whole run."""
+    kept = sum(moved(entry, {"triplets"}, request.retraining.linear_term) for entry in request.plan)
+    most = int((1 - request.values["ratio"]) * sum(e.spec.n_params for e in request.plan))
+    return min(kept, most) if request.budget.tightens else kept
 
 
 def show_plan(request: Request) -> None:
@@ -67,7 +65,7 @@ def show_plan(request: Request) -> None:
     cost = estimate(request)
     step = cost.step / cost.step_rate
     starts = cost.starts / cost.start_rate if cost.starts else 0.0
-    saved = sum(e.spec.n_params - e.realised for e in request.plan)
+    saved = sum(e.spec.n_params for e in request.plan) - kept_in_the_end(request)
     before = request.inventory.parameters * size
     rows = [
         ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved * size) / 1e9:.2f} GB ({request.values['dtype']})"],

@@ -1,7 +1,6 @@
 """Experiment tracking. The jsonl and the record are always written; a tracker shows the same figures elsewhere."""
 
 import logging
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -150,8 +149,6 @@ class WandbTracker:
 
     def _step(self, row: dict[str, Any]) -> None:
         figures = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        if "watched" in row:
-            figures["watched_perplexity"] = math.exp(min(row["watched"], 700))
         figures |= {f"importance/{q:.0%}": x for q, x in zip(IMPORTANCE_QUANTILES, row.get("importance", []), strict=False)}
         figures |= {f"kept/{name}": kept for name, kept in row.get("matrices", {}).items()}
         self.run.log({f"retrain/{name}": value for name, value in figures.items()})

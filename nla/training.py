@@ -116,13 +116,14 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate(step) * group["rate"]
         optimiser.step()
+        optimiser.zero_grad()  # the sums of this step are not alive beside those of the next
+        mean.clear()
         companion.before_publishing(step + 1)
         publish(trained, crew)
         companion.after_step(step + 1, {"loss": total, "lr": recipe.rate(step), "norm": norm})
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
         if recipe.checkpoints(step + 1):
             checkpoints.save(step + 1, smoothed, peak)
-    optimiser.zero_grad()
     return peak
 
 
@@ -160,4 +161,5 @@ def mean_gradient(
                 crew.collect(part, t.owner)
                 if t.owner == crew.rank:
                     mean[t.name].add_(part, alpha=1 / len(micro))
+            del gradients, g, part
     return total, mean

@@ -16,6 +16,7 @@ class Data(ABC):
     """A named set of documents, images or questions."""
 
     name: str
+    kind: Literal["text", "images", "questions"]
 
     @abstractmethod
     def check(self) -> None:

@@ -38,6 +38,7 @@ class Items(Sequence):
 class Images(Data):
     """A named sequence of images with labels 0, ..., classes - 1."""
 
+    kind = "images"
     classes: int
     split: str
 

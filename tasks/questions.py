@@ -20,6 +20,7 @@ class Questions(Data):
     `prefix` stands before the name of every figure: it says so where a set is not the paper's.
     """
 
+    kind = "questions"
     prefix = ""
 
     def check(self) -> None:

@@ -21,6 +21,8 @@ CHARACTERS = 8  # more than a token has on average: what is cut out of the text 
 class Text(Data):
     """A named list of documents."""
 
+    kind = "text"
+
     @abstractmethod
     def documents(self) -> list[str]:
         """The documents, in their own order."""

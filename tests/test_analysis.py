@@ -6,10 +6,11 @@ import torch
 
 from analysis.execute import NOTEBOOKS, execute
 from analysis.forward import compare_forms
-from analysis.plots import loss_by_layer
+from analysis.plots import kept_by_matrix, loss_by_layer
 from analysis.records import fits_frame, load_records, runs_frame
 from analysis.tables import accuracy, by_ratio, paper, perplexity_beside_paper
 from nla.kernels.piecewise import Piecewise
+from nla.record import KeptRecord, RetrainRecord
 from tests.conftest import ROOT
 
 RECORDS = ROOT / "analysis" / "records"
@@ -50,6 +51,14 @@ def test_phase_leaves_three_quarters_of_svds_error_over_the_whole_recorded_model
     fits = fits_frame(load_records([RECORDS]))
     rows = fits[(fits["kernel"] == "phase") & (fits["ratio"] == 0.7) & (fits["matrices"] == 210)]
     assert len(rows) == 210 and (rows["relative_error"] / rows["svd_error"]).mean() <= 0.75
+
+
+def test_the_figure_of_what_is_left_has_a_column_per_layer_of_any_model():
+    for names in (["model.decoder.layers.0.fc1", "model.decoder.layers.0.self_attn.k_proj"], ["layers.0.blocks.1.mlp.fc2"]):
+        matrices = [KeptRecord(name=n.replace("0", str(i)), fitted=9, kept=6, ratio=0.5) for n in names for i in range(3)]
+        record = RetrainRecord.model_construct(matrices=matrices)
+        axis = kept_by_matrix(record).axes[0]
+        assert len(axis.get_xticks()) == 3 and len(axis.get_yticks()) == len(names)
 
 
 PERPLEXITY = "language_modelling.sotu.perplexity"

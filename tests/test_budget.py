@@ -1,6 +1,5 @@
 """Importance, schedules and masks: beside plain loops, beside peft's AdaLoRA, and where published allocators break."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -251,4 +250,3 @@ def test_matrices_begin_with_b0_times_their_share_but_never_more_than_the_dense_
             adaptive(**{name: value})
     with pytest.raises(UserError, match=r"set retrain.steps"):
         adaptive().check_retraining(SimpleNamespace(steps=0))
-    assert math.isclose(adaptive().schedule.b0, 2.0)

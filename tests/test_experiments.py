@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 
 from nla.cache import Cache
@@ -51,7 +50,7 @@ def test_an_experiment_of_the_papers_model_has_a_twin_that_sweeps_the_same(exper
     twin = experiment.removesuffix(model) + TWINS[model]
     ours, theirs = ({tuple(o for o in row if "data=" not in o) for row in rows(name)} for name in (experiment, twin))
     assert ours == theirs
-    steps = [yaml.safe_load((CONF / "experiment" / f"{e}.yaml").read_text()).get("retrain", {}) for e in (experiment, twin)]
+    steps = [configuration(f"experiment={e}").retrain.steps for e in (experiment, twin)]
     assert bool(steps[0]) == bool(steps[1])
 
 
@@ -79,6 +78,12 @@ def test_the_cost_of_a_retraining_by_hand(tmp_path):
     again = prepare(check_settings(configuration(*TINY, *arguments, "retrain.recompute=true", "dtype=bfloat16")))
     assert retraining_cost(again).flops == 12 * 4 * cost.forward
     assert retraining_cost(again).weights_bytes == cost.weights_bytes // 2 + 4 * triplets
+    lora = prepare(
+        check_settings(configuration(*TINY, *arguments, "retrain=lora", "retrain.linear_term=2", "retrain.logits=1"))
+    )
+    terms = sum(2 * (e.spec.out_features + e.spec.in_features + 1) for e in lora.plan)
+    assert retraining_cost(lora).optimiser_bytes == 8 * terms
+    assert retraining_cost(lora).weights_bytes > 4 * (2 * lora.inventory.parameters - sum(e.spec.n_params for e in lora.plan))
     shared = prepare(check_settings(configuration(*TINY, *arguments, "retrain.processes=4", "dtype=bfloat16")))
     part = retraining_cost(shared)
     assert (part.optimiser_bytes, part.gradient_bytes) == (2 * triplets, 3 * triplets) and part.flops == cost.flops

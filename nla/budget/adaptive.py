@@ -44,7 +44,8 @@ class Adaptive(Budget):
                 "budget=adaptive shares parameters out while retraining; "
                 "set retrain.steps, or use budget=uniform or sensitivity"
             )
-        if len(retraining.train) > 1 or not {"triplets", "everything"} & set(retraining.train[0]):
+        parts = set(retraining.train[0])
+        if len(retraining.train) > 1 or not ({"triplets", "everything"} & parts or {"A", "B", "mu"} <= parts):
             raise UserError(
                 f"budget=adaptive needs A, B and mu trained together; retrain.train={['+'.join(s) for s in retraining.train]} "
                 "does not, retrain.train=[triplets+norms] does"
@@ -117,9 +118,10 @@ class Tightening:
 
     def ranking(self) -> Tensor:
         """What triplets of the whole model are compared by: (count,), on the CPU."""
-        scores = [torch.zeros(t.h, device=t.mu.device) for t in self.triplets]
+        device = self.triplets[0].mu.device  # parts of the model may be on others
+        scores = [torch.zeros(t.h, device=device) for t in self.triplets]
         for i, found in zip(self.own, self.importance.scores(), strict=True):
-            scores[i] = found
+            scores[i] = found.to(device)
         together = torch.cat(scores)
         self.crew.sum(together)  # each has the others' as zeros
         return together.cpu() / self.costs if self.rank == "score_per_parameter" else together.cpu()

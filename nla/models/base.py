@@ -44,7 +44,11 @@ class LanguageModel:
 
     def loss(self, sample: Sample) -> Tensor:
         """Mean negative log-likelihood (nats) of each token given those before it; the targets are the inputs."""
-        return cross_entropy(self.logits(sample.inputs)[:, :-1].flatten(0, 1).float(), sample.targets[:, 1:].flatten())
+        return self.loss_of(self.logits(sample.inputs), sample)
+
+    def loss_of(self, logits: Tensor, sample: Sample) -> Tensor:
+        """The same of logits that are known: (batch, tokens, vocabulary) -> ()"""
+        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), sample.targets[:, 1:].flatten())
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,11 @@ class VisionModel:
 
     def loss(self, sample: Sample) -> Tensor:
         """Mean cross entropy (nats); targets (batch,) are classes."""
-        return cross_entropy(self.logits(sample.inputs).float(), sample.targets)
+        return self.loss_of(self.logits(sample.inputs), sample)
+
+    def loss_of(self, logits: Tensor, sample: Sample) -> Tensor:
+        """The same of logits that are known: (batch, classes) -> ()"""
+        return cross_entropy(logits.float(), sample.targets)
 
 
 Model = LanguageModel | VisionModel

@@ -46,7 +46,9 @@ def load_pretrained(
     """A model and its tokeniser from a local folder or a hub name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=device_map, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, revision=revision, dtype=DTYPES[dtype], device_map=device_map, trust_remote_code=False
+    )
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if device_map is None:
         model.to(torch.device(device))  # type: ignore[arg-type]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nla.budget.base import PlanEntry
 from nla.config import Request
+from nla.triplets import triplet_size
 
 FP32, MOMENTS = 4, 8  # bytes of a number, and of the two that AdamW (or importance) keeps of it
 
@@ -35,7 +37,7 @@ class RetrainingCost:
 def retraining_cost(request: Request) -> RetrainingCost:
     """The cost of the request's retraining.
 
-    Gradients of frozen parameters are counted as if they were made: an upper bound by the embeddings' share.
+    Operations are an upper bound: gradients of frozen weights are counted as if they were made. Norms and biases are not.
     """
     settings, kernel = request.retraining, request.method.kernel
     dense, rows = dense_forward(request)
@@ -45,10 +47,12 @@ def retraining_cost(request: Request) -> RetrainingCost:
     linear_terms = sum(2 * (m + n) * settings.linear_term * rows[name] for name, (m, n, _, _) in sizes.items())
     forward = dense - selected + compressed + linear_terms
     samples = settings.steps * settings.batch
-    triplets = sum(e.realised + settings.linear_term * (e.spec.out_features + e.spec.in_features + 1) for e in request.plan)
+    triplets = sum(moved(entry, {"triplets"}, settings.linear_term) for entry in request.plan)
     kept = request.inventory.parameters - sum(e.spec.n_params for e in request.plan) + triplets
-    trained = kept if any("everything" in parts for parts in settings.train) else triplets
+    stages = [sum(moved(entry, set(parts), settings.linear_term) for entry in request.plan) for parts in settings.train]
+    trained = kept if any("everything" in parts for parts in settings.train) else max(stages)
     width = torch.finfo(getattr(torch, request.values["dtype"])).bits // 8
+    held = kept + (request.inventory.parameters if settings.distils else 0)
     own = trained // settings.processes
     masters = 0 if width == FP32 else FP32 * own
     return RetrainingCost(
@@ -56,11 +60,26 @@ def retraining_cost(request: Request) -> RetrainingCost:
         tokens=samples * settings.length if request.inventory.reads == "text" else None,
         forward=forward,
         flops=samples * (forward * (4 if settings.recompute else 3) + (dense if settings.distils else 0)),
-        weights_bytes=kept * width + masters,
+        weights_bytes=held * width + masters,
         gradient_bytes=width * trained + FP32 * own,
         optimiser_bytes=MOMENTS * own,
         importance_bytes=MOMENTS * triplets // settings.processes if request.budget.tightens else 0,
     )
+
+
+def moved(entry: PlanEntry, parts: set[str], linear_term: int) -> int:
+    """Parameters of a matrix's terms that these parts of `retrain.train` name."""
+    columns = entry.h * entry.r
+    sizes = {
+        "A": entry.spec.out_features * (columns + linear_term),
+        "B": entry.spec.in_features * (columns + linear_term),
+        "mu": entry.h + linear_term,
+    }
+    if parts & {"triplets", "everything"}:
+        return sum(sizes.values())
+    if "linear_term" in parts:
+        return linear_term * triplet_size(entry.spec.out_features, entry.spec.in_features, 1)
+    return sum(size for part, size in sizes.items() if part in parts)
 
 
 def dense_forward(request: Request) -> tuple[float, dict[str, int]]:

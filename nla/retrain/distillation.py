@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from nla.blocks import Block, chain
 from nla.layers import CompressedLinear
-from nla.models.base import LanguageModel, Model, Sample
+from nla.models.base import Model, Sample
 from nla.retrain.settings import Retraining
 from nla.surgery import get_linear
 
 
 class Distillation:
-    """loss + logits * T^2 KL(dense || compressed) + features * squared difference + perturbation * mean(max|W' - W|)^2
+    """loss + logits * T^2 KL(dense || compressed) + features * squared difference + perturbation * mean(max|W' - W|^2)
 
     Logits are softened by the temperature T (Hinton et al., 2015). Features are the outputs of the blocks, as in
     `relative_difference`. The last is PELA's weight perturbation (Guo et al., 2023), the mean over matrices.
@@ -37,7 +37,7 @@ class Distillation:
         logits, seen = self.run(self.model, sample, self.features[0])
         with torch.no_grad():
             wanted, shown = self.run(self.dense, sample, self.features[1])
-        loss = own_loss(self.model, logits, sample)
+        loss = self.model.loss_of(logits, sample)
         if self.settings.logits:
             loss = loss + self.settings.logits * softened_divergence(logits, wanted, self.settings.temperature)
         if self.settings.features:
@@ -83,13 +83,6 @@ def relative_difference(features: Tensor, wanted: Tensor) -> Tensor:
 def sum_of_terms(layer: CompressedLinear) -> Tensor:
     """W': (out, in), with its gradient."""
     return torch.stack([term.dense() for term in layer.parts()]).sum(0)
-
-
-def own_loss(model: Model, logits: Tensor, sample: Sample) -> Tensor:
-    """`model.loss` of logits that are known."""
-    if isinstance(model, LanguageModel):
-        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), sample.targets[:, 1:].flatten())
-    return cross_entropy(logits.float(), sample.targets)
 
 
 def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:

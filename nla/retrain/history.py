@@ -25,7 +25,7 @@ class History(Companion):
 
     A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. Where triplets
     were chosen anew it has importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by
-    name); at checkpoints watched (nats).
+    name); at checkpoints watched (nats), of text watched_perplexity.
 
     Args:
         surface: what every step is kept on.
@@ -42,7 +42,7 @@ class History(Companion):
         names: list[str],
         tightening: Tightening | None,
         kept: int,
-        watch: Callable[[], float] | None,
+        watch: Callable[[], Row] | None,
         recipe: Recipe,
         show: Callable[[Row], None],
     ) -> None:
@@ -54,7 +54,7 @@ class History(Companion):
 
     def begin(self) -> None:
         if self.watch:
-            self.add({"step": 0, "watched": self.watch()})
+            self.add({"step": 0} | self.watch())
         self.since = time.perf_counter()
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
@@ -80,7 +80,7 @@ class History(Companion):
                 row["matrices"] = by_matrix(self.names, kept)
         row["seconds"] = time.perf_counter() - self.since
         if self.watch and (self.recipe.checkpoints(done) or done == self.recipe.steps):
-            row["watched"] = self.watch()
+            row |= self.watch()
         self.since = time.perf_counter()
         self.add(row)
 

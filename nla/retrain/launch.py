@@ -56,8 +56,8 @@ class Processes(Crew):
         self.accelerator.wait_for_everyone()
 
 
-def retrain_together(request: Request, terms: dict[str, Tensor], key: str, show: Callable[[Row], None]) -> None:
-    """Have `retrain.processes` processes retrain the model whose terms these are; the result is in the cache.
+def retrain_together(request: Request, key: str, show: Callable[[Row], None]) -> None:
+    """Have `retrain.processes` processes retrain the model whose terms the cache holds as `compressed`; it has the result too.
 
     The first of them prints each row of its history, for `show`.
 
@@ -65,7 +65,6 @@ def retrain_together(request: Request, terms: dict[str, Tensor], key: str, show:
         UserError, NonFiniteError: what the first process raised.
     """
     count = request.retraining.processes
-    request.cache.store_tensors("compressed", key, terms, {})
     folder = request.cache.root / "launches"
     job, failure = folder / f"{key}.json", folder / f"{key}.error.json"
     failure.unlink(missing_ok=True)
@@ -84,15 +83,15 @@ def retrain_together(request: Request, terms: dict[str, Tensor], key: str, show:
             else:
                 sys.stdout.write(line)
         status = process.wait()
+        if failure.exists():
+            told = json.loads(failure.read_text())
+            raise KINDS[told["kind"]](told["message"])
+        if status:
+            raise RuntimeError(f"the processes of retrain.processes={count} ended with status {status}; see above")
     finally:
         process.kill()
-    if failure.exists():
-        told = json.loads(failure.read_text())
-        raise KINDS[told["kind"]](told["message"])
-    if status:
-        raise RuntimeError(f"the processes of retrain.processes={count} ended with status {status}; see above")
-    request.cache.remove("compressed", key)
-    job.unlink()
+        job.unlink()
+        failure.unlink(missing_ok=True)
 
 
 def die_with_parent() -> None:

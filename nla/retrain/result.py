@@ -1,39 +1,57 @@
 """The retraining of a run: from the cache, in this process, or by several; and what its record says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import nn
 
 from nla.config import Request
 from nla.crew import Crew
 from nla.models.base import LanguageModel, Model
 from nla.record import KeptRecord, RetrainRecord
+from nla.retrain.cost import MOMENTS
 from nla.retrain.history import Row
 from nla.retrain.launch import retrain_together
 from nla.retrain.parts import prepare_terms, save_terms
 from nla.retrain.stage import Retrained, load_retrained, retrain
 
 ROWS = 100  # of the history that a record keeps; the file steps.jsonl has all
-MOMENTS = 2 * 4  # bytes of AdamW's two fp32 numbers per parameter; importance has two of its own
 
 
 def retrained(request: Request, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:
     """The model is the retrained one afterwards, its masked triplets dropped."""
+    together = request.retraining.processes > 1
     with request.cache.lock("retrained", key):
-        shared = request.retraining.processes > 1
-        terms = save_terms(model.module) if shared else {}
+        if together:
+            request.cache.store_tensors("compressed", key, save_terms(model.module), {})
         prepare_terms(model.module, request.retraining.linear_term, request.values["seed"])
-        result = load_retrained(request, model, key)
-        if result is not None:
-            for row in result.rows:
-                show(row)
+        try:
+            result = load_retrained(request, model, key)
+            if result is not None:
+                for row in result.rows:
+                    show(row)
+                return result
+            if together:
+                with on_the_cpu(model.module, request.device):
+                    retrain_together(request, key, show)
+            else:
+                retrain(request, model, key, show, Crew())
+            result = load_retrained(request, model, key)
+            assert result is not None
             return result
-        if shared:
-            retrain_together(request, terms, key, show)
-        else:
-            retrain(request, model, key, show, Crew())
-        result = load_retrained(request, model, key)
-        assert result is not None
-        return result
+        finally:
+            request.cache.remove("compressed", key)
+
+
+@contextmanager
+def on_the_cpu(module: nn.Module, device: str) -> Iterator[None]:
+    """Meanwhile the model leaves a GPU to others."""
+    module.to("cpu")
+    torch.cuda.empty_cache()
+    yield
+    module.to(device)
 
 
 def retrain_record(

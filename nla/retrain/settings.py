@@ -78,6 +78,13 @@ class Retraining:
             raise UserError(f"retrain.train={train} must be a list of stages, such as [triplets+norms]")
         for name in [name for stage in train for name in str(stage).split("+")]:
             require_choice("retrain.train", name, PARTS)
+        named = {part for stage in train for part in str(stage).split("+")}
+        if "linear_term" in named and not linear_term:
+            raise UserError(f"retrain.train={train} names a linear term of rank 0; set retrain.linear_term")
+        if linear_term and not named & {"linear_term", "triplets", "A", "everything"}:
+            raise UserError(
+                f"retrain.linear_term={linear_term} is zero until trained; name it in retrain.train={train}"
+            )
         if steps % len(train):
             raise UserError(f"retrain.steps={steps} must be a multiple of the {len(train)} stages of retrain.train={train}")
         if batch % micro:

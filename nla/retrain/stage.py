@@ -1,5 +1,6 @@
 """Train a compressed model in stages, and keep the result."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ def key_of(request: Request, compressed: str, dense: str) -> str:
     )
 
 
+def stage_keys(request: Request, key: str) -> list[str]:
+    """Under which each stage of a retraining keeps its checkpoints."""
+    return [digest([key, stage]) for stage, _ in enumerate(request.retraining.train)]
+
+
 def load_retrained(request: Request, model: Model, key: str) -> Retrained | None:
     """Put the numbers of a finished retraining into the prepared model and drop its masked triplets; None if there is none."""
     entry = request.cache.load_tensors("retrained", key)
@@ -77,6 +83,8 @@ def load_retrained(request: Request, model: Model, key: str) -> Retrained | None
     tensors, notes = entry
     model.module.load_state_dict(tensors, strict=False)
     drop_masked(model.module)
+    for stage_key in stage_keys(request, key):
+        request.cache.remove("trainings", stage_key)
     return Retrained(**notes)
 
 
@@ -90,7 +98,7 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
     batch, watch = batches(request, model), watched(request, model) if crew.rank == 0 else None
     rows: list[Row] = []
     tensors: dict[str, Tensor] = {}
-    peaks, counts, keys = [], [], [digest([key, parts]) for parts in settings.train]
+    peaks, counts, keys = [], [], stage_keys(request, key)
     for stage, parts in enumerate(settings.train):
         before = stage * settings.recipe.steps
         trained = chosen_parts(model.module, parts)
@@ -117,8 +125,6 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
         scored = sum(p.numel() for name, p in tensors.items() if name.rpartition(".")[2] in ("A", "B", "mu"))
         notes = {"trained": max(counts), "scored": scored if request.budget.tightens else 0}
         cache.store_tensors("retrained", key, tensors, notes | {"rows": rows, "peak_bytes": max(peaks)})
-        for stage_key in keys:
-            cache.remove("trainings", stage_key)
     crew.wait()
 
 
@@ -147,14 +153,19 @@ def batches(request: Request, model: Model) -> Callable[[int], list[Sample]]:
     return batch
 
 
-def watched(request: Request, model: Model) -> Callable[[], float] | None:
-    """The loss on a few samples of the first task's data that can be sampled."""
+def watched(request: Request, model: Model) -> Callable[[], Row] | None:
+    """The loss, of text the perplexity too, on a few samples of the first task's data that can be sampled."""
     data = next((task.data for task in request.tasks if isinstance(task.data, Text | Images)), None)
     count = request.retraining.watch
     if data is None or count == 0:
         return None
     samples = data.samples(model, count, request.retraining.length, request.values["seed"])
-    return lambda: mean_loss(model, samples)
+
+    def measure() -> Row:
+        loss = mean_loss(model, samples)
+        return {"watched": loss} | ({"watched_perplexity": math.exp(min(loss, 700))} if isinstance(data, Text) else {})
+
+    return measure
 
 
 def tightening(request: Request, terms: dict[str, Term], trained: list[Trained], crew: Crew) -> Tightening | None:

@@ -77,9 +77,9 @@ def surface_of(terms: Mapping[str, Term], own: Mapping[str, Trained]) -> Surface
     """The surface through the trained factors as they are."""
     held = []
     for name, term in terms.items():
-        mu = own[f"{name}.mu"].master if f"{name}.mu" in own else term.mu.detach()
         for part in (f"{name}.A", f"{name}.B"):
             if term.kernel.has_self_terms and part in own:
                 factor = own[part].master
+                mu = own[f"{name}.mu"].master if f"{name}.mu" in own else term.mu.detach().to(factor.dtype)
                 held.append(Held(part, factor, f"{name}.mu", mu, self_term(factor, mu)))
     return Surface(held)
