@@ -82,9 +82,7 @@ class Retraining:
         if "linear_term" in named and not linear_term:
             raise UserError(f"retrain.train={train} names a linear term of rank 0; set retrain.linear_term")
         if linear_term and not named & {"linear_term", "triplets", "A", "everything"}:
-            raise UserError(
-                f"retrain.linear_term={linear_term} is zero until trained; name it in retrain.train={train}"
-            )
+            raise UserError(f"retrain.linear_term={linear_term} is zero until trained; name it in retrain.train={train}")
         if steps % len(train):
             raise UserError(f"retrain.steps={steps} must be a multiple of the {len(train)} stages of retrain.train={train}")
         if batch % micro:
