@@ -91,7 +91,7 @@ def retrained(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     index = ["ratio", "method", "budget", "retraining", "seed"]
     table = rows.set_index(index).reindex(columns=list(columns)).rename(columns=columns).sort_index()
     table.insert(3, "x dense", table["retrained"] / table["dense"])
-    return table.dropna(axis=1, how="all")
+    return table.drop(columns=[c for c in ("tokens", "samples") if table[c].isna().all()])
 
 
 def start_name(row: pd.Series) -> str:
@@ -103,12 +103,11 @@ def start_name(row: pd.Series) -> str:
 def adaptive_or_not(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     """Adaptive beside uniform budgets at equal final parameters and steps: mean, standard deviation and count over seeds."""
     table = retrained(runs, model, metric).reset_index()
-    same = ["ratio", "method", "retraining", "steps"]
-    uniform = table[table["budget"] == "uniform"].groupby(same)["retrained"].agg(["mean", "std", "count"])
-    adaptive = (
-        table[table["budget"].str.startswith("adaptive")].groupby([*same, "budget"])["retrained"].agg(["mean", "std", "count"])
-    )
-    both = adaptive.reset_index("budget").join(uniform, lsuffix=" adaptive", rsuffix=" uniform", how="inner")
+    same, over_seeds = ["ratio", "method", "retraining", "steps"], ["mean", "std", "count"]
+    is_adaptive = table["budget"].astype(str).str.startswith("adaptive")
+    uniform = table[table["budget"] == "uniform"].groupby(same)["retrained"].agg(over_seeds).add_suffix(" uniform")
+    adaptive = table[is_adaptive].groupby([*same, "budget"])["retrained"].agg(over_seeds).add_suffix(" adaptive")
+    both = adaptive.reset_index("budget").join(uniform, how="inner")
     both["adaptive - uniform"] = both["mean adaptive"] - both["mean uniform"]
     return both.set_index("budget", append=True)
 

@@ -8,12 +8,27 @@ from analysis.execute import NOTEBOOKS, execute
 from analysis.forward import compare_forms
 from analysis.plots import kept_by_matrix, loss_by_layer
 from analysis.records import fits_frame, load_records, runs_frame
-from analysis.tables import accuracy, by_ratio, paper, perplexity_beside_paper
+from analysis.tables import accuracy, adaptive_or_not, by_ratio, paper, perplexity_beside_paper, retrained
 from nla.kernels.piecewise import Piecewise
 from nla.record import KeptRecord, RetrainRecord
 from tests.conftest import ROOT
 
 RECORDS = ROOT / "analysis" / "records"
+
+
+@pytest.fixture(scope="module")
+def records():
+    return load_records([RECORDS])
+
+
+@pytest.fixture(scope="module")
+def runs(records):
+    return runs_frame(records)
+
+
+@pytest.fixture(scope="module")
+def fits(records):
+    return fits_frame(records)
 
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -23,34 +38,33 @@ def test_every_notebook_runs(notebook, tmp_path):
     assert outputs and all(out.output_type != "error" for out in outputs)
 
 
-def test_the_records_in_git_are_real_finished_runs_of_committed_code():
-    records = load_records([RECORDS])
+def test_the_records_in_git_are_real_finished_runs_of_committed_code(records):
     assert len(records) >= 50
     for record in records:
         assert record.status == "done" and record.environment["commit"] and not record.environment["dirty"]
     assert {record.config["model"]["name"] for record in records} == {"smollm2_135m", "opt_micro", "swin_micro"}
 
 
-def test_frames_have_a_row_per_run_and_per_matrix():
-    records = load_records([RECORDS])
-    runs, fits = runs_frame(records), fits_frame(records)
+def test_frames_have_a_row_per_run_and_per_matrix(records, runs, fits):
     assert len(runs) == len(records) and len(fits) == sum(len(r.fits) for r in records)
     whole = fits[fits["signature"] == runs.loc[runs["matrices"] == 210, "signature"].iloc[0]]
     assert set(whole["layer"]) == set(range(30))
     assert set(whole["kind"]) == {f"self_attn.{k}_proj" for k in "qkvo"} | {f"mlp.{k}_proj" for k in ("gate", "up", "down")}
 
 
-def test_piecewise_lies_between_floor_and_svd_on_every_matrix_of_the_recorded_runs():
-    fits = fits_frame(load_records([RECORDS]))
+def test_piecewise_lies_between_floor_and_svd_on_every_matrix_of_the_recorded_runs(fits):
     rows = fits[(fits["kernel"] == "piecewise") & (fits["changed"] == "") & (fits["matrices"] == 210)]
     assert len(rows) >= 420
     assert (rows["floor"] <= rows["relative_error"]).all() and (rows["relative_error"] <= rows["svd_error"]).all()
 
 
-def test_phase_leaves_three_quarters_of_svds_error_over_the_whole_recorded_model():
-    fits = fits_frame(load_records([RECORDS]))
+def test_phase_leaves_three_quarters_of_svds_error_over_the_whole_recorded_model(fits):
     rows = fits[(fits["kernel"] == "phase") & (fits["ratio"] == 0.7) & (fits["matrices"] == 210)]
     assert len(rows) == 210 and (rows["relative_error"] / rows["svd_error"]).mean() <= 0.75
+
+
+def test_tables_of_a_model_that_nobody_retrained_are_empty(runs):
+    assert retrained(runs, "llama7b", PERPLEXITY).empty and adaptive_or_not(runs, "llama7b", PERPLEXITY).empty
 
 
 def test_the_figure_of_what_is_left_has_a_column_per_layer_of_any_model():
@@ -64,19 +78,18 @@ def test_the_figure_of_what_is_left_has_a_column_per_layer_of_any_model():
 PERPLEXITY = "language_modelling.sotu.perplexity"
 
 
-def test_a_cell_is_empty_where_nothing_was_run():
-    table = by_ratio(runs_frame(load_records([RECORDS])), "smollm2_135m", PERPLEXITY)
+def test_a_cell_is_empty_where_nothing_was_run(runs):
+    table = by_ratio(runs, "smollm2_135m", PERPLEXITY)
     assert table.loc["SVD", 0.0] == pytest.approx(20.617, abs=1e-3)
     assert table.isna().any(axis=None) and not table.isna().all(axis=None)
 
 
-def test_at_20_percent_svd_llm_is_better_than_asvd_and_asvd_than_svd_in_the_recorded_runs():
-    at_20 = by_ratio(runs_frame(load_records([RECORDS])), "smollm2_135m", PERPLEXITY)[0.2]
+def test_at_20_percent_svd_llm_is_better_than_asvd_and_asvd_than_svd_in_the_recorded_runs(runs):
+    at_20 = by_ratio(runs, "smollm2_135m", PERPLEXITY)[0.2]
     assert at_20["SVD-LLM"] < at_20["ASVD"] < at_20["SVD"]
 
 
-def test_a_published_figure_is_subtracted_only_from_the_same_model_on_the_same_text():
-    runs = runs_frame(load_records([RECORDS]))
+def test_a_published_figure_is_subtracted_only_from_the_same_model_on_the_same_text(runs):
     table = perplexity_beside_paper(runs, "llama7b", "smollm2_135m", "sotu")
     assert table["measured"].isna().all() and table["difference"].isna().all()
     assert table.loc[(0.6, "SVD-LLM"), ["published by nla", "published by svd_llm"]].tolist() == [42.30, 66.62]
@@ -87,8 +100,16 @@ def test_a_published_figure_is_subtracted_only_from_the_same_model_on_the_same_t
     assert found.loc[(0.2, "SVD-LLM"), "difference"] == pytest.approx(50 - 7.94)
 
 
-def test_accuracies_have_the_dense_model_first():
-    table = accuracy(runs_frame(load_records([RECORDS])), "swin_micro", "imagenet.digits")
+def test_with_an_adaptive_budget_retraining_ends_below_uniform_at_equal_parameters_in_the_recorded_runs(runs):
+    table = adaptive_or_not(runs, "smollm2_135m", PERPLEXITY)
+    assert {0.5, 0.7} <= set(table.index.get_level_values("ratio")) and (table["adaptive - uniform"] < 0).all()
+    short = runs[runs["retrain_steps"] == 32].assign(budget=lambda rows: rows["budget"].str.partition(" ")[0])
+    pairs = short.pivot_table(index=["ratio", "kernel"], columns="budget", values="selected_after").dropna()
+    assert len(pairs) >= 2 and (pairs["adaptive"] / pairs["uniform"]).between(0.99, 1.01).all()
+
+
+def test_accuracies_have_the_dense_model_first(runs):
+    table = accuracy(runs, "swin_micro", "imagenet.digits")
     assert table.index[0] == (0.0, "dense") and table["top1"].iloc[0] >= 0.97
     assert (table["top1"] <= table["top5"]).all()
 
@@ -106,8 +127,7 @@ def test_published_figures_carry_their_source():
         assert paper(table)["source"].str.contains(r"ICLR 202[56]").all()
 
 
-def test_the_figure_has_a_panel_per_kind_of_matrix():
-    fits = fits_frame(load_records([RECORDS]))
+def test_the_figure_has_a_panel_per_kind_of_matrix(fits):
     figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["matrices"] == 210)])
     assert len([axis for axis in figure.axes if axis.get_visible()]) == 7
 
