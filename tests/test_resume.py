@@ -13,7 +13,9 @@ from nla.cache import Cache, Journal
 from tests.conftest import TINY, command, figures, only_record, settings
 
 # random starts and many steps: each matrix takes long enough to be interrupted in it
-SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=600", "solver.tolerance=0"]
+SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=250", "solver.tolerance=0"]
+
+pytestmark = pytest.mark.xdist_group("resume")  # one quiet run for all
 
 
 @pytest.fixture(scope="module")
