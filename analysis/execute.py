@@ -18,7 +18,9 @@ def execute(notebook: Path, target: Path) -> None:
     content = nbformat.read(notebook, as_version=4)
     NotebookClient(content, timeout=600, resources={"metadata": {"path": str(notebook.parent)}}).execute()
     for cell in content.cells:
-        cell.metadata.pop("execution", None)  # the time of day is no result
+        cell.metadata.pop("execution", None)  # the time of day is no result, nor are warnings with this machine's paths
+        if "outputs" in cell:
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     nbformat.write(content, target)
 
 

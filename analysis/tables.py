@@ -1,6 +1,7 @@
 """Tables of the notebooks, from the data frames of `analysis.records`. A cell is empty where nothing was run."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -103,7 +104,8 @@ def start_name(row: pd.Series) -> str:
 def adaptive_or_not(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     """Adaptive beside uniform budgets at equal final parameters and steps: mean, standard deviation and count over seeds."""
     table = retrained(runs, model, metric).reset_index()
-    same, over_seeds = ["ratio", "method", "retraining", "steps"], ["mean", "std", "count"]
+    same = ["ratio", "method", "retraining", "steps"]
+    over_seeds: list[Any] = ["mean", "std", "count"]
     is_adaptive = table["budget"].astype(str).str.startswith("adaptive")
     uniform = table[table["budget"] == "uniform"].groupby(same)["retrained"].agg(over_seeds).add_suffix(" uniform")
     adaptive = table[is_adaptive].groupby([*same, "budget"])["retrained"].agg(over_seeds).add_suffix(" adaptive")
