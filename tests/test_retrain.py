@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from nla.cache import Cache
 from nla.config import prepare
@@ -327,6 +327,18 @@ def test_distillation_is_the_sum_of_its_parts_by_hand(tmp_path):
 def test_softened_divergence_of_equal_predictions_is_zero():
     logits = torch.randn(2, 3, 7)
     assert float(softened_divergence(logits, logits + 5.0, 2.0)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_softened_divergence_and_its_gradient_are_those_of_torch(rows, temperature):
+    logits, wanted = torch.randn(2, rows, 11).mul(3).requires_grad_(), torch.randn(2, rows, 11)
+    a, b = (torch.log_softmax(x.flatten(0, 1) / temperature, -1) for x in (logits, wanted))
+    reference = temperature**2 * kl_div(a, b, reduction="batchmean", log_target=True)
+    found = softened_divergence(logits, wanted, temperature)
+    assert found.item() == pytest.approx(reference.item(), rel=1e-5)
+    (expected,), (gradient,) = (torch.autograd.grad(3 * value, logits) for value in (reference, found))
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_bf16_numbers_move_although_each_step_is_below_their_rounding(tmp_path):
