@@ -22,11 +22,11 @@ from nla.cache import Cache
 from nla.kernels.base import Kernel
 from nla.kernels.linear import Linear
 from nla.kernels.piecewise import Piecewise
-from nla.layers import CompressedLinear, Term
+from nla.layers import CompressedLinear
 from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import from_architecture
 from nla.retrain.history import History
-from nla.retrain.parts import chosen_parts
+from nla.retrain.parts import chosen_parts, terms_of
 from nla.retrain.surface import surface_of
 from nla.select import linear_specs, select_linears
 from nla.training import Recipe, train
@@ -97,13 +97,14 @@ def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[st
     model = LanguageModel(model_with(lambda dense: triplets_for(dense, kernel)).eval(), None)
     trained = chosen_parts(model.module, PARTS)
     by_name = {t.name: t for t in trained}
-    terms = {name: m for name, m in model.module.named_modules() if isinstance(m, Term)}
+    terms = terms_of(model.module)
     names = list(terms)
     masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
     kept = sum(t.count() for t in masters)
     tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score").tightening(masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
-    clock = Clock(surface_of(terms, by_name), names, tightening if adaptive else None, kept, None, recipe, lambda row: None)
+    masks = tightening if adaptive else None
+    clock = Clock(surface_of(terms, by_name), names, masks, kept, kept, None, recipe, lambda row: None)
     others: list[float] = []
 
     def batch(step: int) -> list[Sample]:

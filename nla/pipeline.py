@@ -34,8 +34,7 @@ from nla.record import (
     write_line,
 )
 from nla.retrain.history import Row
-from nla.retrain.result import retrain_record, retrained
-from nla.retrain.stage import key_of
+from nla.retrain.result import key_of, retrain_record, retrained
 from nla.select import linear_specs
 from nla.statistics import StatisticsStore, collect, stream_blocks
 from nla.surgery import count, swap

@@ -1,14 +1,31 @@
 """Checkpoints of a training."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nla.cache import Cache
 from nla.crew import Crew
 from nla.trained import Companion, Trained
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        done: steps.
+        smoothed: the loss that the next step's is compared with.
+        peak_bytes: of one micro-batch's gradient.
+        moments: what the optimiser keeps of the parameters of this process, by their names.
+    """
+
+    done: int = 0
+    smoothed: float | None = None
+    peak_bytes: int = 0
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -23,12 +40,10 @@ class Checkpoints:
         cache: Cache,
         key: str,
         own: Sequence[Trained],
-        optimiser: torch.optim.Optimizer,
         companion: Companion,
         crew: Crew,
     ) -> None:
-        self.cache, self.key, self.own, self.optimiser = cache, key, own, optimiser
-        self.companion, self.crew = companion, crew
+        self.cache, self.key, self.own, self.companion, self.crew = cache, key, own, companion, crew
 
     def step(self) -> int:
         """Of the last checkpoint that is whole; 0: there is none."""
@@ -43,38 +58,38 @@ class Checkpoints:
         path = self.cache.root / "trainings" / f"{self.name(step)}.safetensors"
         return f"the last good checkpoint is of step {step}, {path}" if step else "there is no checkpoint before it"
 
-    def save(self, step: int, smoothed: float, peak: int) -> None:
-        """The state before `step`, in place of an earlier one; killed at any moment, it leaves one of the two."""
+    def save(self, progress: Progress) -> None:
+        """The state now, in place of an earlier one; killed at any moment, it leaves one of the two."""
         before = self.step()
         tensors = {f"model.{t.name}": t.master for t in self.own}
-        for i, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{name}": value for name, value in state.items()}
+        for name, moments in progress.moments.items():
+            tensors |= {f"optimiser.{quantity}.{name}": value for quantity, value in moments.items()}
         tensors |= {f"companion.{name}": value for name, value in self.companion.tensors().items()}
-        notes = {"smoothed": smoothed, "peak": peak, "companion": self.companion.notes()}
-        self.cache.store_tensors("trainings", self.name(step), tensors, notes)
+        notes = {"smoothed": progress.smoothed, "peak": progress.peak_bytes, "companion": self.companion.notes()}
+        self.cache.store_tensors("trainings", self.name(progress.done), tensors, notes)
         self.crew.wait()
         if self.crew.rank == 0:
-            self.cache.store_json("trainings", self.key, step)
+            self.cache.store_json("trainings", self.key, progress.done)
         self.crew.wait()
         self.cache.remove("trainings", self.name(before))
 
-    def restore(self) -> tuple[int, float | None, int]:
-        """Load the last checkpoint, if there is one: the step to go on with, the smoothed loss, peak bytes."""
+    def restore(self) -> Progress | None:
+        """Load the last checkpoint, if there is one."""
         step = self.step()
         entry = self.cache.load_tensors("trainings", self.name(step))
         (found,) = self.crew.total(entry is not None)
         if entry is None or found < self.crew.size:
-            return 0, None, 0
+            return None
         tensors, notes = entry
         for t in self.own:
             t.master.copy_(tensors[f"model.{t.name}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in under("optimiser", tensors).items():
-            i, _, quantity = name.partition(".")
-            state.setdefault(int(i), {})[quantity] = value
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
+        moments: dict[str, dict[str, Tensor]] = {t.name: {} for t in self.own}
+        devices = {t.name: t.master.device for t in self.own}
+        for key, value in under("optimiser", tensors).items():
+            quantity, _, name = key.partition(".")
+            moments[name][quantity] = value.to(devices[name])
         self.companion.restore(under("companion", tensors), notes["companion"])
-        return step, notes["smoothed"], notes["peak"]
+        return Progress(step, notes["smoothed"], notes["peak"], moments)
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from nla.crew import Crew
 from nla.errors import NonFiniteError
 from nla.memory import PeakMemory
 from nla.models.base import Sample
-from nla.resume import Checkpoints
+from nla.resume import Checkpoints, Progress
 from nla.trained import Companion, Trained
 from nla.workers import ordered_map
 
@@ -67,8 +67,12 @@ def train(
     label: str,
     companion: Companion | None = None,
     crew: Crew | None = None,
-) -> int:
-    """Train in place, from the last checkpoint under `key` if there is one; peak bytes of one micro-batch's gradient.
+    progress: Progress | None = None,
+    until: int | None = None,
+) -> Progress:
+    """Train in place, from the last checkpoint under `key` if there is one, otherwise from `progress` or the beginning.
+
+    Where it is to go on later, it stops when `until` steps are done, and a checkpoint is there of them.
 
     `batch(step)` must be a function of the step alone. It gives the micro-batches of a step; each runs in a worker with one
     thread, and their gradients are averaged in order, so that the result does not depend on the number of threads. The
@@ -81,36 +85,42 @@ def train(
     parameters, own = [t.parameter for t in trained], [t for t in trained if t.owner == crew.rank]
     device = parameters[0].device
     optimiser = torch.optim.AdamW(groups(own, recipe), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    checkpoints = Checkpoints(cache, key, own, optimiser, companion, crew)
-    begun, smoothed, peak = checkpoints.restore()
+    checkpoints = Checkpoints(cache, key, own, companion, crew)
+    kept, until = checkpoints.restore(), until or recipe.steps
+    progress = kept or progress or Progress()
+    for t in own:
+        optimiser.state[t.master] = progress.moments.setdefault(t.name, {})
     publish(trained, crew)
-    if begun == 0:
+    if progress.done == 0:
         companion.begin()
+    elif kept is None:
+        checkpoints.save(progress)
 
     def gradient(sample: Sample) -> tuple[float, tuple[Tensor, ...]]:
         value = loss(sample.to(device))
         return float(value.detach()), torch.autograd.grad(value, parameters)
 
-    steps, quiet = range(begun, recipe.steps), crew.rank > 0
-    bar = tqdm(steps, label, recipe.steps, initial=begun, unit="step", dynamic_ncols=True, disable=quiet)
+    steps, quiet = range(progress.done, until), crew.rank > 0
+    bar = tqdm(steps, label, recipe.steps, initial=progress.done, unit="step", dynamic_ncols=True, disable=quiet)
     for step in bar:
         micro = batch(step)
         if step == 0:
             with PeakMemory(device) as memory:
                 gradient(micro[0])
-            peak = memory.peak_bytes
+            progress.peak_bytes = memory.peak_bytes
         total, mean = mean_gradient(gradient, micro, trained, device, crew)
         companion.after_gradient(step, mean)
         norm = float(torch.nn.utils.get_total_norm(mean.values()))
         total, square = crew.total(total, norm**2)
         norm = math.sqrt(square)
         where = f"{label}: step {step}, batch {step} ({recipe.steps} steps of {len(micro)} micro-batches)"
+        smoothed = progress.smoothed
         if recipe.spike is not None and smoothed is not None and total > smoothed + recipe.spike:
             what = f"the loss leaps from {smoothed:.3f} to {total:.3f}, by more than spike={recipe.spike}"
             raise NonFiniteError(f"{where}: {what}; {checkpoints.told()}")
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteError(f"{where}: the loss is {total}, its gradient's norm {norm}; {checkpoints.told()}")
-        smoothed = total if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * total
+        progress.smoothed = total if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * total
         for t in own:
             t.master.grad = mean[t.name].mul_(min(1.0, recipe.clip / (norm + 1e-6)))
         for group in optimiser.param_groups:
@@ -122,9 +132,10 @@ def train(
         publish(trained, crew)
         companion.after_step(step + 1, {"loss": total, "lr": recipe.rate(step), "norm": norm})
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
-        if recipe.checkpoints(step + 1):
-            checkpoints.save(step + 1, smoothed, peak)
-    return peak
+        progress.done = step + 1
+        if recipe.checkpoints(step + 1) or step + 1 == until < recipe.steps:
+            checkpoints.save(progress)
+    return progress
 
 
 def publish(trained: Sequence[Trained], crew: Crew) -> None:

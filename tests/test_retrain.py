@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
+from nla.budget.adaptive import Adaptive
+from nla.budget.schedule import Cubic
 from nla.cache import Cache
 from nla.config import prepare
 from nla.errors import NonFiniteError, UserError
@@ -21,8 +23,11 @@ from nla.models.base import Sample
 from nla.pipeline import run
 from nla.retrain import stage
 from nla.retrain.distillation import Distillation, softened_divergence
-from nla.retrain.parts import chosen_parts, drop_masked, prepare_terms
+from nla.retrain.dropping import drop_from_training, drop_masked
+from nla.retrain.history import History
+from nla.retrain.parts import chosen_parts, prepare_terms, terms_of
 from nla.retrain.stage import recomputed_blocks
+from nla.retrain.surface import Surface
 from nla.settings import check_settings
 from nla.trained import Trained
 from nla.training import Recipe, train
@@ -232,6 +237,39 @@ def test_dropping_masked_triplets_changes_no_output(kernel):
         torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
         assert layer.count() == sum(p.numel() for p in layer.terms.parameters())
     assert layer.count() == 0 and torch.equal(layer(x), bias.expand(5, 13))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, dtype):
+    recipe = Recipe(steps=20, lr=0.05, warmup=2, weight_decay=0.0, clip=1e9)
+    x, y = torch.randn(2, 32, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
+    batch = [Sample(x, y)]
+
+    def trained(name, dropped):
+        start = Linear().random_start(9, 9, 6, 1, torch.Generator().manual_seed(0)).map(lambda p: p.to(dtype))
+        layer = CompressedLinear(((Linear(), start),), None)
+        moved, terms = chosen_parts(layer, ["triplets"]), terms_of(layer)
+        masters = Triplets(*(t.master for t in moved))
+        masks = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score").tightening([masters], 3 * 19, recipe.steps)
+
+        def leg(moved, masks, key, progress=None, until=None):
+            history = History(Surface(), list(terms), masks, 57, 57, None, recipe, lambda row: None)
+            loss = lambda s: (layer(s.inputs) - s.targets).float().square().mean()  # noqa: E731
+            return train(moved, loss, lambda step: batch, recipe, Cache(tmp_path), key, "test", history, None, progress, until)
+
+        progress = leg(moved, masks, name, until=masks.cool_down if dropped else None)
+        if dropped:
+            moved = drop_from_training(terms, masks.masks, moved, progress)
+            assert [t.master.numel() for t in moved] == [27, 27, 3] == [m["exp_avg"].numel() for m in progress.moments.values()]
+            leg(moved, None, f"{name}.after", progress)
+        else:
+            drop_masked(layer)
+        return layer.terms[0].dense().detach()
+
+    exact = dtype == torch.float32
+    torch.testing.assert_close(
+        trained("a", True), trained("b", False), rtol=1e-4 if exact else 0.05, atol=1e-5 if exact else 0.05
+    )
 
 
 def test_balanced_triplets_are_of_the_same_matrix(kernel):

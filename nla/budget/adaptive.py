@@ -87,6 +87,11 @@ class Tightening:
         self.costs = torch.cat([torch.full((t.h,), size) for t, size in zip(self.triplets, self.sizes, strict=True)])
         self.start = int(self.costs.sum())
 
+    @property
+    def cool_down(self) -> int:
+        """The step after which no mask changes any more."""
+        return self.schedule.phases(self.steps)[1]
+
     def budget(self, done: int) -> int:
         """The budget in force after `done` steps."""
         return self.schedule.in_force(done, self.steps, self.start, self.final)
@@ -94,7 +99,7 @@ class Tightening:
     @torch.no_grad()
     def after_gradient(self, done: int, gradients: Sequence[Triplets]) -> None:
         """Learn from the gradient (of the own terms) of the step after `done`, at the values it was taken at."""
-        if done < self.schedule.phases(self.steps)[1]:
+        if done < self.cool_down:
             mus = self.whole()
             values = [Triplets(self.triplets[i].A, self.triplets[i].B, mus[i]) for i in self.own]
             self.importance.update(values, gradients)

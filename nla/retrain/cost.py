@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nla.budget.adaptive import Adaptive
 from nla.budget.base import PlanEntry
 from nla.config import Request
 from nla.triplets import triplet_size
@@ -20,7 +21,7 @@ class RetrainingCost:
     Attributes:
         forward: of one sample through the compressed model, as the retraining finds it.
         flops: of all samples: the forward, twice as much for the gradient, the forward again where blocks are recomputed, and
-            the dense model's forward where it is learnt from.
+            the dense model's forward where it is learnt from. From the cool-down on without the triplets that are gone.
         gradient_bytes: that of a micro-batch in the model's type, and the sum of the own part in fp32.
     """
 
@@ -45,7 +46,8 @@ def retraining_cost(request: Request) -> RetrainingCost:
     selected = sum(2 * m * n * rows[name] for name, (m, n, _, _) in sizes.items())
     compressed = sum(kernel.forward_flops(*size, rows[name]) for name, size in sizes.items())
     linear_terms = sum(2 * (m + n) * settings.linear_term * rows[name] for name, (m, n, _, _) in sizes.items())
-    forward = dense - selected + compressed + linear_terms
+    rest = dense - selected + linear_terms
+    forward, mean = rest + compressed, rest + compressed * mean_kept(request)
     samples = settings.steps * settings.batch
     triplets = sum(moved(entry, {"triplets"}, settings.linear_term) for entry in request.plan)
     kept = request.inventory.parameters - sum(e.spec.n_params for e in request.plan) + triplets
@@ -59,12 +61,22 @@ def retraining_cost(request: Request) -> RetrainingCost:
         samples=samples,
         tokens=samples * settings.length if request.inventory.reads == "text" else None,
         forward=forward,
-        flops=samples * (forward * (4 if settings.recompute else 3) + (dense if settings.distils else 0)),
+        flops=samples * (mean * (4 if settings.recompute else 3) + (dense if settings.distils else 0)),
         weights_bytes=held * width + masters,
         gradient_bytes=width * trained + FP32 * own,
         optimiser_bytes=MOMENTS * own,
         importance_bytes=MOMENTS * triplets // settings.processes if request.budget.tightens else 0,
     )
+
+
+def mean_kept(request: Request) -> float:
+    """The fraction of the triplets that a step computes with, mean over the steps."""
+    if not isinstance(request.budget, Adaptive):
+        return 1.0
+    steps = request.retraining.steps
+    before = request.budget.schedule.phases(steps)[1] / steps
+    final = (1 - request.values["ratio"]) * sum(e.spec.n_params for e in request.plan) / sum(e.n_params for e in request.plan)
+    return before + (1 - before) * min(1.0, final)
 
 
 def moved(entry: PlanEntry, parts: set[str], linear_term: int) -> int:

@@ -31,6 +31,7 @@ class History(Companion):
         surface: what every step is kept on.
         names: of the term that each of the triplets belongs to.
         tightening: None where all triplets are kept.
+        budget, kept: parameters, where all triplets are kept.
         watch: the loss on samples that are not trained on; None: nothing is watched.
         recipe: says at which steps.
         show: is given each row when it is there.
@@ -41,12 +42,13 @@ class History(Companion):
         surface: Surface,
         names: list[str],
         tightening: Tightening | None,
+        budget: int,
         kept: int,
         watch: Callable[[], Row] | None,
         recipe: Recipe,
         show: Callable[[Row], None],
     ) -> None:
-        self.surface, self.names, self.tightening, self.kept = surface, names, tightening, kept
+        self.surface, self.names, self.tightening, self.budget, self.kept = surface, names, tightening, budget, kept
         self.watch, self.recipe, self.show = watch, recipe, show
         self.rows: list[Row] = []
         self.since = time.perf_counter()
@@ -70,7 +72,7 @@ class History(Companion):
         self.surface.retract()
 
     def after_step(self, done: int, figures: dict[str, float]) -> None:
-        row: Row = {"step": done, **figures, "budget": self.kept, "kept": self.kept}
+        row: Row = {"step": done, **figures, "budget": self.budget, "kept": self.kept}
         if self.tightening:
             kept = self.tightening.kept()
             row |= {"budget": self.tightening.budget(done), "kept": sum(kept)}

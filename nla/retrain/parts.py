@@ -33,10 +33,14 @@ def zero_term(like: Triplets, rank: int, generator: torch.Generator) -> Term:
     return Term(Linear(), Triplets(A, B, torch.ones(rank)).map(lambda p: p.to(like.A)))
 
 
+def terms_of(module: nn.Module) -> dict[str, Term]:
+    """All terms of a compressed model, by their qualified names."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, Term)}
+
+
 def save_terms(module: nn.Module) -> dict[str, Tensor]:
     """A, B and mu of every compressed matrix, by the names of their parameters."""
-    terms = {name: m for name, m in module.named_modules() if isinstance(m, Term)}
-    return {f"{name}.{part}": p.detach() for name, term in terms.items() for part, p in term.named_parameters()}
+    return {f"{name}.{part}": p.detach() for name, term in terms_of(module).items() for part, p in term.named_parameters()}
 
 
 def load_terms(module: nn.Module, saved: dict[str, Tensor], kernel: Kernel, device: str) -> None:
@@ -55,7 +59,7 @@ def chosen_parts(module: nn.Module, parts: Sequence[str]) -> list[Trained]:
     """
     wanted = {"A", "B", "mu"} if "triplets" in parts else set()
     wanted |= set(parts)
-    in_terms = {f"{name}.{part}" for name, m in module.named_modules() if isinstance(m, Term) for part in ("A", "B", "mu")}
+    in_terms = {f"{name}.{part}" for name in terms_of(module) for part in ("A", "B", "mu")}
     extra = {name for name in in_terms if ".terms.0." not in name}
     found = []
     for name, p in module.named_parameters():
@@ -74,9 +78,3 @@ def chosen_parts(module: nn.Module, parts: Sequence[str]) -> list[Trained]:
     if not found:
         raise UserError(f"retrain.train={'+'.join(parts)} names no parameter of this model")
     return found
-
-
-def drop_masked(module: nn.Module) -> None:
-    """Remove the triplets with mu = 0 for good; the model's outputs stay what they are."""
-    for term in [m for m in module.modules() if isinstance(m, Term)]:
-        term.hold(term.triplets.prune(term.mu != 0))

@@ -2,22 +2,78 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from nla.cache import digest
 from nla.config import Request
 from nla.crew import Crew
 from nla.models.base import LanguageModel, Model
-from nla.record import KeptRecord, RetrainRecord
+from nla.record import KeptRecord, RetrainRecord, code_digest, computing_packages
 from nla.retrain.cost import MOMENTS
+from nla.retrain.dropping import drop_masked, load_retrained_terms
 from nla.retrain.history import Row
 from nla.retrain.launch import retrain_together
 from nla.retrain.parts import prepare_terms, save_terms
-from nla.retrain.stage import Retrained, load_retrained, retrain
+from nla.retrain.stage import retrain, stage_keys
 
 ROWS = 100  # of the history that a record keeps; the file steps.jsonl has all
+CODE = (
+    "nla/retrain",
+    "nla/budget",
+    "nla/training.py",
+    "nla/trained.py",
+    "nla/resume.py",
+    "nla/crew.py",
+    "nla/blocks.py",
+    "nla/workers.py",
+)
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining leaves beside the weights.
+
+    Attributes:
+        rows: as in `nla.retrain.history`.
+        peak_bytes: of one micro-batch's gradient.
+        trained: parameters that the optimiser moved at once; scored: those whose importance was followed.
+    """
+
+    rows: list[Row]
+    peak_bytes: int
+    trained: int
+    scored: int
+
+
+def key_of(request: Request, compressed: str, dense: str) -> str:
+    """Digest of everything the result depends on, given the digests of both models' states."""
+    names = ("retrain", "budget", "ratio", "seed", "task")
+    return digest(
+        {
+            "states": [compressed, dense],
+            "settings": {name: request.values[name] for name in names},
+            "inputs": request.inputs,
+            "code": code_digest(*CODE),
+            "packages": computing_packages(),
+        }
+    )
+
+
+def load_retrained(request: Request, model: Model, key: str) -> Retrained | None:
+    """Put the numbers of a finished retraining into the prepared model and drop its masked triplets; None if there is none."""
+    entry = request.cache.load_tensors("retrained", key)
+    if entry is None:
+        return None
+    tensors, notes = entry
+    load_retrained_terms(model.module, tensors)
+    drop_masked(model.module)
+    for stage_key in stage_keys(request, key):
+        request.cache.remove("trainings", stage_key)
+    return Retrained(**notes)
 
 
 def retrained(request: Request, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:

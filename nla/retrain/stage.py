@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from nla.config import Request
 from nla.crew import Crew
 from nla.layers import Term
 from nla.models.base import Model, Sample
-from nla.record import code_digest, computing_packages
+from nla.resume import Progress
 from nla.retrain.distillation import Distillation
+from nla.retrain.dropping import drop_from_training
 from nla.retrain.history import History, Row, mean_loss
-from nla.retrain.parts import chosen_parts, drop_masked
+from nla.retrain.parts import chosen_parts, terms_of
 from nla.retrain.surface import surface_of
 from nla.trained import Trained, owned_by_module
 from nla.training import train
@@ -28,64 +28,10 @@ from nla.triplets import Triplets
 from tasks.images import Images
 from tasks.text import Text
 
-CODE = (
-    "nla/retrain",
-    "nla/budget",
-    "nla/training.py",
-    "nla/trained.py",
-    "nla/resume.py",
-    "nla/crew.py",
-    "nla/blocks.py",
-    "nla/workers.py",
-)
-
-
-@dataclass(frozen=True)
-class Retrained:
-    """What a retraining leaves beside the weights.
-
-    Attributes:
-        rows: as in `nla.retrain.history`.
-        peak_bytes: of one micro-batch's gradient.
-        trained: parameters that the optimiser moved at once; scored: those whose importance was followed.
-    """
-
-    rows: list[Row]
-    peak_bytes: int
-    trained: int
-    scored: int
-
-
-def key_of(request: Request, compressed: str, dense: str) -> str:
-    """Digest of everything the result depends on, given the digests of both models' states."""
-    names = ("retrain", "budget", "ratio", "seed", "task")
-    return digest(
-        {
-            "states": [compressed, dense],
-            "settings": {name: request.values[name] for name in names},
-            "inputs": request.inputs,
-            "code": code_digest(*CODE),
-            "packages": computing_packages(),
-        }
-    )
-
 
 def stage_keys(request: Request, key: str) -> list[str]:
-    """Under which each stage of a retraining keeps its checkpoints."""
-    return [digest([key, stage]) for stage, _ in enumerate(request.retraining.train)]
-
-
-def load_retrained(request: Request, model: Model, key: str) -> Retrained | None:
-    """Put the numbers of a finished retraining into the prepared model and drop its masked triplets; None if there is none."""
-    entry = request.cache.load_tensors("retrained", key)
-    if entry is None:
-        return None
-    tensors, notes = entry
-    model.module.load_state_dict(tensors, strict=False)
-    drop_masked(model.module)
-    for stage_key in stage_keys(request, key):
-        request.cache.remove("trainings", stage_key)
-    return Retrained(**notes)
+    """Under which each stage of a retraining keeps its checkpoints; the last is of a leg without masked triplets."""
+    return [digest([key, stage]) for stage in range(len(request.retraining.train) + 1)]
 
 
 def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None], crew: Crew) -> None:
@@ -94,38 +40,77 @@ def retrain(request: Request, model: Model, key: str, show: Callable[[Row], None
     Raises:
         NonFiniteError: names the step, the batch and the last good checkpoint.
     """
-    settings, cache = request.retraining, request.cache
-    batch, watch = batches(request, model), watched(request, model) if crew.rank == 0 else None
-    rows: list[Row] = []
-    tensors: dict[str, Tensor] = {}
-    peaks, counts, keys = [], [], stage_keys(request, key)
-    for stage, parts in enumerate(settings.train):
-        before = stage * settings.recipe.steps
-        trained = chosen_parts(model.module, parts)
-        owned_by_module(trained, crew)
-
-        def shown(row: Row, before: int = before) -> None:
-            rows.append(row | {"step": row["step"] + before})
-            show(rows[-1])
-
-        def batch_of(step: int, before: int = before) -> list[Sample]:
-            return batch(step + before)
-
-        terms = {name: m for name, m in model.module.named_modules() if isinstance(m, Term)}
-        own = {t.name: t for t in trained if t.owner == crew.rank}
-        masks, kept = tightening(request, terms, trained, crew), sum(term.triplets.count() for term in terms.values())
-        history = History(surface_of(terms, own), list(terms), masks, kept, watch, settings.recipe, shown)
-        label = f"retrain {'+'.join(parts)}"
-        blocks = recomputed_blocks(model, request.layers) if settings.recompute else nullcontext()
-        with objective(request, model) as loss, blocks:
-            peaks.append(train(trained, loss, batch_of, settings.recipe, cache, keys[stage], label, history, crew))
-        counts.append(sum(t.parameter.numel() for t in trained))
-        tensors |= {t.name: t.parameter.detach() for t in trained}
+    settings = request.retraining
+    blocks = recomputed_blocks(model, request.layers) if settings.recompute else nullcontext()
+    with objective(request, model) as loss, blocks:
+        course = Course(request, model, stage_keys(request, key), loss, show, crew)
+        for number, parts in enumerate(settings.train):
+            course.stage(number, parts)
     if crew.rank == 0:
-        scored = sum(p.numel() for name, p in tensors.items() if name.rpartition(".")[2] in ("A", "B", "mu"))
-        notes = {"trained": max(counts), "scored": scored if request.budget.tightens else 0}
-        cache.store_tensors("retrained", key, tensors, notes | {"rows": rows, "peak_bytes": max(peaks)})
+        notes = {"trained": course.trained, "scored": course.scored, "rows": course.rows, "peak_bytes": course.peak_bytes}
+        request.cache.store_tensors("retrained", key, course.tensors, notes)
     crew.wait()
+
+
+class Course:
+    """What the stages of a retraining share, and what they leave (see `Retrained`)."""
+
+    def __init__(
+        self,
+        request: Request,
+        model: Model,
+        keys: list[str],
+        loss: Callable[[Sample], Tensor],
+        show: Callable[[Row], None],
+        crew: Crew,
+    ) -> None:
+        self.request, self.model, self.keys, self.loss, self.show, self.crew = request, model, keys, loss, show, crew
+        self.recipe, self.terms = request.retraining.recipe, terms_of(model.module)
+        self.batch, self.watch = batches(request, model), watched(request, model) if crew.rank == 0 else None
+        self.rows: list[Row] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.trained = self.scored = self.peak_bytes = 0
+
+    def stage(self, number: int, parts: list[str]) -> None:
+        """Train these parts; where the budget tightens, in two legs: masked triplets are gone from the cool-down on."""
+        trained = chosen_parts(self.model.module, parts)
+        owned_by_module(trained, self.crew)
+        self.trained = max(self.trained, sum(t.parameter.numel() for t in trained))
+        masks = tightening(self.request, self.terms, trained, self.crew)
+        before, label = number * self.recipe.steps, f"retrain {'+'.join(parts)}"
+        if masks is None:
+            progress = self.leg(trained, before, label, self.keys[number])
+        else:
+            self.scored = sum(t.parameter.numel() for t in trained if t.name.rpartition(".")[0] in self.terms)
+            progress = self.leg(trained, before, label, self.keys[number], masks=masks)
+            if progress.done < self.recipe.steps:
+                trained = drop_from_training(self.terms, masks.masks, trained, progress)
+                progress = self.leg(trained, before, label, self.keys[-1], progress, budget=masks.final)
+        self.peak_bytes = max(self.peak_bytes, progress.peak_bytes)
+        self.tensors |= {t.name: t.parameter.detach() for t in trained}
+
+    def leg(
+        self,
+        trained: list[Trained],
+        before: int,
+        label: str,
+        key: str,
+        progress: Progress | None = None,
+        masks: Tightening | None = None,
+        budget: int | None = None,
+    ) -> Progress:
+        """Train to the end, or until masks do not change any more; `before` steps were done by earlier stages."""
+
+        def shown(row: Row) -> None:
+            self.rows.append(row | {"step": row["step"] + before})
+            self.show(self.rows[-1])
+
+        own = {t.name: t for t in trained if t.owner == self.crew.rank}
+        surface, kept = surface_of(self.terms, own), sum(term.triplets.count() for term in self.terms.values())
+        history = History(surface, list(self.terms), masks, budget or kept, kept, self.watch, self.recipe, shown)
+        until, cache = masks.cool_down if masks else None, self.request.cache
+        batch = lambda step: self.batch(step + before)  # noqa: E731
+        return train(trained, self.loss, batch, self.recipe, cache, key, label, history, self.crew, progress, until)
 
 
 @contextmanager
