@@ -118,6 +118,17 @@ def test_inputs_that_are_nearly_of_low_rank_leave_the_piecewise_kernel_at_its_op
     assert float(Piecewise().dense(solution.triplets).norm()) < 3 * float(weight.norm())
 
 
+def test_inputs_of_very_different_size_leave_the_piecewise_kernel_at_its_optimum_with_factors_alike_in_size():
+    """As in a language model's first layers: what undoes the weighting would make B a hundred times smaller than A."""
+    x = random_weight(400, 80, 1) @ torch.diag(torch.logspace(-1, 2, 80)) @ torch.linalg.qr(random_weight(80, 80, 2))[0]
+    weight, factor = random_weight(60, 80), whitening(x.T @ x)
+    solution = fit(Piecewise(), weight, 40, factor=factor, steps=0)
+    seen = ((Piecewise().dense(solution.triplets) - weight).double() @ factor.S).square().sum()
+    error = float(seen / (weight.double() @ factor.S).square().sum())
+    assert solution.optimum is not None and error == pytest.approx(solution.optimum, rel=1e-3)
+    assert 0.5 < float(solution.triplets.A.norm() / solution.triplets.B.norm()) < 2
+
+
 def test_inputs_that_always_add_up_to_zero_do_no_harm_to_the_piecewise_kernel():
     """Behind a LayerNorm G 1 = 0: what s_out is cannot be seen, and must not blow up."""
     x = random_weight(200, 24)

@@ -51,19 +51,19 @@ def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, floa
     ratio = (m / n) ** 0.25
     a, b = left * (ratio / 2**0.5), right * (-1 / ratio / 2**0.5)  # -2 a b^T is the truncated SVD
     signs = alternating_signs(h, w).repeat_interleave(r)
-    begin = Gauge(torch.diag(signs), torch.zeros_like(signs), 0.0)
-    best, least = begin, math.inf
+    best, least = None, math.inf
     for inputs in (torch.ones_like(column), G.diagonal()):
         # An exact solution is one in any norm. The plain one is solved best where S is nearly singular, for S would hide
         # equations from the solver; the objective's own is second, where the first is not solved.
         weights = torch.cat(((inputs.sum()).sqrt().expand(m), (m * inputs).sqrt()))
         equations = SelfTerms(a, b, row, column, weights)
-        gauge = solve(equations, begin, float((w.square() @ inputs).sum()))
+        gauge = solve(equations, equations.begin(signs), float((w.square() @ inputs).sum()))
         excess = equations.excess(gauge, S) / objective.energy
         if excess < least:
             best, least = gauge, excess
         if least <= AT_OPTIMUM * optimum or objective.factor is None:
             break
+    assert best is not None
     return best.triplets(a, b, h, r).map(lambda p: p.to(objective.weight.dtype)), optimum
 
 
@@ -93,6 +93,18 @@ class SelfTerms:
     row: Tensor  # (out,) what s_out must be, up to c
     column: Tensor  # (in,) what s_in must be, up to -c
     weights: Tensor  # (out + in,): an error in s_out stands in every column of the matrix, one in s_in in every row
+
+    def begin(self, signs: Tensor) -> Gauge:
+        """P = diag(signs * p), with p such that a column adds as much to the self-terms of rows as to those of columns.
+
+        In a weighted norm b carries S^-1 and is smaller than a by orders of magnitude: with p = 1 the first residual is
+        thousands of times the matrix, and is not solved.
+        """
+        m = len(self.row)
+        on_rows = torch.linalg.vector_norm(self.weights[:m, None] * self.a.square(), dim=0)
+        on_columns = torch.linalg.vector_norm(self.weights[m:, None] * self.b.square(), dim=0)
+        p = torch.where((on_rows > 0) & (on_columns > 0), (on_columns / on_rows).sqrt(), 1.0)
+        return Gauge(torch.diag(signs * p), torch.zeros_like(signs), 0.0)
 
     def residual(self, gauge: Gauge) -> tuple[Tensor, Tensor]:
         """The weighted residuals (out + in,), and H = (b - e/2) P^-1 (in, R)."""
