@@ -25,7 +25,7 @@ from nla.retrain import stage
 from nla.retrain.distillation import Distillation, softened_divergence
 from nla.retrain.dropping import drop_from_training, drop_masked
 from nla.retrain.history import History
-from nla.retrain.parts import chosen_parts, prepare_terms, terms_of
+from nla.retrain.parts import chosen_parts, prepare_terms, root_mean_square, terms_of
 from nla.retrain.stage import recomputed_blocks
 from nla.retrain.surface import Surface
 from nla.settings import check_settings
@@ -270,6 +270,17 @@ def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, d
     torch.testing.assert_close(
         trained("a", True), trained("b", False), rtol=1e-4 if exact else 0.05, atol=1e-5 if exact else 0.05
     )
+
+
+def test_the_rate_of_a_tensor_depends_on_no_thread_count():
+    sizes = [torch.randn(n, 1, generator=torch.Generator().manual_seed(n)) for n in range(60_000, 130_000, 1_777)]
+    try:
+        torch.set_num_threads(2)
+        two = [root_mean_square(p) for p in sizes]
+    finally:
+        torch.set_num_threads(1)
+    assert two == [root_mean_square(p) for p in sizes]
+    assert two[0] == pytest.approx(float(sizes[0].square().mean().sqrt()), rel=1e-5)
 
 
 def test_balanced_triplets_are_of_the_same_matrix(kernel):

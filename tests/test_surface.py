@@ -1,5 +1,6 @@
 """Self-terms stay as they were fitted, and gradients know it: against autograd."""
 
+import pytest
 import torch
 
 from nla.kernels.linear import Linear
@@ -7,6 +8,7 @@ from nla.kernels.piecewise import Piecewise, self_term
 from nla.layers import Term
 from nla.retrain.surface import surface_of
 from nla.trained import Trained
+from nla.triplets import alternating_signs
 from tests.conftest import TINY
 
 PARTS = ("A", "B", "mu")
@@ -61,6 +63,22 @@ def test_a_step_is_drawn_back_though_triplets_are_masked():
         term.mu.zero_()
         surface.retract()
     assert after < 0.05 * before and bool(torch.isfinite(term.A).all())
+
+
+@pytest.mark.parametrize("left", [[0], [0, 2, 4], [1, 3]])
+def test_triplets_of_one_sign_keep_rows_whose_self_terms_they_cannot_have(left):
+    term, surface, _ = on_surface(h=24)
+    with torch.no_grad():
+        term.mu.copy_(alternating_signs(24, term.mu))
+        surface = surface_of({"t": term}, {f"t.{part}": Trained(f"t.{part}", getattr(term, part)) for part in PARTS})
+        term.mu[[i for i in range(24) if i not in left]] = 0
+        before = term.A.square().sum((1, 2)), term.B.square().sum((1, 2))
+    for _ in range(40):
+        surface.retract()
+    for factor, size in zip((term.A, term.B), before, strict=True):
+        self_terms = self_term(factor, term.mu)
+        out_of_reach = self_terms.sign() != surface.held[0 if factor is term.A else 1].self_terms.sign()
+        assert bool(out_of_reach.any()) and torch.equal(factor.square().sum((1, 2))[out_of_reach], size[out_of_reach])
 
 
 def test_other_kernels_are_trained_freely():

@@ -51,6 +51,11 @@ def load_terms(module: nn.Module, saved: dict[str, Tensor], kernel: Kernel, devi
         module.set_submodule(name, CompressedLinear(((kernel, triplets),), dense.bias))
 
 
+def root_mean_square(p: Tensor) -> float:
+    """The size of a tensor's numbers; as a norm, which torch adds up in the same order whatever the number of threads."""
+    return float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) / max(1, p.numel()) ** 0.5
+
+
 def chosen_parts(module: nn.Module, parts: Sequence[str]) -> list[Trained]:
     """The parameters that `retrain.train` names, each once, with their own learning rates.
 
@@ -72,7 +77,7 @@ def chosen_parts(module: nn.Module, parts: Sequence[str]) -> list[Trained]:
         else:
             chosen = kind == "bias" and "biases" in wanted
         if chosen or "everything" in wanted:
-            found.append(Trained(name, p.requires_grad_(), float(p.detach().float().square().mean().sqrt()) or NOTHING))
+            found.append(Trained(name, p.requires_grad_(), root_mean_square(p) or NOTHING))
         else:
             p.requires_grad_(False)
     if not found:

@@ -42,10 +42,15 @@ class Held:
             gradients[self.mu_name].sub_(along @ self.factor.square().sum(-1), alpha=0.5)
 
     def retract(self) -> None:
-        """Move the factor along the normal until its self-terms are again what they were (Newton's method), in place."""
+        """Move the factor along the normal until its self-terms are again what they were (Newton's method), in place.
+
+        Where all triplets that are left have mu of one sign, no factor has self-terms of the other: those rows stay.
+        """
+        within_reach = torch.where(self.self_terms > 0, (self.mu > 0).any(), (self.mu < 0).any())  # (n,)
         for _ in range(NEWTON_STEPS):
             normal = self.factor * self.mu[:, None]
             excess = over_squares(self_term(self.factor, self.mu) - self.self_terms, normal) / 2  # (n,)
+            excess = torch.where(within_reach, excess, 0)
             change = (excess[:, None] * self.mu).clamp_(-LARGEST, LARGEST)  # (n, h), relative
             self.factor.mul_(1 - change[:, :, None])
 
