@@ -93,9 +93,10 @@ class Cache:
         write_atomically(self.root / kind / f"{key}.safetensors", save(whole, metadata))
 
     def remove(self, kind: str, key: str) -> None:
-        """Forget what is stored under this key, and under keys that go on from it after a dot."""
-        for path in (self.root / kind).glob(f"{key}.*"):
-            path.unlink(missing_ok=True)
+        """Forget what is stored under this key, and under keys that go on from it after a dot; drafts of killed writers too."""
+        for pattern in (f"{key}.*", f".{key}.*"):
+            for path in (self.root / kind).glob(pattern):
+                path.unlink(missing_ok=True)
 
     def file_digest(self, path: Path) -> str:
         """SHA-256 of a file's bytes; remembered while its size, inode and time of change are what they were."""

@@ -140,7 +140,7 @@ def prepare(settings: dict[str, Any]) -> Request:
     plan = make_plan(chosen, values["ratio"], shares, method.kernel)
     for task in tasks:
         task.check(inventory)
-    check_retraining(retraining, inventory, plan, values["model"])
+    check_retraining(retraining, inventory, plan, values)
     if method.needs or budget.searches:
         check_data("calibration", calibration, inventory)
     if not (method.needs or budget.searches):
@@ -164,7 +164,7 @@ def prepare(settings: dict[str, Any]) -> Request:
     )
 
 
-def check_retraining(retraining: Retraining, inventory: Inventory, plan: list[PlanEntry], model: dict[str, Any]) -> None:
+def check_retraining(retraining: Retraining, inventory: Inventory, plan: list[PlanEntry], values: dict[str, Any]) -> None:
     """Raise UserError if this model cannot be retrained so."""
     if not retraining.steps:
         return
@@ -175,9 +175,12 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: list[Pl
         raise UserError(
             f"retrain.processes={retraining.processes} have {len(plan)} matrices to share; allowed: 1 to {len(plan)}"
         )
-    if retraining.processes > 1 and model.get("device_map"):
+    if values["dtype"] == "float16":
+        raise UserError("dtype=float16 cannot be retrained: small gradients vanish in it; use dtype=bfloat16 or float32")
+    device_map = values["model"].get("device_map")
+    if retraining.processes > 1 and device_map:
         raise UserError(
-            f"model.device_map={model['device_map']} spreads the model over the GPUs that "
+            f"model.device_map={device_map} spreads the model over the GPUs that "
             f"retrain.processes={retraining.processes} would each have for themselves; use one of the two"
         )
 

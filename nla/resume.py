@@ -56,7 +56,7 @@ class Checkpoints:
         """Where the last good state is, for a person."""
         step = self.step()
         path = self.cache.root / "trainings" / f"{self.name(step)}.safetensors"
-        return f"the last good checkpoint is of step {step}, {path}" if step else "there is no checkpoint before it"
+        return f"the last good checkpoint is of step {step}, {path}" if path.exists() else "there is no checkpoint before it"
 
     def save(self, progress: Progress) -> None:
         """The state now, in place of an earlier one; killed at any moment, it leaves one of the two."""
@@ -71,7 +71,8 @@ class Checkpoints:
         if self.crew.rank == 0:
             self.cache.store_json("trainings", self.key, progress.done)
         self.crew.wait()
-        self.cache.remove("trainings", self.name(before))
+        if before != progress.done:
+            self.cache.remove("trainings", self.name(before))
 
     def restore(self) -> Progress | None:
         """Load the last checkpoint, if there is one."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nla.crew import Crew, shared_out
+from nla.errors import UserError
 
 
 class Trained:
@@ -57,11 +58,17 @@ class Companion:
 
 
 def owned_by_module(trained: Sequence[Trained], crew: Crew) -> None:
-    """Share the parameters out among the processes, those of one module to the same."""
+    """Share the parameters out among the processes, those of one module to the same.
+
+    Raises:
+        UserError: there are fewer modules than processes.
+    """
     sizes: dict[str, int] = {}
     for t in trained:
         module = t.name.rpartition(".")[0]
         sizes[module] = sizes.get(module, 0) + t.parameter.numel()
+    if len(sizes) < crew.size:
+        raise UserError(f"retrain.processes={crew.size} have {len(sizes)} trained modules to share; allowed: 1 to {len(sizes)}")
     owners = shared_out(sizes, crew.size)
     for t in trained:
         t.owner = owners[t.name.rpartition(".")[0]]

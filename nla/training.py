@@ -37,6 +37,7 @@ class Recipe:
         clip: largest norm of the whole gradient.
         checkpoint: steps between two checkpoints; None: a tenth of all.
         spike: a loss (nats) so far above its smoothed value ends the training; None: none does.
+        begin: the number of the first step, for what counts steps over several trainings.
     """
 
     steps: int
@@ -46,15 +47,22 @@ class Recipe:
     clip: float
     checkpoint: int | None = None
     spike: float | None = None
+    begin: int = 0
+
+    @property
+    def end(self) -> int:
+        """How many steps are done when all of this training are."""
+        return self.begin + self.steps
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        rising = min(1.0, (step + 1) / (self.warmup + 1))
-        return self.lr * rising * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        done = step - self.begin
+        rising = min(1.0, (done + 1) / (self.warmup + 1))
+        return self.lr * rising * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
     def checkpoints(self, done: int) -> bool:
         """Whether the state after `done` steps is kept."""
-        return done % (self.checkpoint or max(1, self.steps // 10)) == 0 and done < self.steps
+        return (done - self.begin) % (self.checkpoint or max(1, self.steps // 10)) == 0 and done < self.end
 
 
 def train(
@@ -86,12 +94,12 @@ def train(
     device = parameters[0].device
     optimiser = torch.optim.AdamW(groups(own, recipe), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     checkpoints = Checkpoints(cache, key, own, companion, crew)
-    kept, until = checkpoints.restore(), until or recipe.steps
-    progress = kept or progress or Progress()
+    kept, until = checkpoints.restore(), until or recipe.end
+    progress = kept or progress or Progress(recipe.begin)
     for t in own:
         optimiser.state[t.master] = progress.moments.setdefault(t.name, {})
     publish(trained, crew)
-    if progress.done == 0:
+    if progress.done == recipe.begin:
         companion.begin()
     elif kept is None:
         checkpoints.save(progress)
@@ -101,10 +109,11 @@ def train(
         return float(value.detach()), torch.autograd.grad(value, parameters)
 
     steps, quiet = range(progress.done, until), crew.rank > 0
-    bar = tqdm(steps, label, recipe.steps, initial=progress.done, unit="step", dynamic_ncols=True, disable=quiet)
+    before = progress.done - recipe.begin
+    bar = tqdm(steps, label, recipe.steps, initial=before, unit="step", dynamic_ncols=True, disable=quiet)
     for step in bar:
         micro = batch(step)
-        if step == 0:
+        if step == recipe.begin:
             with PeakMemory(device) as memory:
                 gradient(micro[0])
             progress.peak_bytes = memory.peak_bytes
@@ -113,7 +122,7 @@ def train(
         norm = float(torch.nn.utils.get_total_norm(mean.values()))
         total, square = crew.total(total, norm**2)
         norm = math.sqrt(square)
-        where = f"{label}: step {step}, batch {step} ({recipe.steps} steps of {len(micro)} micro-batches)"
+        where = f"{label}: step {step}, batch {step} ({recipe.end} steps of {len(micro)} micro-batches)"
         smoothed = progress.smoothed
         if recipe.spike is not None and smoothed is not None and total > smoothed + recipe.spike:
             what = f"the loss leaps from {smoothed:.3f} to {total:.3f}, by more than spike={recipe.spike}"
@@ -133,7 +142,7 @@ def train(
         companion.after_step(step + 1, {"loss": total, "lr": recipe.rate(step), "norm": norm})
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
         progress.done = step + 1
-        if recipe.checkpoints(step + 1) or step + 1 == until < recipe.steps:
+        if recipe.checkpoints(step + 1) or step + 1 == until < recipe.end:
             checkpoints.save(progress)
     return progress
 

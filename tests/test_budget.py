@@ -147,7 +147,7 @@ def test_a_schedule_that_cannot_be_names_its_value(change, told):
 
 
 def test_a_warm_up_and_a_cool_down_that_leave_nothing_between_are_refused():
-    with pytest.raises(UserError, match=r"schedule.t_i=0.6 and schedule.t_f=0.4 are 6 and 4 of retrain.steps=10"):
+    with pytest.raises(UserError, match=r"schedule.t_i=0.56 and schedule.t_f=0.4 are 6 and 4 of retrain.steps=10"):
         Cubic(1.5, 0.6, 0.4, 1).phases(10)
 
 

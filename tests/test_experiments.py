@@ -87,6 +87,10 @@ def test_the_cost_of_a_retraining_by_hand(tmp_path):
     shared = prepare(check_settings(configuration(*TINY, *arguments, "retrain.processes=4", "dtype=bfloat16")))
     part = retraining_cost(shared)
     assert (part.optimiser_bytes, part.gradient_bytes) == (2 * triplets, 3 * triplets) and part.flops == cost.flops
+    tightened = prepare(check_settings(configuration(*TINY, *arguments, "budget=adaptive", "schedule.t_f=0.6")))
+    part = retraining_cost(tightened)
+    assert part.importance_bytes == part.optimiser_bytes > 1.4 * cost.optimiser_bytes
+    assert part.flops / 12 / 3 == pytest.approx(part.forward / 3 + 2 * cost.forward / 3, rel=0.02)  # cool-down: 2 of 3 steps
 
 
 def test_an_images_rows_are_counted_layer_by_layer(tmp_path):

@@ -15,12 +15,14 @@ from nla.budget.adaptive import Adaptive
 from nla.budget.schedule import Cubic
 from nla.cache import Cache
 from nla.config import prepare
+from nla.crew import Crew
 from nla.errors import NonFiniteError, UserError
 from nla.kernels.linear import Linear
 from nla.layers import CompressedLinear
 from nla.memory import PeakMemory
 from nla.models.base import Sample
 from nla.pipeline import run
+from nla.resume import Checkpoints, Progress
 from nla.retrain import stage
 from nla.retrain.distillation import Distillation, softened_divergence
 from nla.retrain.dropping import drop_from_training, drop_masked
@@ -29,7 +31,7 @@ from nla.retrain.parts import chosen_parts, prepare_terms, root_mean_square, ter
 from nla.retrain.stage import recomputed_blocks
 from nla.retrain.surface import Surface
 from nla.settings import check_settings
-from nla.trained import Trained
+from nla.trained import Companion, Trained
 from nla.training import Recipe, train
 from nla.triplets import Triplets
 from tests.conftest import TINY, command, configuration, figures, only_record, records, settings
@@ -124,6 +126,7 @@ def test_every_step_leaves_a_row_and_the_budget_is_never_exceeded(adaptive_run):
     sizes = [sum(f["shape"]) + 1 for f in record["fits"]]
     for row in rows[1:]:
         assert {"loss", "lr", "norm", "seconds"} <= set(row)
+        assert row["kept"] <= row["budget"]
         if "matrices" in row:
             assert row["budget"] - max(sizes) < row["kept"] == sum(row["matrices"].values()) <= row["budget"]
             assert row["importance"] == sorted(row["importance"])
@@ -196,11 +199,19 @@ class StoppedError(Exception):
     pass
 
 
-def test_a_retraining_in_stages_that_was_stopped_in_the_last_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    arguments = [*SHORT, "retrain.steps=12", "retrain.train=[A,B,A]", "retrain.checkpoint=2", "retrain.watch=0"]
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["kernel=linear", "retrain.train=[A,B,A]"],
+        ["dtype=bfloat16", "budget=adaptive", "schedule.interval=1"],
+    ],
+    ids=["last stage", "cool-down"],
+)
+def test_a_retraining_that_was_stopped_near_its_end_goes_on_to_the_same_weights(tmp_path, monkeypatch, way):
+    arguments = [*TINY, "solver.steps=0", "ratio=0.5", "retrain.length=64", "retrain.steps=12", "retrain.checkpoint=2", *way]
 
     def finish(name: str) -> None:
-        run(check_settings(configuration(*arguments, f"outputs_dir={tmp_path / name}")))
+        run(check_settings(configuration(*arguments, "retrain.watch=0", f"outputs_dir={tmp_path / name}")))
 
     finish("quiet")
     batches = stage.batches
@@ -259,7 +270,9 @@ def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, d
 
         progress = leg(moved, masks, name, until=masks.cool_down if dropped else None)
         if dropped:
+            before, mask = masters.map(torch.clone), masks.masks[0]
             moved = drop_from_training(terms, masks.masks, moved, progress)
+            assert all(torch.equal(t.master, left) for t, left in zip(moved, before.prune(mask).parts, strict=True))
             assert [t.master.numel() for t in moved] == [27, 27, 3] == [m["exp_avg"].numel() for m in progress.moments.values()]
             leg(moved, None, f"{name}.after", progress)
         else:
@@ -399,24 +412,46 @@ def test_bf16_numbers_move_although_each_step_is_below_their_rounding(tmp_path):
 
 
 @pytest.mark.parametrize(("bad", "told"), [(math.nan, "the loss is nan"), (50.0, "the loss leaps from -0.0")])
-def test_a_training_that_goes_wrong_names_step_batch_and_last_good_checkpoint(tmp_path, bad, told):
+@pytest.mark.parametrize("begin", [0, 40])
+def test_a_training_that_goes_wrong_names_step_batch_and_last_good_checkpoint(tmp_path, bad, told, begin):
     parameter = torch.zeros(1, requires_grad=True)
-    recipe = Recipe(steps=20, lr=0.01, warmup=0, weight_decay=0.0, clip=1.0, checkpoint=4, spike=2.0)
+    recipe = Recipe(steps=20, lr=0.01, warmup=0, weight_decay=0.0, clip=1.0, checkpoint=4, spike=2.0, begin=begin)
     cache = Cache(tmp_path)
 
     def batch(step: int) -> list[Sample]:
-        return [Sample(torch.tensor([bad if step == 10 else 0.0]), torch.zeros(1))]
+        return [Sample(torch.tensor([bad if step == begin + 10 else 0.0]), torch.zeros(1))]
 
     with pytest.raises(NonFiniteError) as raised:
         train([Trained("p", parameter)], lambda s: (s.inputs + parameter).sum(), batch, recipe, cache, "key", "test")
-    assert all(
-        part in str(raised.value) for part in (told, "step 10, batch 10", "checkpoint is of step 8", "key.8.0.safetensors")
-    )
+    last = f"checkpoint is of step {begin + 8}, {tmp_path}/trainings/key.{begin + 8}.0.safetensors"
+    assert all(part in str(raised.value) for part in (told, f"step {begin + 10}, batch {begin + 10} ({begin + 20}", last))
+    assert (tmp_path / f"trainings/key.{begin + 8}.0.safetensors").exists()
+
+
+def test_a_checkpoint_in_place_of_a_damaged_one_of_the_same_step_is_kept(tmp_path):
+    checkpoints = Checkpoints(Cache(tmp_path), "key", [], Companion(), Crew())
+    checkpoints.save(Progress(4))
+    file = tmp_path / "trainings" / "key.4.0.safetensors"
+    file.write_bytes(b"damaged")
+    assert checkpoints.restore() is None
+    checkpoints.save(Progress(4, smoothed=2.5))
+    assert file.exists() and checkpoints.restore() == Progress(4, smoothed=2.5)
+
+
+def test_what_is_removed_from_the_cache_leaves_no_draft_of_a_killed_writer(tmp_path):
+    cache = Cache(tmp_path)
+    for key in ("ab.1", "abc"):
+        cache.store_json("trainings", key, 1)
+        (tmp_path / "trainings" / f".{key}.json.0123").write_bytes(b"half")
+    cache.remove("trainings", "ab")
+    assert {path.name for path in (tmp_path / "trainings").iterdir()} == {"abc.json", ".abc.json.0123"}
 
 
 ERRORS = [
     (["budget=adaptive"], "set retrain.steps"),
-    (["budget=adaptive", "retrain.steps=10", "schedule.t_i=0.5", "schedule.t_f=0.5"], "leave no step to tighten"),
+    (["budget=adaptive", "retrain.steps=10", "schedule.t_i=0.48", "schedule.t_f=0.5"], "leave no step to tighten"),
+    (["budget=adaptive", "retrain.steps=5", "schedule.t_i=0.1", "schedule.t_f=0.9"], "their sum must be below 1"),
+    (["retrain.steps=5", "dtype=float16"], "dtype=float16 cannot be retrained"),
     (["budget=adaptive", "retrain.steps=10", "retrain=u_then_v"], "trained together"),
     (["retrain.steps=10", "retrain.batch=5", "retrain.micro=2"], "retrain.batch=5 must be a multiple of retrain.micro=2"),
     (["retrain.steps=10", "retrain.train=[weights]"], "retrain.train=weights is not known"),

@@ -105,17 +105,17 @@ class Tightening:
             self.importance.update(values, gradients)
 
     @torch.no_grad()
-    def after_step(self, done: int) -> bool:
-        """Mask what the optimiser moved, and choose anew where it is time to; whether it was."""
-        mus = self.whole()
-        chosen = self.schedule.chooses(done, self.steps)
-        if chosen:
-            keep = best(self.ranking(), self.costs, self.budget(done)).split([t.h for t in self.triplets])
+    def after_step(self, done: int) -> Tensor | None:
+        """Mask what the optimiser moved; where it is time to choose anew, what triplets were ranked by: (count,)"""
+        mus, ranking = self.whole(), None
+        if self.schedule.chooses(done, self.steps):
+            ranking = self.ranking()
+            keep = best(ranking, self.costs, self.budget(done)).split([t.h for t in self.triplets])
             self.masks = [part.to(t.mu.device) for part, t in zip(keep, self.triplets, strict=True)]
         self.waiting = mus
         for i, mu in mus.items():
             self.triplets[i].mu.copy_(torch.where(self.masks[i], mu, 0))
-        return chosen
+        return ranking
 
     def whole(self) -> dict[int, Tensor]:
         """mu of all own triplets, masked or not."""

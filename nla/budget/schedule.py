@@ -20,6 +20,8 @@ class Schedule(ABC):
         for name, value in (("t_i", t_i), ("t_f", t_f)):
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise UserError(f"schedule.{name}={value} must be a fraction of the steps, from 0 and below 1")
+        if t_i + t_f >= 1:
+            raise UserError(f"schedule.t_i={t_i} and schedule.t_f={t_f} leave nothing to tighten in; their sum must be below 1")
         require_integer("schedule.interval", interval, 1)
         self.b0, self.t_i, self.t_f, self.interval = b0, t_i, t_f, interval
 

@@ -25,7 +25,7 @@ class History(Companion):
 
     A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. Where triplets
     were chosen anew it has importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by
-    name); at checkpoints watched (nats), of text watched_perplexity.
+    name); at checkpoints watched (nats), of text watched_perplexity; on a GPU vram_bytes, the most that this process has held.
 
     Args:
         surface: what every step is kept on.
@@ -52,11 +52,11 @@ class History(Companion):
         self.watch, self.recipe, self.show = watch, recipe, show
         self.rows: list[Row] = []
         self.since = time.perf_counter()
-        self.chosen = False
+        self.ranking: Tensor | None = None
 
     def begin(self) -> None:
         if self.watch:
-            self.add({"step": 0} | self.watch())
+            self.add({"step": self.recipe.begin} | self.watch())
         self.since = time.perf_counter()
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
@@ -68,7 +68,7 @@ class History(Companion):
 
     def before_publishing(self, done: int) -> None:
         if self.tightening:
-            self.chosen = self.tightening.after_step(done)
+            self.ranking = self.tightening.after_step(done)
         self.surface.retract()
 
     def after_step(self, done: int, figures: dict[str, float]) -> None:
@@ -76,12 +76,13 @@ class History(Companion):
         if self.tightening:
             kept = self.tightening.kept()
             row |= {"budget": self.tightening.budget(done), "kept": sum(kept)}
-            if self.chosen:
-                ranking = self.tightening.ranking().float()
-                row["importance"] = torch.quantile(ranking, torch.tensor(IMPORTANCE_QUANTILES)).tolist()
+            if self.ranking is not None:
+                row["importance"] = torch.quantile(self.ranking.float(), torch.tensor(IMPORTANCE_QUANTILES)).tolist()
                 row["matrices"] = by_matrix(self.names, kept)
+        if torch.cuda.is_available():
+            row["vram_bytes"] = torch.cuda.max_memory_allocated()
         row["seconds"] = time.perf_counter() - self.since
-        if self.watch and (self.recipe.checkpoints(done) or done == self.recipe.steps):
+        if self.watch and (self.recipe.checkpoints(done) or done == self.recipe.end):
             row |= self.watch()
         self.since = time.perf_counter()
         self.add(row)

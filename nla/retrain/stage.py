@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from nla.retrain.history import History, Row, mean_loss
 from nla.retrain.parts import chosen_parts, terms_of
 from nla.retrain.surface import surface_of
 from nla.trained import Trained, owned_by_module
-from nla.training import train
+from nla.training import Recipe, train
 from nla.triplets import Triplets
 from tasks.images import Images
 from tasks.text import Text
@@ -77,40 +78,40 @@ class Course:
         owned_by_module(trained, self.crew)
         self.trained = max(self.trained, sum(t.parameter.numel() for t in trained))
         masks = tightening(self.request, self.terms, trained, self.crew)
-        before, label = number * self.recipe.steps, f"retrain {'+'.join(parts)}"
+        recipe, label = replace(self.recipe, begin=number * self.recipe.steps), f"retrain {'+'.join(parts)}"
         if masks is None:
-            progress = self.leg(trained, before, label, self.keys[number])
+            progress = self.leg(trained, recipe, label, self.keys[number])
         else:
             self.scored = sum(t.parameter.numel() for t in trained if t.name.rpartition(".")[0] in self.terms)
-            progress = self.leg(trained, before, label, self.keys[number], masks=masks)
-            if progress.done < self.recipe.steps:
+            progress = self.leg(trained, recipe, label, self.keys[number], masks)
+            if progress.done < recipe.end:
                 trained = drop_from_training(self.terms, masks.masks, trained, progress)
-                progress = self.leg(trained, before, label, self.keys[-1], progress, budget=masks.final)
+                budget, masks = masks.final, None  # importance and the old numbers need not live on
+                progress = self.leg(trained, recipe, label, self.keys[-1], None, progress, budget)
         self.peak_bytes = max(self.peak_bytes, progress.peak_bytes)
         self.tensors |= {t.name: t.parameter.detach() for t in trained}
 
     def leg(
         self,
         trained: list[Trained],
-        before: int,
+        recipe: Recipe,
         label: str,
         key: str,
-        progress: Progress | None = None,
         masks: Tightening | None = None,
+        progress: Progress | None = None,
         budget: int | None = None,
     ) -> Progress:
-        """Train to the end, or until masks do not change any more; `before` steps were done by earlier stages."""
+        """Train to the end, or until masks do not change any more."""
 
         def shown(row: Row) -> None:
-            self.rows.append(row | {"step": row["step"] + before})
-            self.show(self.rows[-1])
+            self.rows.append(row)
+            self.show(row)
 
         own = {t.name: t for t in trained if t.owner == self.crew.rank}
         surface, kept = surface_of(self.terms, own), sum(term.triplets.count() for term in self.terms.values())
-        history = History(surface, list(self.terms), masks, budget or kept, kept, self.watch, self.recipe, shown)
+        history = History(surface, list(self.terms), masks, budget or kept, kept, self.watch, recipe, shown)
         until, cache = masks.cool_down if masks else None, self.request.cache
-        batch = lambda step: self.batch(step + before)  # noqa: E731
-        return train(trained, self.loss, batch, self.recipe, cache, key, label, history, self.crew, progress, until)
+        return train(trained, self.loss, self.batch, recipe, cache, key, label, history, self.crew, progress, until)
 
 
 @contextmanager
