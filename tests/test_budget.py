@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.utils import instantiate
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
@@ -47,7 +47,7 @@ def test_importance_is_that_of_a_loop_over_every_parameter(size, beta1, beta2):
     product = [torch.tensor([a * b for a, b in zip(s, u, strict=True)]) for s, u in zip(smoothed, uncertainty, strict=True)]
     a, b, mu = (p.view(q.shape) for p, q in zip(product, t.parts, strict=True))
     expected = mu + a.mean(dim=(0, 2)) + b.mean(dim=(0, 2))
-    torch.testing.assert_close(importance.scores()[0], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(importance.scores()[0], expected, rtol=1e-4, atol=1e-6)  # fp32 of numbers about 1
 
 
 class AdaLora(nn.Module):
@@ -112,6 +112,7 @@ SCHEDULES = {name: type(instantiate(configuration(f"schedule={name}").schedule))
 def test_every_schedule_falls_from_b0_to_the_final_budget_and_chooses_at_its_end(schedule, data):
     s = SCHEDULES[schedule](1.5, data.draw(FRACTIONS), data.draw(FRACTIONS), data.draw(st.integers(1, 200)))
     steps = data.draw(st.integers(1, 100))
+    assume(round(s.t_i * steps) + round(s.t_f * steps) < steps)
     begin, end = s.phases(steps)
     budgets = [s.budget(done, steps, 900, 600) for done in range(steps + 1)]
     assert budgets == sorted(budgets, reverse=True)
@@ -148,7 +149,7 @@ def test_a_schedule_that_cannot_be_names_its_value(change, told):
 
 def test_a_warm_up_and_a_cool_down_that_leave_nothing_between_are_refused():
     with pytest.raises(UserError, match=r"schedule.t_i=0.56 and schedule.t_f=0.4 are 6 and 4 of retrain.steps=10"):
-        Cubic(1.5, 0.6, 0.4, 1).phases(10)
+        Cubic(1.5, 0.56, 0.4, 1).phases(10)
 
 
 @settings(max_examples=100, deadline=None)

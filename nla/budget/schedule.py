@@ -39,7 +39,7 @@ class Schedule(ABC):
         if begin >= end:
             raise UserError(
                 f"schedule.t_i={self.t_i} and schedule.t_f={self.t_f} are {begin} and {steps - end} of retrain.steps={steps}, "
-                "and leave no step to tighten the budget in; their sum must be below 1"
+                "and leave no step to tighten the budget in; lower them, or train longer"
             )
         return begin, end
 
