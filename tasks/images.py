@@ -63,8 +63,8 @@ class Images(Data):
         assert isinstance(model, VisionModel)
         items, generator = self.opened, torch.Generator().manual_seed(seed)
         rounds = range(-(-count // len(items)))
-        order = [i for _ in rounds for i in torch.randperm(len(items), generator=generator).tolist()]
-        chosen = (items[i] for i in order[:count])
+        order = torch.cat([torch.randperm(len(items), generator=generator) for _ in rounds])[:count].tolist()
+        chosen = (items[i] for i in order)
         return [Sample(model.transform(image)[None], torch.tensor([label])) for image, label in chosen]
 
 

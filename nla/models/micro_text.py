@@ -30,6 +30,7 @@ CODE = (
     "nla/training.py",
     "nla/trained.py",
     "nla/resume.py",
+    "nla/crew.py",
     "nla/workers.py",
     "tasks/text.py",
 )
