@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 TINY = ["model=tiny_llama", "task.window=64", "task.max_windows=3", "track=none"]
+SHORT = [*TINY, "solver.steps=0", "kernel=linear", "ratio=0.5", "retrain.length=64", "retrain.watch=4", "retrain.checkpoint=4"]
 
 
 def options(group: str) -> list[str]:

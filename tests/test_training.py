@@ -1,5 +1,7 @@
 """Models that the harness trains itself: one recipe, one result, whatever happens on the way."""
 
+import math
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -9,11 +11,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nla.cache import Cache
-from nla.crew import shared_out
+from nla.crew import Crew, shared_out
 from nla.errors import NonFiniteError
 from nla.models.base import Sample
 from nla.models.micro_text import END, learn_tokenizer
-from nla.trained import whole_model
+from nla.resume import Checkpoints, Progress
+from nla.trained import Companion, Trained, whole_model
 from nla.training import Recipe, train
 from tests.conftest import configuration
 
@@ -132,3 +135,47 @@ def test_no_process_keeps_more_than_the_largest_module_above_the_others(sizes, c
     owners = shared_out({str(i): size for i, size in enumerate(sizes)}, count)
     load = [sum(size for i, size in enumerate(sizes) if owners[str(i)] == rank) for rank in range(count)]
     assert sum(load) == sum(sizes) and max(load) - min(load) <= max(sizes)
+
+
+def test_bf16_numbers_move_although_each_step_is_below_their_rounding(tmp_path):
+    parameter = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    recipe = Recipe(steps=100, lr=5e-4, warmup=0, weight_decay=0.0, clip=1.0)
+    batch = [Sample(torch.zeros(1), torch.zeros(1))]
+    train([Trained("p", parameter)], lambda s: parameter.sum(), lambda step: batch, recipe, Cache(tmp_path), "key", "test")
+    assert torch.finfo(torch.bfloat16).eps / 2 > 5e-4 and float(parameter.detach().max()) < 0.98
+
+
+@pytest.mark.parametrize(("bad", "told"), [(math.nan, "the loss is nan"), (50.0, "the loss leaps from -0.0")])
+@pytest.mark.parametrize("begin", [0, 40])
+def test_a_training_that_goes_wrong_names_step_batch_and_last_good_checkpoint(tmp_path, bad, told, begin):
+    parameter = torch.zeros(1, requires_grad=True)
+    recipe = Recipe(steps=20, lr=0.01, warmup=0, weight_decay=0.0, clip=1.0, checkpoint=4, spike=2.0, begin=begin)
+    cache = Cache(tmp_path)
+
+    def batch(step: int) -> list[Sample]:
+        return [Sample(torch.tensor([bad if step == begin + 10 else 0.0]), torch.zeros(1))]
+
+    with pytest.raises(NonFiniteError) as raised:
+        train([Trained("p", parameter)], lambda s: (s.inputs + parameter).sum(), batch, recipe, cache, "key", "test")
+    last = f"checkpoint is of step {begin + 8}, {tmp_path}/trainings/key.{begin + 8}.0.safetensors"
+    assert all(part in str(raised.value) for part in (told, f"step {begin + 10}, batch {begin + 10} ({begin + 20}", last))
+    assert (tmp_path / f"trainings/key.{begin + 8}.0.safetensors").exists()
+
+
+def test_a_checkpoint_in_place_of_a_damaged_one_of_the_same_step_is_kept(tmp_path):
+    checkpoints = Checkpoints(Cache(tmp_path), "key", [], Companion(), Crew())
+    checkpoints.save(Progress(4))
+    file = tmp_path / "trainings" / "key.4.0.safetensors"
+    file.write_bytes(b"damaged")
+    assert checkpoints.restore() is None
+    checkpoints.save(Progress(4, smoothed=2.5))
+    assert file.exists() and checkpoints.restore() == Progress(4, smoothed=2.5)
+
+
+def test_what_is_removed_from_the_cache_leaves_no_draft_of_a_killed_writer(tmp_path):
+    cache = Cache(tmp_path)
+    for key in ("ab.1", "abc"):
+        cache.store_json("trainings", key, 1)
+        (tmp_path / "trainings" / f".{key}.json.0123").write_bytes(b"half")
+    cache.remove("trainings", "ab")
+    assert {path.name for path in (tmp_path / "trainings").iterdir()} == {"abc.json", ".abc.json.0123"}
