@@ -15,6 +15,10 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from hypothesis import settings as hypothesis_settings
+
+hypothesis_settings.register_profile("same every time", derandomize=True)  # a test that fails fails again
+hypothesis_settings.load_profile("same every time")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"

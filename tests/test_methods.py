@@ -136,7 +136,8 @@ def test_svd_llm_reaches_the_smallest_output_error_of_its_rank(m, n, tokens, ran
     s = torch.linalg.svdvals(weight.double() @ x.T)
     best = float(s[rank:].square().sum() / s.square().sum())
     assert outputs_error(fit, weight, x) == pytest.approx(best, rel=1e-2, abs=1e-5)
-    assert fit.weighted_error == pytest.approx(best, rel=1e-2, abs=1e-5)
+    repair = 4e-6 * float(weight.square().sum() / s.square().sum())  # what the repair of a singular Gram matrix sees beside x
+    assert fit.weighted_error == pytest.approx(best, rel=1e-2, abs=1e-5 + repair)
     assert fit.svd_llm_error == pytest.approx(fit.weighted_error, rel=1e-3, abs=1e-6) == fit.weighted_floor
 
 
