@@ -60,6 +60,7 @@ def test_piecewise_lies_between_floor_and_svd_on_every_matrix_of_the_recorded_ru
 
 def test_phase_leaves_three_quarters_of_svds_error_over_the_whole_recorded_model(fits):
     rows = fits[(fits["kernel"] == "phase") & (fits["ratio"] == 0.7) & (fits["matrices"] == 210)]
+    rows = rows[~rows["changed"].str.contains("loss=activation")]
     assert len(rows) == 210 and (rows["relative_error"] / rows["svd_error"]).mean() <= 0.75
 
 
