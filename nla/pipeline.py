@@ -20,7 +20,6 @@ from nla.config import Request, prepare
 from nla.errors import UserError
 from nla.fitting import CODE as FIT_CODE
 from nla.fitting import fit_matrices
-from nla.layers import Term
 from nla.memory import PeakMemory
 from nla.methods.base import Fit
 from nla.models.base import Model, Sample
@@ -34,6 +33,7 @@ from nla.record import (
     write_line,
 )
 from nla.retrain.history import Row
+from nla.retrain.parts import terms_of
 from nla.retrain.result import key_of, retrain_record, retrained
 from nla.select import linear_specs
 from nla.statistics import StatisticsStore, collect, stream_blocks
@@ -135,7 +135,7 @@ def stages(request: Request, record: RunRecord, folder: Path) -> None:
 
 def state_of(request: Request, model: Model) -> str:
     """Digest of everything a measurement of the model as it is now depends on, but for the data."""
-    terms = {name: [m.kernel.name, vars(m.kernel)] for name, m in model.module.named_modules() if isinstance(m, Term)}
+    terms = {name: [m.kernel.name, vars(m.kernel)] for name, m in terms_of(model.module).items()}
     return digest(
         {
             "tensors": {name: tensor_digest(p) for name, p in model.module.state_dict().items()},
