@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from nla import sweep
+from nla import jobs as sweep
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

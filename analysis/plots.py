@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nla.record import RetrainRecord
+from nla.harness.record import RetrainRecord
 
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:

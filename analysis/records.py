@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from nla.record import RunRecord, read_record
+from nla.harness.record import RunRecord, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (ROOT / "analysis" / "records", ROOT / "outputs" / "runs")

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nla.cache import Cache, digest
-from nla.errors import UserError, require_integer
-from nla.memory import PeakMemory
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import UserError, require_integer
+from nla.machine.peak_memory import PeakMemory
+from nla.machine.threads import ordered_map
 from nla.models.base import LanguageModel
-from nla.workers import ordered_map
 from tasks.base import Figures, Task
-from tasks.questions import Questions
+from tasks.data.questions import Questions
 
 SHARD = 128  # questions scored in one piece of work: what a killed run loses of each worker's
 

@@ -10,13 +10,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from nla.cache import Cache, digest
-from nla.errors import NonFiniteError, UserError, require_integer
-from nla.memory import PeakMemory
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import NonFiniteError, UserError, require_integer
+from nla.machine.peak_memory import PeakMemory
+from nla.machine.threads import ordered_map
 from nla.models.base import Inventory, VisionModel
-from nla.workers import ordered_map
 from tasks.base import Figures, Task, resident_bytes
-from tasks.images import Images, Items
+from tasks.data.images import Images, Items
 
 
 class ImageNet(Task):

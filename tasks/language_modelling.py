@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from nla.cache import Cache, digest, tensor_digest
-from nla.errors import UserError, require_integer
-from nla.memory import PeakMemory
+from nla.machine.cache import Cache, digest, tensor_digest
+from nla.machine.errors import UserError, require_integer
+from nla.machine.peak_memory import PeakMemory
+from nla.machine.threads import ordered_map
 from nla.models.base import Inventory, LanguageModel
-from nla.workers import ordered_map
 from tasks.base import Figures, Task, resident_bytes
-from tasks.text import Text
+from tasks.data.text import Text
 
 CHUNK = 256  # tokens whose log-probabilities are in fp32 at once
 

@@ -64,8 +64,8 @@ def cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture
 def run_here(tmp_path) -> Callable[..., object]:
     """The same without a process of its own, for what the command line does not change: nla.pipeline.run."""
+    from nla.harness.settings import check_settings
     from nla.pipeline import run
-    from nla.settings import check_settings
 
     return lambda *arguments: run(check_settings(configuration(*arguments, f"outputs_dir={tmp_path}")))
 
@@ -109,7 +109,7 @@ def smollm2():
     """name -> fp32 weight of SmolLM2-135M, from the project's own cache (fetched and converted on first use)."""
     from safetensors import safe_open
 
-    from nla.cache import Cache
+    from nla.machine.cache import Cache
 
     model = instantiate(configuration("model=smollm2_135m").model)
     with safe_open(model.folder(Cache(ROOT / "outputs" / "cache")) / "model.safetensors", "pt") as file:

@@ -4,13 +4,13 @@ import nbformat
 import pytest
 import torch
 
+from analysis.benchmarks.forward import compare_forms
 from analysis.execute import NOTEBOOKS, execute
-from analysis.forward import compare_forms
 from analysis.plots import kept_by_matrix, loss_by_layer
 from analysis.records import fits_frame, load_records, runs_frame
 from analysis.tables import accuracy, adaptive_or_not, by_ratio, paper, perplexity_beside_paper, retrained
+from nla.harness.record import KeptRecord, RetrainRecord
 from nla.kernels.piecewise import Piecewise
-from nla.record import KeptRecord, RetrainRecord
 from tests.conftest import ROOT
 
 RECORDS = ROOT / "analysis" / "records"

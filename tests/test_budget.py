@@ -1,7 +1,5 @@
 """Importance, schedules and masks: beside plain loops, beside peft's AdaLoRA, and where published allocators break."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -14,10 +12,10 @@ from torch import nn
 from nla.budget.adaptive import Adaptive, Tightening
 from nla.budget.importance import Importance, best
 from nla.budget.schedule import Constant, Cubic, Linear
-from nla.errors import UserError
-from nla.memory import PeakMemory
-from nla.select import LinearSpec
-from nla.triplets import Triplets, triplet_size
+from nla.machine.errors import UserError
+from nla.machine.peak_memory import PeakMemory
+from nla.matrix.triplets import Triplets, triplet_size
+from nla.models.select import LinearSpec
 from tests.conftest import configuration, options
 
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 5), st.integers(1, 3))  # out, in, h, r
@@ -250,4 +248,4 @@ def test_matrices_begin_with_b0_times_their_share_but_never_more_than_the_dense_
         with pytest.raises(UserError, match=f"budget.{name}={value}"):
             adaptive(**{name: value})
     with pytest.raises(UserError, match=r"set retrain.steps"):
-        adaptive().check_retraining(SimpleNamespace(steps=0))
+        adaptive().check_retraining(0, [["triplets"]])

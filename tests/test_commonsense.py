@@ -14,12 +14,12 @@ from hydra.utils import instantiate
 from torch import nn
 
 import tasks.commonsense
-from nla.cache import Cache
-from nla.errors import UserError
+from nla.machine.cache import Cache
+from nla.machine.errors import UserError
 from nla.models.base import LanguageModel
 from tasks.commonsense import Commonsense, average
-from tasks.published import SHIPPED, Published, own_settings
-from tasks.questions import Everyday
+from tasks.data.published import SHIPPED, Published, own_settings
+from tasks.data.questions import Everyday
 from tests.conftest import configuration
 
 EVERYDAY = Everyday("everyday")

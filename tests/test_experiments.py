@@ -6,10 +6,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from nla.cache import Cache
-from nla.config import prepare
-from nla.retrain.cost import retraining_cost
-from nla.settings import check_settings
+from nla.harness.estimate_retraining import retraining_cost
+from nla.harness.request import prepare
+from nla.harness.settings import check_settings
+from nla.machine.cache import Cache
 from tests.conftest import CONF, TINY, configuration, options
 
 PAPERS = ("llama7b", "opt_1_3b", "swin_base")

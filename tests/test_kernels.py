@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla.kernels.spline import Spline
-from nla.memory import PeakMemory
-from nla.objective import Factor, Objective
-from nla.triplets import Triplets, triplet_size
+from nla.machine.peak_memory import PeakMemory
+from nla.matrix.objective import Factor, Objective
+from nla.matrix.triplets import Triplets, triplet_size
 from tests.conftest import KERNELS, make_kernel
 
 ALL = {name: make_kernel(*overrides) for name, overrides in KERNELS.items()}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from nla.cache import Cache
-from nla.errors import UserError
-from nla.memory import PeakMemory
-from nla.sealed import intact, seal
+from nla.machine.cache import Cache
+from nla.machine.errors import UserError
+from nla.machine.peak_memory import PeakMemory
+from nla.machine.sealed_folder import intact, seal
 from tests.conftest import ROOT, configuration
 
 CPU = torch.device("cpu")

@@ -6,13 +6,13 @@ from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nla.errors import NonFiniteError
-from nla.linalg import Spectrum
+from nla.machine.errors import NonFiniteError
+from nla.matrix.inputs import Statistics
+from nla.matrix.spectrum import Spectrum
 from nla.methods.asvd import ASVD
 from nla.methods.fwsvd import FWSVD
 from nla.methods.svd import SVD
 from nla.methods.svd_llm import SVDLLM
-from nla.statistics import Statistics
 from tests.conftest import configuration, options
 
 METHODS = options("method")

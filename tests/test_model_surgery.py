@@ -7,14 +7,14 @@ from torch import nn
 
 from nla.budget.base import make_plan
 from nla.budget.sensitivity import Sensitivity
-from nla.cache import Cache
-from nla.errors import UserError
+from nla.compressed.layer import CompressedLinear
+from nla.compressed.surgery import count, merge, swap
 from nla.kernels.linear import Linear
-from nla.layers import CompressedLinear
+from nla.machine.cache import Cache
+from nla.machine.errors import UserError
+from nla.matrix.inputs import Statistics
 from nla.methods.svd import SVD
-from nla.select import LinearSpec, linear_specs, select_linears
-from nla.statistics import Statistics
-from nla.surgery import count, merge, swap
+from nla.models.select import LinearSpec, linear_specs, select_linears
 from tests.conftest import configuration, options
 
 SPECS = [LinearSpec("model.layers.0.fc", 40, 30), LinearSpec("model.layers.1.fc", 30, 40), LinearSpec("lm_head", 90, 30)]

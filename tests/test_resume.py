@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nla.cache import Cache, Journal
+from nla.machine.cache import Cache, Journal
 from tests.conftest import TINY, command, figures, only_record, settings
 
 # random starts and many steps: each matrix takes long enough to be interrupted in it

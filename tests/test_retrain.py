@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from nla.cache import Cache
+from nla.harness.settings import check_settings
+from nla.machine.cache import Cache
 from nla.pipeline import run
-from nla.retrain import stage
-from nla.settings import check_settings
+from nla.retrain import stages
 from tests.conftest import SHORT, TINY, command, configuration, figures, only_record, records, settings
 
 ADAPTIVE = [*SHORT, "retrain.steps=12", "budget=adaptive", "schedule.interval=2"]
@@ -172,7 +172,7 @@ def test_a_retraining_that_was_stopped_near_its_end_goes_on_to_the_same_weights(
         run(check_settings(configuration(*arguments, "retrain.watch=0", f"outputs_dir={tmp_path / name}")))
 
     finish("quiet")
-    batches = stage.batches
+    batches = stages.batches
 
     def stopped(request, model):
         batch = batches(request, model)
@@ -185,7 +185,7 @@ def test_a_retraining_that_was_stopped_near_its_end_goes_on_to_the_same_weights(
         return until
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(stage, "batches", stopped)
+        patch.setattr(stages, "batches", stopped)
         finish("stopped")
     finish("stopped")
     quiet, found = weights_of(tmp_path / "quiet"), weights_of(tmp_path / "stopped")

@@ -6,22 +6,23 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from nla.budget.adaptive import Adaptive
 from nla.budget.schedule import Cubic
-from nla.cache import Cache
-from nla.config import prepare
-from nla.errors import UserError
+from nla.compressed.layer import CompressedLinear
+from nla.compressed.terms import terms_of
+from nla.harness.request import prepare
+from nla.harness.settings import check_settings
 from nla.kernels.linear import Linear
-from nla.layers import CompressedLinear
-from nla.memory import PeakMemory
+from nla.machine.cache import Cache
+from nla.machine.errors import UserError
+from nla.machine.peak_memory import PeakMemory
+from nla.matrix.triplets import Triplets
 from nla.models.base import Sample
-from nla.retrain.distillation import Distillation, softened_divergence
 from nla.retrain.dropping import drop_from_training, drop_masked
 from nla.retrain.history import History
-from nla.retrain.parts import chosen_parts, prepare_terms, root_mean_square, terms_of
-from nla.retrain.stage import recomputed_blocks
+from nla.retrain.losses import Distillation, softened_divergence
+from nla.retrain.stages import recomputed_blocks
 from nla.retrain.surface import Surface
-from nla.settings import check_settings
-from nla.training import Recipe, train
-from nla.triplets import Triplets
+from nla.retrain.trainable import chosen_parts, prepare_terms, root_mean_square
+from nla.training.loop import Recipe, train
 from tests.conftest import SHORT, TINY, configuration
 
 

@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from nla.errors import UserError
+from nla.harness.record import read_record
+from nla.harness.settings import check_settings
+from nla.machine.errors import UserError
 from nla.pipeline import run
-from nla.record import read_record
-from nla.settings import check_settings
 from tests.conftest import ROOT, TINY, configuration, figures, only_record, options, records
 
 FAST = [*TINY, "solver.steps=10"]

@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nla.errors import NonFiniteError, UserError
 from nla.kernels.linear import Linear
 from nla.kernels.phase import Phase
 from nla.kernels.piecewise import Piecewise
-from nla.linalg import Spectrum
-from nla.objective import Factor, Objective, whitening
-from nla.solvers.gradient import GradientFit, Status
-from nla.solvers.self_terms import fit_self_terms
+from nla.kernels.self_terms import fit_self_terms
+from nla.machine.errors import NonFiniteError, UserError
+from nla.matrix.objective import Factor, Objective, whitening
+from nla.matrix.spectrum import Spectrum
+from nla.solvers.base import Status
+from nla.solvers.gradient import GradientFit
 from tests.conftest import configuration, make_kernel
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from nla.blocks import chain
-from nla.cache import Cache
-from nla.errors import NonFiniteError, UserError
-from nla.fisher import fisher
-from nla.select import linear_specs, select_linears
-from nla.statistics import StatisticsStore, collect
+from nla.machine.cache import Cache
+from nla.machine.errors import NonFiniteError, UserError
+from nla.models.select import linear_specs, select_linears
+from nla.statistics.blocks import chain
+from nla.statistics.collect import collect
+from nla.statistics.fisher import fisher
+from nla.statistics.store import StatisticsStore
 from tests.conftest import ROOT, configuration, options
 
 BOTH = frozenset({"gram", "magnitude"})
@@ -205,7 +206,7 @@ def test_a_damaged_statistic_is_collected_again(run_here, tmp_path, caplog):
 
 def test_collecting_holds_the_gram_matrices_of_one_block_and_one_group_of_inputs():
     """LLaMA-7B's shapes at an eighth of its width: more blocks need no more memory."""
-    command = [sys.executable, "-m", "analysis.statistics_memory", "0.125"]
+    command = [sys.executable, "-m", "analysis.benchmarks.statistics_memory", "0.125"]
     found = [json.loads(subprocess.run([*command, n], cwd=ROOT, capture_output=True, check=True).stdout) for n in ("1", "3")]
     for figures in found:
         assert figures["gram_bytes"] < figures["peak_bytes"] < figures["gram_bytes"] + 2 * figures["group_bytes"]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from nla.compressed.layer import Term
 from nla.kernels.linear import Linear
 from nla.kernels.piecewise import Piecewise, self_term
-from nla.layers import Term
+from nla.matrix.triplets import alternating_signs
 from nla.retrain.surface import surface_of
-from nla.trained import Trained
-from nla.triplets import alternating_signs
+from nla.training.parameters import TrainedParameter
 from tests.conftest import TINY
 
 PARTS = ("A", "B", "mu")
@@ -18,7 +18,7 @@ def on_surface(kernel=None, h: int = 6):
     """A term of h triplets, its surface, and the fitted self-terms."""
     kernel = kernel or Piecewise(r=2)
     term = Term(kernel, kernel.random_start(13, 9, h, 2, torch.Generator().manual_seed(0)))
-    own = {f"t.{part}": Trained(f"t.{part}", getattr(term, part)) for part in PARTS}
+    own = {f"t.{part}": TrainedParameter(f"t.{part}", getattr(term, part)) for part in PARTS}
     return term, surface_of({"t": term}, own), (self_term(term.A, term.mu).detach(), self_term(term.B, term.mu).detach())
 
 
@@ -70,7 +70,7 @@ def test_triplets_of_one_sign_keep_rows_whose_self_terms_they_cannot_have(left):
     term, surface, _ = on_surface(h=24)
     with torch.no_grad():
         term.mu.copy_(alternating_signs(24, term.mu))
-        surface = surface_of({"t": term}, {f"t.{part}": Trained(f"t.{part}", getattr(term, part)) for part in PARTS})
+        surface = surface_of({"t": term}, {f"t.{part}": TrainedParameter(f"t.{part}", getattr(term, part)) for part in PARTS})
         term.mu[[i for i in range(24) if i not in left]] = 0
         before = term.A.square().sum((1, 2)), term.B.square().sum((1, 2))
     for _ in range(40):

@@ -10,11 +10,11 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from nla.cache import Cache
-from nla.errors import UserError
+from nla.machine.cache import Cache
+from nla.machine.errors import UserError
 from nla.models.base import LanguageModel
+from tasks.data.text import Corpus, Speeches, Text
 from tasks.language_modelling import LanguageModelling
-from tasks.text import Corpus, Speeches, Text
 from tests.conftest import configuration
 
 

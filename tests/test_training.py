@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nla.cache import Cache
-from nla.crew import Crew, shared_out
-from nla.errors import NonFiniteError
+from nla.machine.cache import Cache
+from nla.machine.errors import NonFiniteError
 from nla.models.base import Sample
-from nla.models.micro_text import END, learn_tokenizer
-from nla.resume import Checkpoints, Progress
-from nla.trained import Companion, Trained, whole_model
-from nla.training import Recipe, train
+from nla.pretrain.language_model import END, learn_tokenizer
+from nla.training.checkpoints import Checkpoints, Progress
+from nla.training.loop import Recipe, train
+from nla.training.observer import Observer
+from nla.training.parameters import TrainedParameter, whole_model
+from nla.training.processes import OneProcess, assign_owners
 from tests.conftest import configuration
 
 RECIPE = Recipe(steps=30, lr=0.05, warmup=3, weight_decay=0.1, clip=1.0)
@@ -132,7 +133,7 @@ def test_the_micro_opt_is_made_once_from_its_recipe_and_not_from_held_out_speech
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=30), st.integers(1, 5))
 def test_no_process_keeps_more_than_the_largest_module_above_the_others(sizes, count):
-    owners = shared_out({str(i): size for i, size in enumerate(sizes)}, count)
+    owners = assign_owners({str(i): size for i, size in enumerate(sizes)}, count)
     load = [sum(size for i, size in enumerate(sizes) if owners[str(i)] == rank) for rank in range(count)]
     assert sum(load) == sum(sizes) and max(load) - min(load) <= max(sizes)
 
@@ -141,7 +142,15 @@ def test_bf16_numbers_move_although_each_step_is_below_their_rounding(tmp_path):
     parameter = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
     recipe = Recipe(steps=100, lr=5e-4, warmup=0, weight_decay=0.0, clip=1.0)
     batch = [Sample(torch.zeros(1), torch.zeros(1))]
-    train([Trained("p", parameter)], lambda s: parameter.sum(), lambda step: batch, recipe, Cache(tmp_path), "key", "test")
+    train(
+        [TrainedParameter("p", parameter)],
+        lambda s: parameter.sum(),
+        lambda step: batch,
+        recipe,
+        Cache(tmp_path),
+        "key",
+        "test",
+    )
     assert torch.finfo(torch.bfloat16).eps / 2 > 5e-4 and float(parameter.detach().max()) < 0.98
 
 
@@ -156,14 +165,14 @@ def test_a_training_that_goes_wrong_names_step_batch_and_last_good_checkpoint(tm
         return [Sample(torch.tensor([bad if step == begin + 10 else 0.0]), torch.zeros(1))]
 
     with pytest.raises(NonFiniteError) as raised:
-        train([Trained("p", parameter)], lambda s: (s.inputs + parameter).sum(), batch, recipe, cache, "key", "test")
+        train([TrainedParameter("p", parameter)], lambda s: (s.inputs + parameter).sum(), batch, recipe, cache, "key", "test")
     last = f"checkpoint is of step {begin + 8}, {tmp_path}/trainings/key.{begin + 8}.0.safetensors"
     assert all(part in str(raised.value) for part in (told, f"step {begin + 10}, batch {begin + 10} ({begin + 20}", last))
     assert (tmp_path / f"trainings/key.{begin + 8}.0.safetensors").exists()
 
 
 def test_a_checkpoint_in_place_of_a_damaged_one_of_the_same_step_is_kept(tmp_path):
-    checkpoints = Checkpoints(Cache(tmp_path), "key", [], Companion(), Crew())
+    checkpoints = Checkpoints(Cache(tmp_path), "key", [], Observer(), OneProcess())
     checkpoints.save(Progress(4))
     file = tmp_path / "trainings" / "key.4.0.safetensors"
     file.write_bytes(b"damaged")

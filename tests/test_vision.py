@@ -9,14 +9,14 @@ from hydra.utils import instantiate
 from PIL import Image
 from torch import nn
 
-from nla.cache import Cache, digest
-from nla.errors import NonFiniteError, UserError
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import NonFiniteError, UserError
 from nla.models.base import VisionModel
-from nla.models.micro import shifted
+from nla.models.select import select_linears
 from nla.models.vision import TimmModel, from_architecture
-from nla.select import select_linears
+from nla.pretrain.classifier import shifted
+from tasks.data.images import Digits, FashionMnist, HubImages, Images, Items
 from tasks.imagenet import ImageNet, flops
-from tasks.images import Digits, FashionMnist, HubImages, Images, Items
 from tests.conftest import configuration
 
 PELA = (r"\.blocks\.", r"attn\.proj")  # include, exclude: no norm, head, patch_embed, downsample, attn.proj

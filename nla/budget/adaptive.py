@@ -8,11 +8,10 @@ from torch import Tensor
 from nla.budget.base import Budget
 from nla.budget.importance import Importance, best
 from nla.budget.schedule import Schedule
-from nla.crew import Crew
-from nla.errors import UserError, require_choice
-from nla.retrain.settings import Retraining
-from nla.select import LinearSpec
-from nla.triplets import Triplets, triplet_size
+from nla.machine.errors import UserError, require_choice
+from nla.matrix.triplets import Triplets, triplet_size
+from nla.models.select import LinearSpec
+from nla.training.processes import OneProcess
 
 
 class Adaptive(Budget):
@@ -38,29 +37,29 @@ class Adaptive(Budget):
         kept = min(1.0, self.schedule.b0 * (1 - ratio))
         return {s.name: int(kept * s.n_params) for s in specs}
 
-    def check_retraining(self, retraining: Retraining) -> None:
-        if retraining.steps == 0:
+    def check_retraining(self, steps: int, train: list[list[str]]) -> None:
+        if steps == 0:
             raise UserError(
                 "budget=adaptive shares parameters out while retraining; "
                 "set retrain.steps, or use budget=uniform or sensitivity"
             )
-        parts = set(retraining.train[0])
-        if len(retraining.train) > 1 or not ({"triplets", "everything"} & parts or {"A", "B", "mu"} <= parts):
+        parts = set(train[0])
+        if len(train) > 1 or not ({"triplets", "everything"} & parts or {"A", "B", "mu"} <= parts):
             raise UserError(
-                f"budget=adaptive needs A, B and mu trained together; retrain.train={['+'.join(s) for s in retraining.train]} "
+                f"budget=adaptive needs A, B and mu trained together; retrain.train={['+'.join(s) for s in train]} "
                 "does not, retrain.train=[triplets+norms] does"
             )
-        self.schedule.phases(retraining.steps)
+        self.schedule.phases(steps)
 
     def tightening(
         self,
         triplets: Sequence[Triplets],
         final: int,
         steps: int,
-        crew: Crew | None = None,
+        processes: OneProcess | None = None,
         owners: Sequence[int] | None = None,
     ) -> "Tightening":
-        return Tightening(self, triplets, final, steps, crew or Crew(), owners or [0] * len(triplets))
+        return Tightening(self, triplets, final, steps, processes or OneProcess(), owners or [0] * len(triplets))
 
 
 class Tightening:
@@ -75,11 +74,17 @@ class Tightening:
     """
 
     def __init__(
-        self, budget: Adaptive, triplets: Sequence[Triplets], final: int, steps: int, crew: Crew, owners: Sequence[int]
+        self,
+        budget: Adaptive,
+        triplets: Sequence[Triplets],
+        final: int,
+        steps: int,
+        processes: OneProcess,
+        owners: Sequence[int],
     ) -> None:
-        self.schedule, self.rank, self.final, self.steps, self.crew = budget.schedule, budget.rank, final, steps, crew
+        self.schedule, self.rank, self.final, self.steps, self.processes = budget.schedule, budget.rank, final, steps, processes
         self.triplets = list(triplets)
-        self.own = [i for i, owner in enumerate(owners) if owner == crew.rank]
+        self.own = [i for i, owner in enumerate(owners) if owner == processes.rank]
         self.importance = Importance([self.triplets[i] for i in self.own], budget.beta1, budget.beta2)
         self.masks = [torch.ones_like(t.mu, dtype=torch.bool) for t in self.triplets]
         self.waiting = {i: self.triplets[i].mu.detach().clone() for i in self.own}  # mu of masked triplets
@@ -128,7 +133,7 @@ class Tightening:
         for i, found in zip(self.own, self.importance.scores(), strict=True):
             scores[i] = found.to(device)
         together = torch.cat(scores)
-        self.crew.sum(together)  # each has the others' as zeros
+        self.processes.sum(together)  # each has the others' as zeros
         return together.cpu() / self.costs if self.rank == "score_per_parameter" else together.cpu()
 
     def kept(self) -> list[int]:

@@ -5,11 +5,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nla.errors import UserError
 from nla.kernels.base import Kernel
-from nla.retrain.settings import Retraining
-from nla.select import LinearSpec
-from nla.triplets import triplet_size
+from nla.machine.errors import UserError
+from nla.matrix.triplets import triplet_size
+from nla.models.select import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Budget(ABC):
         """The same, with the model at hand."""
         return self.allocate(specs, ratio)
 
-    def check_retraining(self, retraining: Retraining) -> None:  # noqa: B027 (most budgets go with any)
-        """Raise UserError if this budget does not go with such a retraining."""
+    def check_retraining(self, steps: int, train: list[list[str]]) -> None:  # noqa: B027 (most budgets go with any)
+        """Raise UserError if this budget does not go with a retraining of so many steps and these stages of parts."""
 
 
 def make_plan(specs: list[LinearSpec], ratio: float, allocated: dict[str, int], kernel: Kernel) -> list[PlanEntry]:

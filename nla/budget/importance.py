@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nla.triplets import Triplets
+from nla.matrix.triplets import Triplets
+
+IMPORTANCE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Importance:

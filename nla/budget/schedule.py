@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from nla.errors import UserError, require_integer
+from nla.machine.errors import UserError, require_integer
 
 
 class Schedule(ABC):

@@ -2,8 +2,8 @@
 
 from nla.budget.base import Budget, Measure
 from nla.budget.uniform import Uniform
-from nla.errors import UserError, require_integer
-from nla.select import LinearSpec
+from nla.machine.errors import UserError, require_integer
+from nla.models.select import LinearSpec
 
 
 class Sensitivity(Budget):

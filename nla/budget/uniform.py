@@ -1,7 +1,7 @@
 """The same kept fraction for every matrix."""
 
 from nla.budget.base import Budget
-from nla.select import LinearSpec
+from nla.models.select import LinearSpec
 
 
 class Uniform(Budget):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nla.kernels.tiled import DifferenceKernel
-from nla.triplets import Triplets
+from nla.matrix.triplets import Triplets
 
 
 class Distance(DifferenceKernel):

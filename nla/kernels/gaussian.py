@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from nla.errors import require_positive
 from nla.kernels.tiled import DifferenceKernel
+from nla.machine.errors import require_positive
 
 
 class Gaussian(DifferenceKernel):

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from nla.kernels.base import FactoredKernel, Start
-from nla.linalg import balanced_factors
-from nla.objective import Objective
-from nla.triplets import Triplets
+from nla.kernels.base import Start
+from nla.kernels.factored import FactoredKernel
+from nla.matrix.objective import Objective
+from nla.matrix.spectrum import balanced_factors
+from nla.matrix.triplets import Triplets
 
 
 class Linear(FactoredKernel):

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from nla.kernels.base import FactoredKernel, Start, random_like
-from nla.objective import Objective
-from nla.triplets import Triplets
+from nla.kernels.base import Start, random_like
+from nla.kernels.factored import FactoredKernel
+from nla.matrix.objective import Objective
+from nla.matrix.triplets import Triplets
 
 
 class Phase(FactoredKernel):

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nla.kernels.base import FactoredKernel, Start
-from nla.linalg import spectrum_flops
-from nla.objective import Objective
-from nla.solvers.self_terms import fit_self_terms, fit_self_terms_flops
-from nla.triplets import Triplets
+from nla.kernels.base import Start
+from nla.kernels.factored import FactoredKernel
+from nla.kernels.self_terms import fit_self_terms, fit_self_terms_flops
+from nla.matrix.objective import Objective
+from nla.matrix.spectrum import spectrum_flops
+from nla.matrix.triplets import Triplets
 
 
 class Piecewise(FactoredKernel):
@@ -44,7 +45,7 @@ class Piecewise(FactoredKernel):
         return Triplets(A, B, mu)
 
     def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
-        """The global optimum, or near it: see `nla.solvers.self_terms`."""
+        """The global optimum, or near it: see `nla.kernels.self_terms`."""
         t, optimum = fit_self_terms(objective, h, r)
         return Start(t, optimum)
 

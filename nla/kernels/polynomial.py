@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from nla.errors import require_integer, require_positive
 from nla.kernels.tiled import ProductKernel
+from nla.machine.errors import require_integer, require_positive
 
 
 class Polynomial(ProductKernel):

@@ -5,8 +5,8 @@ from math import comb, factorial
 import torch
 from torch import Tensor
 
-from nla.errors import require_choice
 from nla.kernels.tiled import DifferenceKernel
+from nla.machine.errors import require_choice
 
 
 class Spline(DifferenceKernel):

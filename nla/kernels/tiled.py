@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nla.kernels.base import Kernel, Start, random_like
-from nla.linalg import balanced_factors
-from nla.objective import Objective
-from nla.triplets import Triplets, alternating_signs
+from nla.matrix.objective import Objective
+from nla.matrix.spectrum import balanced_factors
+from nla.matrix.triplets import Triplets, alternating_signs
 
 PANEL = 2**19  # numbers of W' held at once, enough rows for a full-speed matrix product
 TILE = {"cpu": 2**17, "cuda": 2**25}  # numbers z evaluated at once: a core's cache (0.5 MiB in fp32), a GPU's launch overhead

@@ -1,8 +1,8 @@
 """ASVD: SVD weighted by the size of the inputs (Yuan et al., 2023)."""
 
-from nla.errors import require_at_least_zero
+from nla.machine.errors import require_at_least_zero
+from nla.matrix.objective import Norms, Objective
 from nla.methods.svd import SVD
-from nla.objective import Norms, Objective
 
 
 class ASVD(SVD):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nla.errors import NonFiniteError
 from nla.kernels.base import Kernel, random_like
-from nla.memory import PeakMemory
-from nla.objective import Norms, Objective
-from nla.solvers.gradient import Solution, Status
-from nla.statistics import Statistics
-from nla.triplets import Triplets, triplet_size
+from nla.machine.errors import NonFiniteError
+from nla.machine.peak_memory import PeakMemory
+from nla.matrix.inputs import Statistics
+from nla.matrix.objective import Norms, Objective
+from nla.matrix.triplets import Triplets, triplet_size
+from nla.solvers.base import Solution, Status
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import torch
 
+from nla.matrix.objective import Norms, Objective
 from nla.methods.svd import SVD
-from nla.objective import Norms, Objective
 
 
 class FWSVD(SVD):

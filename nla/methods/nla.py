@@ -4,11 +4,12 @@ from contextlib import ExitStack
 
 import torch
 
-from nla.errors import require_choice
 from nla.kernels.base import Kernel
+from nla.machine.errors import require_choice
+from nla.matrix.objective import Norms, Objective
 from nla.methods.base import Method
-from nla.objective import Norms, Objective
-from nla.solvers.gradient import GradientFit, Solution
+from nla.solvers.base import Solution
+from nla.solvers.gradient import GradientFit
 
 
 class NLA(Method):

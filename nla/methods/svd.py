@@ -5,11 +5,11 @@ from contextlib import ExitStack
 import torch
 
 from nla.kernels.linear import Linear
-from nla.linalg import spectrum_flops
+from nla.matrix.objective import Objective
+from nla.matrix.spectrum import spectrum_flops
+from nla.matrix.triplets import Triplets
 from nla.methods.base import Method
-from nla.objective import Objective
-from nla.solvers.gradient import Solution, Status
-from nla.triplets import Triplets
+from nla.solvers.base import Solution, Status
 
 
 class SVD(Method):

@@ -1,8 +1,8 @@
 """SVD-LLM: truncation-aware SVD of the whitened weight (Wang et al., 2025)."""
 
-from nla.linalg import spectrum_flops
+from nla.matrix.objective import Norms, Objective
+from nla.matrix.spectrum import spectrum_flops
 from nla.methods.svd import SVD
-from nla.objective import Norms, Objective
 
 
 class SVDLLM(SVD):

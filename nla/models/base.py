@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nla.cache import Cache, digest
-from nla.errors import UserError
-from nla.record import code_digest, computing_packages
-from nla.select import LinearSpec, linear_specs
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import UserError
+from nla.machine.provenance import code_digest, computing_packages
+from nla.models.select import LinearSpec, linear_specs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +33,7 @@ class LanguageModel:
 
     module: nn.Module
     tokenizer: Any
+    reads = "text"
 
     def encode(self, text: str) -> Tensor:
         """text -> token ids (tokens,)"""
@@ -57,6 +58,7 @@ class VisionModel:
 
     module: nn.Module
     transform: Callable[[Any], Tensor]
+    reads = "images"
 
     def logits(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, classes)"""
@@ -112,7 +114,7 @@ class ModelSource(ABC):
     def inventory(self, cache: Cache) -> Inventory:
         """Linear layers and counts, from the architecture on the meta device; remembered, for importing takes seconds."""
         configuration = self.configuration(cache)
-        key = digest([configuration, computing_packages(), code_digest("nla/models", "nla/select.py")])
+        key = digest([configuration, computing_packages(), code_digest(type(self).__module__)])
         known = cache.load_json("inventories", key)
         if known is None:
             try:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nla.cache import Cache, digest
-from nla.errors import UserError
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import UserError
 from nla.models.base import DTYPES, LanguageModel, ModelSource
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from nla.cache import Cache, file_digest
-from nla.errors import UserError
+from nla.machine.cache import Cache, file_digest
+from nla.machine.errors import UserError
+from nla.machine.sealed_folder import sealed_folder
 from nla.models.base import LanguageModel
 from nla.models.causal_lm import CausalLM, load_pretrained
-from nla.sealed import sealed_folder
 
 log = logging.getLogger(__name__)
 

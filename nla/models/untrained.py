@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from nla.cache import Cache
+from nla.machine.cache import Cache
 from nla.models import vision
 from nla.models.base import DTYPES, LanguageModel, VisionModel
 from nla.models.causal_lm import CausalLM, from_architecture

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nla.cache import Cache, digest
-from nla.errors import UserError
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import UserError
 from nla.models.base import DTYPES, ModelSource, VisionModel
 from nla.models.causal_lm import disk_refusal, hub_refusal
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from nla.layers import Term
-from nla.resume import Progress
-from nla.retrain.parts import terms_of
-from nla.trained import Trained
-from nla.triplets import Triplets
+from nla.compressed.layer import Term
+from nla.compressed.terms import terms_of
+from nla.matrix.triplets import Triplets
+from nla.training.checkpoints import Progress
+from nla.training.parameters import TrainedParameter
 
 
 def drop_masked(module: nn.Module) -> None:
@@ -18,8 +18,8 @@ def drop_masked(module: nn.Module) -> None:
 
 
 def drop_from_training(
-    terms: Mapping[str, Term], masks: Sequence[Tensor], trained: Sequence[Trained], progress: Progress
-) -> list[Trained]:
+    terms: Mapping[str, Term], masks: Sequence[Tensor], trained: Sequence[TrainedParameter], progress: Progress
+) -> list[TrainedParameter]:
     """Remove the masked triplets from the model, and from what its optimiser keeps; what is trained from here on.
 
     Args:
@@ -35,7 +35,7 @@ def drop_from_training(
             left.append(t)
             continue
         parameter, mask = kept[t.name]
-        left.append(Trained(t.name, parameter, t.rate, t.owner))
+        left.append(TrainedParameter(t.name, parameter, t.rate, t.owner))
         if t.name in progress.moments:  # this process has its numbers
             moments = progress.moments[t.name]
             progress.moments[t.name] = {name: chosen(m, mask) if m.ndim else m for name, m in moments.items()}

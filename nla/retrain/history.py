@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from nla.budget.adaptive import Tightening
+from nla.budget.importance import IMPORTANCE_QUANTILES
+from nla.machine.threads import ordered_map
+from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
-from nla.record import IMPORTANCE_QUANTILES
 from nla.retrain.surface import Surface
-from nla.trained import Companion
-from nla.training import Recipe
-from nla.triplets import Triplets
-from nla.workers import ordered_map
+from nla.training.loop import Recipe
+from nla.training.observer import Observer
 
 Row = dict[str, Any]
 
 
-class History(Companion):
+class History(Observer):
     """Keeps the rows of all steps, has the budget tightened, and the triplets kept on their surface.
 
     A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. Where triplets

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nla.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
-from nla.training import Recipe
+from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.training.loop import Recipe
 
 PARTS = ["triplets", "A", "B", "mu", "linear_term", "norms", "biases", "everything"]
 
@@ -21,7 +21,7 @@ class Retraining:
         weight_decay, clip, spike, checkpoint: as in `nla.training.Recipe`.
         train: the stages, each trained for an equal share of the steps: names of PARTS joined by `+`.
         linear_term: rank of a linear term (LoRA) that every matrix gets beside its triplets, out of its own budget.
-        logits, features, perturbation, temperature: weights of the losses of `nla.retrain.distillation`.
+        logits, features, perturbation, temperature: weights of the losses of `nla.retrain.losses`.
         recompute: keep the inputs of blocks only, and compute what is inside again for the gradient.
         watch: samples of the first task's data whose loss is shown at every checkpoint; nothing is chosen by it.
         processes: how many train together (one GPU each, where there are GPUs): they share the micro-batches, and the

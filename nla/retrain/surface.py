@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nla.compressed.layer import Term
 from nla.kernels.piecewise import self_term
-from nla.layers import Term
-from nla.trained import Trained
+from nla.training.parameters import TrainedParameter
 
 NEWTON_STEPS = 3
 LARGEST = 0.1  # relative change of a number in one of them
@@ -78,7 +78,7 @@ class Surface:
             factor.retract()
 
 
-def surface_of(terms: Mapping[str, Term], own: Mapping[str, Trained]) -> Surface:
+def surface_of(terms: Mapping[str, Term], own: Mapping[str, TrainedParameter]) -> Surface:
     """The surface through the trained factors as they are."""
     held = []
     for name, term in terms.items():

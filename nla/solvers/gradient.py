@@ -3,39 +3,17 @@
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
-from nla.errors import NonFiniteError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.kernels.base import Kernel, Start, random_like
-from nla.objective import Objective
-from nla.triplets import Triplets
+from nla.machine.errors import NonFiniteError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.matrix.objective import Objective
+from nla.solvers.base import Solution, Status
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AT_OPTIMUM = 1e-4  # relative distance to a known optimum that counts as reached
-
-
-class Status(str, Enum):
-    """How a fit ended, as a sentence."""
-
-    OPTIMAL = "at the global optimum of this kernel at this size, known in closed form"
-    CONVERGED = "converged: the error fell by less than the tolerance within the patience"
-    STEP_LIMIT = "step limit reached while the error was still falling; solver.steps=... goes on"
-    ZERO = "the matrix is zero and needs no triplets"
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Triplets and how they were found; `losses` are (step, relative squared error in the objective's norm)."""
-
-    triplets: Triplets
-    losses: list[tuple[int, float]]
-    steps: int
-    status: Status
-    optimum: float | None
 
 
 class GradientFit:

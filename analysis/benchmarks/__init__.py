@@ -1,0 +1,1 @@
+"""`python -m analysis.benchmarks.<name>`: measurements that no run makes."""

@@ -1,0 +1,86 @@
+"""Peak memory and time of a compressed layer's forward, beside the form that reconstructs the matrix first."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nla.kernels.base import Kernel
+from nla.machine.peak_memory import PeakMemory
+
+REPEATS = 5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compare_forms(
+    kernel: Kernel, m: int, n: int, ratio: float, tokens: int, forms: Sequence[str] = ("apply", "reconstruct", "dense")
+) -> pd.DataFrame:
+    """Rows `apply` (no reconstruction), `reconstruct` (x @ dense().T) and `dense` (a plain linear layer), fp32.
+
+    Bytes are what is alive beyond the inputs; `training_extra_bytes` leaves out outputs and gradients too, which any form must
+    hold. Seconds are medians; the forms take turns, so that a drift of the machine's speed meets all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    h, r = kernel.size(m, n, int((1 - ratio) * m * n))
+    t = kernel.random_start(m, n, h, r, generator).map(lambda p: p.to(DEVICE).requires_grad_())
+    weight = torch.randn(m, n, generator=generator).to(DEVICE).requires_grad_()
+    x = torch.randn(tokens, n, generator=generator).to(DEVICE).requires_grad_()
+    d_y = torch.ones(tokens, m, device=DEVICE)
+    known: dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]] = {
+        "apply": (lambda: kernel.apply(t, x), (x, t.A, t.B, t.mu)),
+        "reconstruct": (lambda: x @ kernel.dense(t).T, (x, t.A, t.B, t.mu)),
+        "dense": (lambda: x @ weight.T, (x, weight)),
+    }
+    chosen = {name: known[name] for name in forms}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
+    for _ in range(REPEATS):
+        for name, (forward, inputs) in chosen.items():
+            seconds[name].append((timed(inference, forward), timed(training, forward, inputs, d_y)))
+    rows = []
+    for name, (forward, inputs) in chosen.items():
+        results = 4 * (d_y.numel() + sum(p.numel() for p in inputs))
+        inference_seconds, training_seconds = map(statistics.median, zip(*seconds[name], strict=True))
+        training_bytes = peak(training, forward, inputs, d_y)
+        rows.append(
+            {
+                "kernel": kernel.name,
+                "form": name,
+                "h": h,
+                "r": r,
+                "inference_bytes": peak(inference, forward),
+                "training_bytes": training_bytes,
+                "training_extra_bytes": training_bytes - results,
+                "inference_ms": 1e3 * inference_seconds,
+                "training_ms": 1e3 * training_seconds,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def inference(forward: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return forward()
+
+
+def training(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], d_y: Tensor) -> tuple[Tensor, ...]:
+    y = forward()
+    return (y, *torch.autograd.grad(y, inputs, d_y))
+
+
+def peak(work: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes that `work` had alive at most."""
+    with PeakMemory(DEVICE) as memory:
+        work(*arguments)
+    return memory.peak_bytes
+
+
+def timed(work: Callable[..., Any], *arguments: Any) -> float:
+    begun = time.perf_counter()
+    work(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun

@@ -1,0 +1,130 @@
+"""`python -m analysis.benchmarks.retrain_step [STEPS]`: a retraining step beside a plain transformers step of equal products.
+
+SmolLM2's shapes with random weights, half of the parameters removed, 4 windows of 512 tokens. The plain model has two
+nn.Linear in the place of each matrix, is trained on all windows as one batch with AdamW and a clipped gradient, and has the
+same parameters frozen. Both take turns in one process; medians without the first step.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nla.budget.adaptive import Adaptive
+from nla.budget.schedule import Cubic
+from nla.compressed.layer import CompressedLinear
+from nla.compressed.terms import terms_of
+from nla.kernels.base import Kernel
+from nla.kernels.linear import Linear
+from nla.kernels.piecewise import Piecewise
+from nla.machine.cache import Cache
+from nla.matrix.triplets import Triplets
+from nla.models.base import LanguageModel, Sample
+from nla.models.causal_lm import from_architecture
+from nla.models.select import linear_specs, select_linears
+from nla.retrain.history import History
+from nla.retrain.surface import surface_of
+from nla.retrain.trainable import chosen_parts
+from nla.training.loop import Recipe, train
+
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+WINDOWS, LENGTH, KEPT = 4, 512, 0.5
+PARTS = ["triplets", "norms"]
+
+
+def model_with(replace: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """The architecture with every selected linear layer replaced."""
+    torch.manual_seed(0)
+    module = from_architecture(ARCHITECTURE)
+    for spec in select_linears(linear_specs(module), r"\blayers\.", None):
+        module.set_submodule(spec.name, replace(module.get_submodule(spec.name)))
+    return module
+
+
+def triplets_for(dense: nn.Linear, kernel: Kernel) -> CompressedLinear:
+    m, n = dense.weight.shape
+    size = kernel.size(m, n, int(KEPT * m * n))
+    return CompressedLinear(((kernel, kernel.random_start(m, n, *size, torch.Generator().manual_seed(0))),), None)
+
+
+def factors_for(dense: nn.Linear) -> nn.Module:
+    m, n = dense.weight.shape
+    rank, _ = Linear().size(m, n, int(KEPT * m * n))
+    return nn.Sequential(nn.Linear(n, rank, bias=False), nn.Linear(rank, m, bias=False))
+
+
+def plain_step(module: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tensor) -> None:
+    """What a user of transformers would write."""
+    module(input_ids=tokens, labels=tokens).loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+class Clock(History):
+    """Notes when each step ends."""
+
+    def after_step(self, done: int, figures: dict[str, float]) -> None:
+        super().after_step(done, figures)
+        ended.append(time.perf_counter())
+
+
+begun: list[float] = []
+ended: list[float] = []
+
+
+def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[str, float]:
+    """Median seconds of a step of both, and their ratio."""
+    begun.clear(), ended.clear()
+    plain = model_with(factors_for).train()
+    for name, p in plain.named_parameters():
+        p.requires_grad_("embed" not in name and "lm_head" not in name)
+    optimiser = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-5)
+    model = LanguageModel(model_with(lambda dense: triplets_for(dense, kernel)).eval(), None)
+    trained = chosen_parts(model.module, PARTS)
+    by_name = {t.name: t for t in trained}
+    terms = terms_of(model.module)
+    names = list(terms)
+    masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
+    kept = sum(t.count() for t in masters)
+    tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score").tightening(masters, kept * 2 // 3, steps)
+    recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
+    masks = tightening if adaptive else None
+    clock = Clock(surface_of(terms, by_name), names, masks, kept, kept, None, recipe, lambda row: None)
+    others: list[float] = []
+
+    def batch(step: int) -> list[Sample]:
+        tokens = torch.randint(ARCHITECTURE["vocab_size"], (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(step))
+        since = time.perf_counter()
+        plain_step(plain, optimiser, tokens)
+        others.append(time.perf_counter() - since)
+        begun.append(time.perf_counter())
+        return [Sample(part, part) for part in tokens.split(1)]
+
+    train(trained, model.loss, batch, recipe, cache, f"{kernel.name}{adaptive}", "steps", clock)
+    ours = statistics.median(e - b for b, e in zip(begun[1:], ended[1:], strict=True))
+    theirs = statistics.median(others[1:])
+    return {"retrain_seconds": ours, "transformers_seconds": theirs, "ratio": ours / theirs}
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1]) if sys.argv[1:] else 6
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel, adaptive in ((Linear(), False), (Linear(), True), (Piecewise(r=20, min_h=30), True)):
+            figures = compare(count, adaptive, kernel, Cache(Path(folder)))
+            print(json.dumps({"kernel": kernel.name, "adaptive": adaptive} | figures), flush=True)

@@ -1,0 +1,123 @@
+"""What a retraining costs, counted on the model's architecture without weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nla.budget.adaptive import Adaptive
+from nla.budget.base import PlanEntry
+from nla.harness.request import PreparedRun
+from nla.matrix.triplets import triplet_size
+
+FP32, MOMENTS = 4, 8  # bytes of a number, and of the two that AdamW (or importance) keeps of it
+
+
+@dataclass(frozen=True)
+class RetrainingCost:
+    """Operations (FLOP) of all steps; bytes of one process beside activations, where processes have equal shares.
+
+    Attributes:
+        forward: of one sample through the compressed model, as the retraining finds it.
+        flops: of all samples: the forward, twice as much for the gradient, the forward again where blocks are recomputed, and
+            the dense model's forward where it is learnt from. From the cool-down on without the triplets that are gone.
+        gradient_bytes: that of a micro-batch in the model's type, and the sum of the own part in fp32.
+    """
+
+    samples: int
+    tokens: int | None
+    forward: float
+    flops: float
+    weights_bytes: int
+    gradient_bytes: int
+    optimiser_bytes: int
+    importance_bytes: int
+
+
+def retraining_cost(prepared: PreparedRun) -> RetrainingCost:
+    """The cost of the request's retraining.
+
+    Operations are an upper bound: gradients of frozen weights are counted as if they were made. Norms and biases are not.
+    """
+    settings, kernel = prepared.retraining, prepared.method.kernel
+    dense, rows = dense_forward(prepared)
+    sizes = {e.spec.name: (e.spec.out_features, e.spec.in_features, e.h, e.r) for e in prepared.plan}
+    selected = sum(2 * m * n * rows[name] for name, (m, n, _, _) in sizes.items())
+    compressed = sum(kernel.forward_flops(*size, rows[name]) for name, size in sizes.items())
+    linear_terms = sum(2 * (m + n) * settings.linear_term * rows[name] for name, (m, n, _, _) in sizes.items())
+    rest = dense - selected + linear_terms
+    forward, mean = rest + compressed, rest + compressed * mean_kept(prepared)
+    samples = settings.steps * settings.batch
+    triplets = sum(moved(entry, {"triplets"}, settings.linear_term) for entry in prepared.plan)
+    kept = prepared.inventory.parameters - sum(e.spec.n_params for e in prepared.plan) + triplets
+    stages = [sum(moved(entry, set(parts), settings.linear_term) for entry in prepared.plan) for parts in settings.train]
+    trained = kept if any("everything" in parts for parts in settings.train) else max(stages)
+    width = torch.finfo(getattr(torch, prepared.values["dtype"])).bits // 8
+    held = kept + (prepared.inventory.parameters if settings.distils else 0)
+    own = trained // settings.processes
+    masters = 0 if width == FP32 else FP32 * own
+    return RetrainingCost(
+        samples=samples,
+        tokens=samples * settings.length if prepared.inventory.reads == "text" else None,
+        forward=forward,
+        flops=samples * (mean * (4 if settings.recompute else 3) + (dense if settings.distils else 0)),
+        weights_bytes=held * width + masters,
+        gradient_bytes=width * trained + FP32 * own,
+        optimiser_bytes=MOMENTS * own,
+        importance_bytes=MOMENTS * triplets // settings.processes if prepared.budget.tightens else 0,
+    )
+
+
+def mean_kept(prepared: PreparedRun) -> float:
+    """The fraction of the triplets that a step computes with, mean over the steps."""
+    if not isinstance(prepared.budget, Adaptive):
+        return 1.0
+    steps = prepared.retraining.steps
+    before = prepared.budget.schedule.phases(steps)[1] / steps
+    final = (
+        (1 - prepared.values["ratio"]) * sum(e.spec.n_params for e in prepared.plan) / sum(e.n_params for e in prepared.plan)
+    )
+    return before + (1 - before) * min(1.0, final)
+
+
+def moved(entry: PlanEntry, parts: set[str], linear_term: int) -> int:
+    """Parameters of a matrix's terms that these parts of `retrain.train` name."""
+    columns = entry.h * entry.r
+    sizes = {
+        "A": entry.spec.out_features * (columns + linear_term),
+        "B": entry.spec.in_features * (columns + linear_term),
+        "mu": entry.h + linear_term,
+    }
+    if parts & {"triplets", "everything"}:
+        return sum(sizes.values())
+    if "linear_term" in parts:
+        return linear_term * triplet_size(entry.spec.out_features, entry.spec.in_features, 1)
+    return sum(size for part, size in sizes.items() if part in parts)
+
+
+def dense_forward(prepared: PreparedRun) -> tuple[float, dict[str, int]]:
+    """Operations of one sample through the dense model, as torch counts them, and the rows that each selected layer reads."""
+    module, _ = prepared.model.empty(prepared.model.configuration(prepared.cache))
+    rows: dict[str, int] = {}
+
+    def reads(name: str) -> None:
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows[name] = inputs[0].numel() // inputs[0].shape[-1]
+
+        module.get_submodule(name).register_forward_pre_hook(note)
+
+    for layer in prepared.layers:
+        reads(layer)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(meta_sample(prepared, module))
+    return counter.get_total_flops(), rows
+
+
+def meta_sample(prepared: PreparedRun, module: nn.Module) -> Tensor:
+    """One sample's shape: token ids, or an image of the size that timm has for the model."""
+    if prepared.inventory.reads == "text":
+        return torch.zeros(1, prepared.retraining.length, dtype=torch.long, device="meta")
+    from timm.data import resolve_model_data_config
+
+    return torch.zeros(1, *resolve_model_data_config(module)["input_size"], device="meta")

@@ -1,0 +1,219 @@
+"""From Hydra's configuration to plain values and live objects; everything that is wrong with a request is found here."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from nla.budget.base import Budget, PlanEntry, make_plan
+from nla.harness.track import Tracker
+from nla.machine.cache import Cache
+from nla.machine.errors import UserError
+from nla.matrix.triplets import triplet_size
+from nla.methods.base import Method
+from nla.models.base import Inventory, ModelSource
+from nla.models.select import LinearSpec, select_linears
+from nla.retrain.settings import Retraining
+from tasks.base import Task
+from tasks.data.base import Data
+
+INGREDIENTS = ["kernel", "solver", "data", "calibration", "schedule"]  # groups that reach a run only inside other groups
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A valid request: plain values for the record, objects for the work.
+
+    Attributes:
+        settings: what all this was made from.
+        values: the same for the record, with nothing in it that this request does not use.
+    """
+
+    settings: dict[str, Any]
+    values: dict[str, Any]
+    model: ModelSource
+    inventory: Inventory
+    method: Method
+    budget: Budget
+    plan: list[PlanEntry]
+    tasks: list[Task]
+    calibration: Data
+    retraining: Retraining
+    training_data: Data
+    tracker: Tracker
+    cache: Cache
+
+    @property
+    def device(self) -> str:
+        return self.values["device"]
+
+    @property
+    def layers(self) -> list[str]:
+        """Qualified names of the matrices that are compressed."""
+        return [entry.spec.name for entry in self.plan]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration samples are read."""
+        return bool(self.method.needs) or self.budget.searches
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Digests of local files the request names."""
+        files = {f"data.{task.name}": task.data.identity(self.cache) for task in self.tasks}
+        if self.calibrates:
+            files["calibration"] = self.calibration.identity(self.cache)
+        if self.retraining.steps:
+            files["retrain"] = self.training_data.identity(self.cache)
+        return files | {"model": self.model.identity(self.cache)}
+
+    def check_inputs(self) -> None:
+        """Raise UserError, in one sentence, if the weights, the data or the processors cannot be had."""
+        processes, there = self.retraining.processes, torch.cuda.device_count()
+        if self.retraining.steps and self.device.startswith("cuda") and processes > there:
+            raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
+        for task in self.tasks:
+            task.data.check()
+        if self.calibrates:
+            self.calibration.check()
+        if self.retraining.steps:
+            self.training_data.check()
+        self.model.check(self.values["dtype"], self.cache)
+
+
+def resolve(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with every `auto` replaced by what it means on this machine.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    values = settings | {"device": find_device(settings["device"])}
+    solver = values["method"].get("solver", {})
+    if solver.get("products") == "auto":
+        solver["products"] = "bfloat16" if has_matrix_units(values["device"]) else "float32"
+    return {key: value for key, value in values.items() if key not in INGREDIENTS}
+
+
+def find_device(asked: str) -> str:
+    """The device that `device=` means here."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(asked).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device={asked} is not known; allowed: auto, cpu, cuda, cuda:<number>")
+    if kind == "cuda" and (torch.device(asked).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={asked} is not there: torch sees {torch.cuda.device_count()} GPUs; use device=cpu")
+    return asked
+
+
+def has_matrix_units(device: str) -> bool:
+    """Whether bfloat16 products are several times faster than fp32 ones here: AMX on a CPU, Ampere or later on CUDA."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()
+
+
+def prepare(settings: dict[str, Any]) -> PreparedRun:
+    """Build and check everything that can be checked without weights and text.
+
+    Raises:
+        UserError: what is wrong, what is allowed, what to do.
+    """
+    values = resolve(settings)
+    cache = Cache(Path(values["cache_dir"]))
+    method: Method = build("method", values["method"])
+    budget: Budget = build("budget", values["budget"])
+    tasks: list[Task] = [build(f"task {n}", task) for n, task in values["task"].items() if isinstance(task, dict)]
+    calibration: Data = build("calibration", values["statistics"]["data"])
+    model: ModelSource = build("model", values["model"])
+    inventory = model.inventory(cache)
+    chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
+    retraining: Retraining = build("retrain", values["retrain"])
+    budget.check_retraining(retraining.steps, retraining.train)
+    shares = without_linear_term(budget.allocate(chosen, values["ratio"]), chosen, retraining.linear_term)
+    plan = make_plan(chosen, values["ratio"], shares, method.kernel)
+    for task in tasks:
+        task.check(inventory)
+    check_retraining(retraining, inventory, plan, values)
+    if method.needs or budget.searches:
+        check_data("calibration", calibration, inventory)
+    if not (method.needs or budget.searches):
+        values = {key: value for key, value in values.items() if key != "statistics"}
+    if not retraining.steps:
+        values = {key: value for key, value in values.items() if key != "retrain"}
+    return PreparedRun(
+        settings=settings,
+        values=values,
+        model=model,
+        inventory=inventory,
+        method=method,
+        budget=budget,
+        plan=plan,
+        tasks=tasks,
+        calibration=calibration,
+        retraining=retraining,
+        training_data=retraining.data,
+        tracker=build("track", values["track"]),
+        cache=cache,
+    )
+
+
+def check_retraining(retraining: Retraining, inventory: Inventory, plan: list[PlanEntry], values: dict[str, Any]) -> None:
+    """Raise UserError if this model cannot be retrained so."""
+    if not retraining.steps:
+        return
+    check_data("retrain.data", retraining.data, inventory)
+    if inventory.reads == "text" and retraining.length > inventory.limit:
+        raise UserError(f"retrain.length={retraining.length} is longer than the {inventory.limit} tokens the model can read")
+    if retraining.processes > len(plan):
+        raise UserError(
+            f"retrain.processes={retraining.processes} have {len(plan)} matrices to share; allowed: 1 to {len(plan)}"
+        )
+    if values["dtype"] == "float16":
+        raise UserError("dtype=float16 cannot be retrained: small gradients vanish in it; use dtype=bfloat16 or float32")
+    device_map = values["model"].get("device_map")
+    if retraining.processes > 1 and device_map:
+        raise UserError(
+            f"model.device_map={device_map} spreads the model over the GPUs that "
+            f"retrain.processes={retraining.processes} would each have for themselves; use one of the two"
+        )
+
+
+def check_data(setting: str, data: Data, inventory: Inventory) -> None:
+    """Raise UserError if the samples of the data are not what the model reads."""
+    if data.kind != inventory.reads:
+        raise UserError(f"{setting}={data.name} holds {data.kind}, the model reads {inventory.reads}; choose another")
+
+
+def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int) -> dict[str, int]:
+    """What a linear term of this rank leaves of every matrix's share.
+
+    Raises:
+        UserError: it leaves some matrix nothing.
+    """
+    left = {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) for s in specs}
+    for s in specs:
+        if rank and left[s.name] <= 0:
+            most = (shares[s.name] - 1) // triplet_size(s.out_features, s.in_features, 1)
+            raise UserError(
+                f"retrain.linear_term={rank} takes all of the {shares[s.name]} parameters of {s.name} "
+                f"({s.out_features}x{s.in_features}); allowed here: below {max(most, 1)}, or a smaller ratio"
+            )
+    return left
+
+
+def build(group: str, node: dict[str, Any]) -> Any:
+    """The object that a group's `_target_` names."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{group} cannot be built: {error}") from error

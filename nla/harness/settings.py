@@ -1,0 +1,99 @@
+"""The plain values at the top of the configuration, checked before anything heavy is imported."""
+
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nla.machine.errors import UserError
+
+Group = dict[str, Any]
+Statistic = Literal["gram", "magnitude", "fisher"]
+DATA = {
+    "text": "data=sotu, wikitext2, ptb or c4",
+    "images": "data=digits, fashion_mnist or imagenet",
+    "questions": "data=everyday or commonsense",
+}
+
+
+class Select(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include: str
+    exclude: str | None
+
+
+class Statistics(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    data: Group
+    windows: Annotated[int, Field(ge=1)]
+    length: Annotated[int, Field(ge=2)]
+    fisher_windows: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    offload: bool
+    collect: list[Statistic]
+
+
+class Estimate(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    device: str
+    flops: Annotated[float, Field(gt=0)]
+    used: Annotated[float, Field(gt=0, le=1)]
+
+
+class Settings(BaseModel):
+    """conf/config.yaml without Hydra's own part."""
+
+    model_config = ConfigDict(extra="forbid")
+    ratio: Annotated[float, Field(gt=0, lt=1, description="the fraction of parameters that is removed")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    select: Select
+    statistics: Statistics
+    dry_run: bool
+    estimate: Estimate
+    outputs_dir: str
+    cache_dir: str
+    model: Group
+    method: Group
+    kernel: Group
+    solver: Group
+    budget: Group
+    schedule: Group
+    retrain: Group
+    task: Group
+    data: Group
+    calibration: Group
+    track: Group
+
+
+def check_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values.
+
+    Raises:
+        UserError: a value is missing or not allowed; it names the setting.
+    """
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return Settings.model_validate(values).model_dump()
+    except InterpolationKeyError as error:
+        for kind, choices in DATA.items():
+            if f"'data.{kind}'" in str(error):
+                raise UserError(
+                    f"task={cfg_task(cfg)} needs {kind}: {choices}; several tasks may take several, data=[sotu,everyday]"
+                ) from error
+        raise UserError(str(error).splitlines()[0]) from error
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        setting = ".".join(map(str, first["loc"]))
+        field = Settings.model_fields.get(setting)
+        meaning = f" ({field.description})" if field and field.description else ""
+        raise UserError(f"{setting}={first['input']} is not allowed{meaning}: {first['msg'].lower()}") from error
+
+
+def cfg_task(cfg: DictConfig) -> str:
+    """The names of the tasks that were asked for."""
+    return ",".join(str(name) for name, value in cfg.task.items_ex(resolve=False) if isinstance(value, DictConfig))

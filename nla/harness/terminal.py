@@ -1,0 +1,236 @@
+"""What a person reads in the terminal: the plan, the result, the sweep. Everything fits 80 columns."""
+
+import logging
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tabulate import tabulate
+
+from nla.budget.base import PlanEntry
+from nla.harness.estimate_fits import estimate
+from nla.harness.estimate_retraining import moved, retraining_cost
+from nla.harness.record import RetrainRecord, RunRecord, read_record
+from nla.harness.request import PreparedRun
+from nla.models.base import DTYPES
+
+log = logging.getLogger(__name__)
+
+
+def announce(prepared: PreparedRun) -> None:
+    """What is about to be removed, before the work begins."""
+    selected = sum(e.spec.n_params for e in prepared.plan)
+    fitted, kept = sum(e.realised for e in prepared.plan), kept_in_the_end(prepared)
+    total = prepared.inventory.parameters
+    log.info(
+        "removing %.1f %%, keeping %.1f %% of %s parameters in %d matrices;\nwhole model %s -> %s",
+        100 * (1 - kept / selected),
+        100 * kept / selected,
+        millions(selected),
+        len(prepared.plan),
+        millions(total),
+        millions(total - selected + kept),
+    )
+    if prepared.budget.tightens:
+        log.info(
+            "the fits keep %.1f %% (%s); retraining tightens them to that",
+            100 * fitted / selected,
+            millions(fitted),
+        )
+
+
+def kept_in_the_end(prepared: PreparedRun) -> int:
+    """Parameters of the selected matrices after the whole run."""
+    kept = sum(moved(entry, {"triplets"}, prepared.retraining.linear_term) for entry in prepared.plan)
+    most = int((1 - prepared.values["ratio"]) * sum(e.spec.n_params for e in prepared.plan))
+    return min(kept, most) if prepared.budget.tightens else kept
+
+
+def show_plan(prepared: PreparedRun) -> None:
+    """A dry run: matrices by kind, their sizes and costs, and how long they should take here."""
+    kinds: dict[tuple, list[PlanEntry]] = defaultdict(list)
+    for entry in prepared.plan:
+        kind = re.sub(r".*\.\d+\.", "", entry.spec.name)
+        kinds[kind, entry.spec.out_features, entry.spec.in_features, entry.h, entry.r].append(entry)
+    rows = [
+        [kind, len(group), f"{m}x{n}", h, r, millions(len(group) * m * n), millions(sum(e.realised for e in group))]
+        for (kind, m, n, h, r), group in kinds.items()
+    ]
+    announce(prepared)
+    log.info("\n%s", tabulate(rows, ["matrix", "count", "shape", "h", "r", "before", "after"], disable_numparse=True))
+    size = DTYPES[prepared.values["dtype"]].itemsize
+    cost = estimate(prepared)
+    step = cost.step / cost.step_rate
+    starts = cost.starts / cost.start_rate if cost.starts else 0.0
+    saved = sum(e.spec.n_params for e in prepared.plan) - kept_in_the_end(prepared)
+    before = prepared.inventory.parameters * size
+    rows = [
+        ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved * size) / 1e9:.2f} GB ({prepared.values['dtype']})"],
+        ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
+        ["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"],
+    ]
+    if cost.steps:
+        most = duration(starts + cost.steps * step)
+        rows += [
+            ["a step of all fits", f"{flop(cost.step)}, {duration(step)} at {flop(cost.step_rate)}/s measured"],
+            ["fits altogether", f"{duration(starts)}, or {most} if all {cost.steps} steps run"],
+        ]
+    if prepared.retraining.steps:
+        rows += cost_of_retraining(prepared)
+    log.info("\n%s\n\nNothing was fitted: dry_run=true.", tabulate(rows, tablefmt="plain"))
+
+
+def cost_of_retraining(prepared: PreparedRun) -> list[list[str]]:
+    """Operations, bytes and hours of the retraining, on the device of `estimate`."""
+    cost, device = retraining_cost(prepared), prepared.values["estimate"]
+    seconds = cost.flops / (device["flops"] * device["used"])
+    processes = prepared.retraining.processes
+    devices = f"{processes} x {device['device']}" if processes > 1 else device["device"]
+    what = f"{cost.tokens:,} tokens" if cost.tokens else f"{cost.samples:,} images"
+    parts = {
+        "weights": cost.weights_bytes,
+        "gradient": cost.gradient_bytes,
+        "AdamW": cost.optimiser_bytes,
+        "importance": cost.importance_bytes,
+    }
+    return [
+        ["retraining", f"{prepared.retraining.steps:,} steps, {what}, {flop(cost.flops)}"],
+        ["... takes", f"{duration(seconds / processes)} at {100 * device['used']:.0f} % of {devices}"],
+        ["... holds", f"{sum(parts.values()) / 1e9:.2f} GB and activations{' in each' if processes > 1 else ''}:"],
+        ["", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)],
+    ]
+
+
+def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
+    """The figures of a finished run and where they are."""
+    rows = [
+        [stage, data, *headline(figures), measured_on(figures)]
+        for stage, tasks in record.metrics.items()
+        for sets in tasks.values()
+        for data, figures in sets.items()
+    ]
+    log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
+    p = record.parameters
+    assert p is not None
+    log.info(
+        "\nremoved %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)",
+        f"{100 * p.ratio:.1f} %",
+        millions(p.selected_before),
+        millions(p.selected_after),
+        f"{100 * p.model_ratio:.1f} %",
+        millions(p.model_before),
+        millions(p.model_after),
+    )
+    log.info(
+        "mean relative error %.4f; SVD with as many parameters %.4f; floor %.4f",
+        *(mean(record, key) for key in ("relative_error", "svd_error", "floor")),
+    )
+    if record.fits[0].weighted_error is not None:
+        log.info(
+            "weighted by the inputs: %.4f; SVD-LLM with as many parameters %.4f; floor %.4f",
+            *(mean(record, key) for key in ("weighted_error", "svd_llm_error", "weighted_floor")),
+        )
+    if record.retraining:
+        log.info("%s", told_of_retraining(record.retraining))
+    seconds, flops = sum(f.seconds for f in record.fits), sum(f.flops for f in record.fits)
+    log.info(
+        "fits: %d matrices, %s in %.0f s of one worker (%s/s)",
+        len(record.fits),
+        flop(flops),
+        seconds,
+        flop(flops / seconds),
+    )
+    log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
+
+
+def told_of_retraining(r: RetrainRecord) -> str:
+    """What retraining took, and what it left of the matrices."""
+    left = [1 - matrix.ratio for matrix in r.matrices]
+    what = f"{r.tokens:,} tokens" if r.tokens else f"{r.samples:,} samples"
+    moments = (r.optimiser_bytes + r.importance_bytes) / r.dense_optimiser_bytes
+    return (
+        f"retraining: {r.steps:,} steps, {what} in {r.seconds:,.0f} s; optimiser and importance\n"
+        f"        {moments:.2f} of what AdamW keeps of the dense model;\n"
+        f"        matrices keep {100 * min(left):.1f} to {100 * max(left):.1f} % (median {100 * median(left):.1f} %)"
+    )
+
+
+def show_sweep(outcomes: list[dict[str, Any]]) -> None:
+    """One line per job, labelled by the settings in which jobs differ; failures again below, with their reasons."""
+    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes))
+    rows, failures = [], []
+    for outcome in outcomes:
+        label = " ".join(o for o in outcome["overrides"] if o not in shared)
+        if "error" in outcome:
+            failures.append(f"failed: {label}: {outcome['error']}")
+            rows.append([label, "failed", "", "", "", "", ""])
+        elif outcome["record"]:
+            record = read_record(Path(outcome["record"]))
+            stages = [stage_headline(record, stage) for stage in ("dense", "compressed", "retrained")]
+            errors = [f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error")]
+            weighted = record.fits[0].weighted_error is not None
+            rows.append([label, *stages, *errors, f"{mean(record, 'weighted_error'):.4f}" if weighted else ""])
+    if rows:
+        headers = ["sweep", "dense", "compressed", "retrained", "error", "SVD's", "weighted"]
+        filled = [i for i in range(len(headers)) if any(row[i] for row in rows)]
+        table = [[row[i] for i in filled] for row in rows]
+        log.info("\n%s", tabulate(table, [headers[i] for i in filled], disable_numparse=True))
+    for failure in failures:
+        log.error("%s", failure)
+
+
+def mean(record: RunRecord, figure: str) -> float:
+    """Mean of a figure over the fitted matrices."""
+    return sum(getattr(fit, figure) for fit in record.fits) / len(record.fits)
+
+
+def headline(figures: dict[str, float]) -> tuple[str, str]:
+    """The name of a task's first metric, and its figure with the standard error if there is one."""
+    name, value = next(iter(figures.items()))
+    error = figures.get(f"{name}_stderr")
+    return name, number(value, name) + (f" +- {error:.3f}" if error is not None else "")
+
+
+def measured_on(figures: dict[str, float]) -> str:
+    """`8 of 39 windows`"""
+    for unit in ("windows", "images", "questions"):
+        if unit in figures:
+            available = figures.get(f"{unit}_available")
+            return f"{figures[unit]:.0f} {f'of {available:.0f} ' if available else ''}{unit}"
+    return ""
+
+
+def stage_headline(record: RunRecord, stage: str) -> str:
+    """The figure of the stage's first task, of its last data: where there are several, their average."""
+    tasks = list(record.metrics.get(stage, {}).values())
+    if not tasks:
+        return ""
+    return headline(list(tasks[0].values())[-1])[1]
+
+
+def number(value: float, metric: str) -> str:
+    if not math.isfinite(value):
+        return "infinite"
+    if metric != "perplexity":
+        return f"{value:.4f}"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def flop(count: float) -> str:
+    size = next((size for size in (15, 12, 9, 6) if count >= 10**size), 0)
+    return f"{count / 10**size:.1f} {dict(zip((15, 12, 9, 6, 0), ('P', 'T', 'G', 'M', ''), strict=True))[size]}FLOP"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 0.01:
+        return "less than 0.01 s"
+    if seconds < 90:
+        return f"about {seconds:.0f} s" if seconds >= 9.5 else f"about {seconds:.1g} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,180 @@
+"""Experiment tracking. The jsonl and the record are always written; a tracker shows the same figures elsewhere."""
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from nla.budget.importance import IMPORTANCE_QUANTILES
+from nla.harness.record import RunRecord
+from nla.machine.errors import require_choice
+from nla.methods.base import Fit
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Receives figures as they come into being.
+
+    `outputs` is where a tracker may keep files of its own; `folder` is the run's, with its figure.
+    """
+
+    def begin(self, record: RunRecord, outputs: Path) -> None: ...
+
+    def fit(self, name: str, fit: Fit) -> None: ...
+
+    def metrics(self, stage: str, figures: dict[str, float]) -> None: ...
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def finish(self, record: RunRecord, folder: Path) -> None: ...
+
+
+class NoTracker:
+    """`track=none`."""
+
+    def begin(self, record: RunRecord, outputs: Path) -> None:
+        pass
+
+    def fit(self, name: str, fit: Fit) -> None:
+        pass
+
+    def metrics(self, stage: str, figures: dict[str, float]) -> None:
+        pass
+
+    def step(self, row: dict[str, Any]) -> None:
+        pass
+
+    def finish(self, record: RunRecord, folder: Path) -> None:
+        pass
+
+
+class WandbTracker:
+    """Weights & Biases: online with an account (WANDB_API_KEY or `wandb login`), else offline; never asks, never stops a run.
+
+    Args:
+        project: W&B project.
+        mode: `online`, `offline`, or `auto`: what WANDB_MODE says, else online if there is an account.
+    """
+
+    def __init__(self, project: str, mode: str) -> None:
+        require_choice("track.mode", mode, ["auto", "online", "offline"])
+        self.project, self.mode = project, mode
+        self.run: Any = None
+
+    def begin(self, record: RunRecord, outputs: Path) -> None:
+        self._safely(self._begin, record, outputs)
+
+    def fit(self, name: str, fit: Fit) -> None:
+        self._safely(self._fit, name, fit)
+
+    def metrics(self, stage: str, figures: dict[str, float]) -> None:
+        self._safely(self._metrics, stage, figures)
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._safely(self._step, row)
+
+    def finish(self, record: RunRecord, folder: Path) -> None:
+        self._safely(self._finish, record, folder)
+
+    def _safely(self, action: Any, *arguments: Any) -> None:
+        """W&B is a guest: whatever it raises ends the tracking, not the run."""
+        if action != self._begin and self.run is None:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:
+            log.warning("Weights & Biases failed (%s); the run goes on, its figures are in the record", error)
+            if self.run is not None:
+                with suppress(Exception):
+                    self.run.finish(exit_code=1)
+            self.run = None
+
+    def _begin(self, record: RunRecord, outputs: Path) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        modes = [self._mode()]
+        if modes == ["online"]:
+            modes.append("offline")
+        for mode in modes:
+            try:
+                self.run = wandb.init(
+                    project=self.project,
+                    name=record.signature,
+                    group=record.signature,  # a run that was killed and went on is two in W&B
+                    reinit="create_new",
+                    dir=outputs,
+                    mode=mode,
+                    config=record.config,
+                    settings=wandb.Settings(init_timeout=30, finish_timeout=120, console="off", x_disable_stats=True),
+                )
+                break
+            except Exception as error:
+                if mode == modes[-1]:
+                    raise
+                log.warning("Weights & Biases is not to be reached (%s); tracking offline", error)
+        log.info("Weights & Biases: %s", self.run.url or self.run.dir.removesuffix("/files"))
+        self.run.define_metric("fit/step")
+        self.run.define_metric("loss/*", step_metric="fit/step")
+        self.run.define_metric("retrain/step")
+        self.run.define_metric("retrain/*", step_metric="retrain/step")
+        rows: list[Any] = [[p.name, p.n_params, p.h, p.r] for p in record.plan]
+        self.run.log({"plan": wandb.Table(columns=["matrix", "n_params", "h", "r"], data=rows)})
+
+    def _mode(self) -> Any:
+        asked = (os.environ.get("WANDB_MODE") if self.mode == "auto" else self.mode) or "online"
+        if asked == "online" and not has_account():
+            return "offline"
+        return asked
+
+    def _fit(self, name: str, fit: Fit) -> None:
+        for step, loss in fit.losses:
+            self.run.log({"fit/step": step, f"loss/{name}": loss})
+        figures = {
+            "relative_error": fit.relative_error,
+            "svd_error": fit.svd_error,
+            "floor": fit.floor,
+            "weighted_error": fit.weighted_error,
+            "svd_llm_error": fit.svd_llm_error,
+            "weighted_floor": fit.weighted_floor,
+            "seconds": fit.seconds,
+            "peak_bytes": fit.peak_bytes,
+            "n_params": fit.n_params,
+        }
+        self.run.log({f"fit/{name}/{key}": value for key, value in figures.items() if value is not None})
+
+    def _metrics(self, stage: str, figures: dict[str, float]) -> None:
+        self.run.log({f"{stage}/{key}": value for key, value in figures.items()})
+
+    def _step(self, row: dict[str, Any]) -> None:
+        figures = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        figures |= {f"importance/{q:.0%}": x for q, x in zip(IMPORTANCE_QUANTILES, row.get("importance", []), strict=False)}
+        figures |= {f"kept/{name}": kept for name, kept in row.get("matrices", {}).items()}
+        self.run.log({f"retrain/{name}": value for name, value in figures.items()})
+
+    def _finish(self, record: RunRecord, folder: Path) -> None:
+        import wandb
+
+        if record.status == "done":
+            self.run.log({figure.stem: wandb.Image(figure) for figure in sorted(folder.glob("*.png"))})
+        if record.parameters is not None:
+            self.run.summary.update({f"parameters/{k}": v for k, v in record.parameters.model_dump().items()})
+        self.run.summary.update({f"peak_bytes/{stage}": value for stage, value in record.peak_bytes.items()})
+        self.run.finish(exit_code=0 if record.status == "done" else 1)
+
+
+def has_account() -> bool:
+    """Whether W&B would log in without asking: by its own settings, the environment, or what `wandb login` wrote."""
+    import wandb
+
+    try:
+        from wandb.sdk.lib.wbauth import authenticate_session
+    except ImportError:  # not part of W&B's interface
+        return bool(os.environ.get("WANDB_API_KEY"))
+    host = wandb.setup().settings.base_url
+    try:
+        return authenticate_session(host=host, source="nla", prompt=False, update_session=False) is not None
+    except (wandb.Error, OSError, ValueError):
+        return False

@@ -1,0 +1,182 @@
+"""The optimum of the piecewise kernel in closed form, up to a small nonlinear system.
+
+What the kernel can reach. Its matrix is s_out 1^T + 1 s_in^T + M with rank M <= R = h*r. If s_out and s_in could be chosen
+freely, the best M would be the rank-R SVD of the doubly centred weight (rows and columns of mean zero) and the error that
+SVD's tail, by Eckart-Young: no piecewise fit is below that. In a weighted norm ||. S|| the same holds of W S, centred against
+1 from the left and against S^T 1 from the right.
+
+Why it is reached. M = -2 a b^T leaves R x R freedom: A = a G and B = b G^-T D give the same M for every invertible G, with
+D = diag(signs of mu), and moving all rows of b by -e/2 adds only a row and a column term. With P = G D G^T the self-terms are
+
+    s_out[i] = a_i^T P a_i + a_i . e        s_in[j] = (b_j - e/2)^T P^-1 (b_j - e/2)
+
+that is R (R + 1) / 2 + R unknowns for out + in equations: s_out must be the row means and s_in the column means of the weight.
+Levenberg-Marquardt in the dual form solves them with one Cholesky factorisation of size out + in per step. Where the unknowns
+are too few (R below about sqrt(2 (out + in))) the least-squares solution is returned, and gradient descent goes on from it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nla.matrix.objective import Objective
+from nla.matrix.spectrum import balanced_factors
+from nla.matrix.triplets import Triplets, alternating_signs
+
+SOLVED = 1e-11  # relative squared error of the self-terms that counts as none
+MAX_STEPS = 40
+AT_OPTIMUM = 1e-4  # relative excess over the optimum that needs no second try
+RIDGE = 1e-3  # relative to the mean of the diagonal
+
+
+def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, float]:
+    """Piecewise triplets for a weight (out, in), and the smallest relative squared error that any could have."""
+    w = objective.weight.double()
+    m, n = w.shape
+    S = torch.eye(n, dtype=w.dtype, device=w.device) if objective.wide_root is None else objective.wide_root
+    G = S @ S.T
+    G.diagonal().add_(RIDGE)  # behind a LayerNorm inputs add up to zero: a term s_out 1^T is then hardly seen, or not at all
+    reach = G.sum()
+    mean_in = G.sum(1) / reach  # (in,): adds up to 1; a column term 1 x^T is centred by it, as by 1 / in in the plain norm
+    column = w.mean(0)
+    above = w - column
+    row = above @ mean_in
+    centred = above - row[:, None]  # the rest is orthogonal to every s_out 1^T and 1 s_in^T, in the objective's norm
+    inner = Objective(centred, objective.factor).spectrum
+    optimum = inner.energy * inner.tail(h * r) / objective.spectrum.energy
+
+    left, right = balanced_factors(inner, h * r)
+    ratio = (m / n) ** 0.25
+    a, b = left * (ratio / 2**0.5), right * (-1 / ratio / 2**0.5)  # -2 a b^T is the truncated SVD
+    signs = alternating_signs(h, w).repeat_interleave(r)
+    best, least = None, math.inf
+    for inputs in (torch.ones_like(column), G.diagonal()):
+        # An exact solution is one in any norm. The plain one is solved best where S is nearly singular, for S would hide
+        # equations from the solver; the objective's own is second, where the first is not solved.
+        weights = torch.cat(((inputs.sum()).sqrt().expand(m), (m * inputs).sqrt()))
+        equations = SelfTerms(a, b, row, column, weights)
+        gauge = solve(equations, equations.begin(signs), float((w.square() @ inputs).sum()))
+        excess = equations.excess(gauge, S) / objective.energy
+        if excess < least:
+            best, least = gauge, excess
+        if least <= AT_OPTIMUM * optimum or objective.factor is None:
+            break
+    assert best is not None
+    return best.triplets(a, b, h, r).map(lambda p: p.to(objective.weight.dtype)), optimum
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """The freedom that leaves M alone: P (R, R) symmetric, e (R,), and a constant c moved from s_in to s_out."""
+
+    P: Tensor
+    e: Tensor
+    c: float
+
+    def triplets(self, a: Tensor, b: Tensor, h: int, r: int) -> Triplets:
+        """A = a G and B = (b - e/2) G^-T D with G D G^T = P, the columns of each sign side by side."""
+        values, vectors = torch.linalg.eigh(self.P)
+        scale, signs = values.abs().sqrt(), values.sign()
+        A = (a @ vectors) * scale
+        B = ((b - self.e / 2) @ vectors) * (signs / scale)
+        return Triplets(A.unflatten(1, (h, r)), B.unflatten(1, (h, r)), signs.unflatten(0, (h, r))[:, 0])
+
+
+@dataclass(frozen=True)
+class SelfTerms:
+    """The equations: residuals of the self-terms, weighted so that their squares add up to a squared error of the matrix."""
+
+    a: Tensor  # (out, R)
+    b: Tensor  # (in, R)
+    row: Tensor  # (out,) what s_out must be, up to c
+    column: Tensor  # (in,) what s_in must be, up to -c
+    weights: Tensor  # (out + in,): an error in s_out stands in every column of the matrix, one in s_in in every row
+
+    def begin(self, signs: Tensor) -> Gauge:
+        """P = diag(signs * p), with p such that a column adds as much to the self-terms of rows as to those of columns.
+
+        In a weighted norm b carries S^-1 and is smaller than a by orders of magnitude: with p = 1 the first residual is
+        thousands of times the matrix, and is not solved.
+        """
+        m = len(self.row)
+        on_rows = torch.linalg.vector_norm(self.weights[:m, None] * self.a.square(), dim=0)
+        on_columns = torch.linalg.vector_norm(self.weights[m:, None] * self.b.square(), dim=0)
+        p = torch.where((on_rows > 0) & (on_columns > 0), (on_columns / on_rows).sqrt(), 1.0)
+        return Gauge(torch.diag(signs * p), torch.zeros_like(signs), 0.0)
+
+    def residual(self, gauge: Gauge) -> tuple[Tensor, Tensor]:
+        """The weighted residuals (out + in,), and H = (b - e/2) P^-1 (in, R)."""
+        moved = self.b - gauge.e / 2
+        H = torch.linalg.solve(gauge.P, moved.T).T
+        s_out = ((self.a @ gauge.P) * self.a).sum(1) + self.a @ gauge.e
+        s_in = (H * moved).sum(1)
+        return self.weights * torch.cat((s_out - self.row - gauge.c, s_in - self.column + gauge.c)), H
+
+    def excess(self, gauge: Gauge, S: Tensor) -> float:
+        """||D S||^2 of what the self-terms add to the error: D[i, j] is off by s_out[i] and by s_in[j]."""
+        residual, _ = self.residual(gauge)
+        off = residual / self.weights
+        return float(((off[: len(self.row), None] + off[None, len(self.row) :]) @ S).square().sum())
+
+    def normal_matrix(self, H: Tensor) -> Tensor:
+        """J J^T (out + in, out + in) in fp32, enough for a step direction; the residual stays in fp64.
+
+        A row's residual changes by its feature (f f^T, f, -1) with f = a_i, a column's by minus its feature with f = H_j, and
+        two features have the inner product (f . f')^2 + f . f' + 1.
+        """
+        m = len(self.row)
+        f = torch.cat((self.a, H)).float()
+        inner = f @ f.T
+        K = inner.square().add_(inner).add_(1)
+        weights = self.weights.float()
+        weights[m:] *= -1
+        return K.mul_(weights[:, None]).mul_(weights)
+
+    def change(self, y: Tensor, H: Tensor) -> Gauge:
+        """J^T y: how P, e and c move for multipliers y (out + in,)."""
+        m = len(self.row)
+        y = self.weights * y
+        on_rows, on_columns = y[:m], y[m:]
+        P = self.a.T @ (on_rows[:, None] * self.a) - H.T @ (on_columns[:, None] * H)
+        e = self.a.T @ on_rows - H.T @ on_columns
+        return Gauge(P, e, float(on_columns.sum() - on_rows.sum()))
+
+
+def solve(equations: SelfTerms, gauge: Gauge, energy: float) -> Gauge:
+    """Levenberg-Marquardt: the damping falls after a step that helps and rises after one that does not."""
+    residual, H = equations.residual(gauge)
+    negative = int((torch.linalg.eigvalsh(gauge.P) < 0).sum())
+    error, damping = residual.square().sum(), 1e-5
+    K = equations.normal_matrix(H)
+    for _ in range(MAX_STEPS):
+        if error <= SOLVED * energy or damping > 1e3:
+            break
+        shifted = K.clone()
+        shifted.diagonal().add_(damping * float(K.diagonal().mean()))
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            y = torch.cholesky_solve(-residual.float()[:, None], factor)[:, 0].double()
+            step = equations.change(y, H)
+            trial = Gauge(gauge.P + step.P, gauge.e + step.e, gauge.c + step.c)
+            # the number of negative mu is fixed: P must not turn singular on the way
+            if int((torch.linalg.eigvalsh(trial.P) < 0).sum()) == negative:
+                trial_residual, trial_H = equations.residual(trial)
+                trial_error = trial_residual.square().sum()
+                if trial_error < error:
+                    stalled = trial_error > 0.99 * error
+                    gauge, residual, H, error = trial, trial_residual, trial_H, trial_error
+                    if stalled:
+                        break
+                    damping = max(damping / 10, 1e-6)
+                    K = equations.normal_matrix(H)
+                    continue
+        damping *= 10
+    return gauge
+
+
+def fit_self_terms_flops(out_features: int, in_features: int, rank: int) -> int:
+    """Operations of fit_self_terms() beside its SVD, with the usual eight steps."""
+    size = out_features + in_features
+    return 8 * (size**3 // 3 + 2 * size * size * rank + 4 * size * rank * rank + 9 * rank**3)

@@ -1,0 +1,1 @@
+"""Disk, threads, memory and the code itself."""

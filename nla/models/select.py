@@ -1,0 +1,66 @@
+"""Which linear layers are compressed: by their qualified names, so that no model family is a special case."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from nla.machine.errors import UserError
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer: its qualified name and the shape of its weight."""
+
+    name: str
+    out_features: int
+    in_features: int
+    tied: bool = False  # the weight is another module's too
+
+    @property
+    def n_params(self) -> int:
+        return self.out_features * self.in_features
+
+
+def linear_specs(model: nn.Module) -> list[LinearSpec]:
+    """Every nn.Linear of the model, in its own order; the model may be on the meta device."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [
+        LinearSpec(name, module.out_features, module.in_features, owners[id(module.weight)] > 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def select_linears(specs: list[LinearSpec], include: str, exclude: str | None) -> list[LinearSpec]:
+    """The layers in whose names `include` is found and `exclude` is not (regular expressions).
+
+    Raises:
+        UserError: an invalid expression, or nothing is selected; it says whether nothing matched or all was
+            excluded; or a selected layer shares its weight.
+    """
+    wanted = [s for s in specs if pattern("select.include", include).search(s.name)]
+    if not wanted:
+        names = ", ".join(s.name for s in specs[:3])
+        raise UserError(
+            f"select.include={include} is found in none of the {len(specs)} linear layers; their names are like {names}"
+        )
+    kept = [s for s in wanted if exclude is None or not pattern("select.exclude", exclude).search(s.name)]
+    if not kept:
+        raise UserError(f"select.exclude={exclude} excludes all {len(wanted)} layers that select.include={include} finds")
+    tied = [s.name for s in kept if s.tied]
+    if tied:
+        raise UserError(
+            f"{tied[0]} shares its weight with another layer, so compressing it would only add parameters; "
+            f"use select.exclude='{re.escape(tied[0])}'"
+        )
+    return kept
+
+
+def pattern(setting: str, expression: str) -> re.Pattern:
+    """The compiled expression, or a UserError that names the setting."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise UserError(f"{setting}={expression} is not a regular expression: {error}") from error

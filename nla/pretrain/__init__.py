@@ -1,0 +1,1 @@
+"""Small models that the harness trains itself, once."""

@@ -1,0 +1,117 @@
+"""A small classifier that the harness trains itself, once: real accuracy to lose, without a hub."""
+
+import logging
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import require_integer
+from nla.machine.provenance import code_digest, computing_packages
+from nla.machine.sealed_folder import sealed_folder
+from nla.models.base import Sample, VisionModel
+from nla.models.vision import ImageClassifier, classifier, from_architecture, load_weights
+from nla.training.loop import Recipe, train
+from nla.training.parameters import whole_model
+from tasks.data.images import Images, Items
+
+log = logging.getLogger(__name__)
+
+MICRO_BATCH = 32  # images of one worker: fixed, for the sum of gradients must not depend on the number of workers
+
+
+class MicroModel(ImageClassifier):
+    """Any timm architecture, trained on `training` and kept in the cache.
+
+    Args:
+        training: the images to train on, never those of a test.
+        weights_seed: of the weights at the start, and of the batches.
+        batch: images of a step, drawn with replacement; micro-batches of 32 count the same, so best a multiple of 32.
+        shift: each is moved by up to so many pixels of the model's input, in both directions.
+        recipe: steps, lr, warmup, weight_decay, clip as in nla.training.Recipe.
+        architecture: timm's name under `model`, and arguments of timm.create_model.
+        name, dtype: for the reader and the run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        training: Images,
+        weights_seed: int,
+        batch: int,
+        shift: int,
+        recipe: dict[str, Any],
+        dtype: str,
+        architecture: dict[str, Any],
+    ) -> None:
+        require_integer("model.batch", batch, 1)
+        require_integer("model.shift", shift, 0)
+        self.name, self.training, self.weights_seed, self.batch, self.shift = name, training, weights_seed, batch, shift
+        self.recipe, self.architecture = Recipe(**recipe), dict(architecture)
+
+    def configuration(self, cache: Cache) -> dict[str, Any]:
+        return self.architecture
+
+    def identity(self, cache: Cache) -> str:
+        return self.training.identity(cache)
+
+    def check(self, dtype: str, cache: Cache) -> None:
+        self.training.check()
+
+    def load(self, device: str, dtype: str, cache: Cache) -> VisionModel:
+        module = from_architecture(self.architecture)
+        load_weights(module, self.folder(cache) / "model.safetensors")
+        return classifier(module, device, dtype)
+
+    def folder(self, cache: Cache) -> Path:
+        """The trained weights in fp32, made on first use, on the CPU."""
+        made_from = {
+            "architecture": self.architecture,
+            "recipe": [vars(self.recipe), self.batch, self.shift, MICRO_BATCH],
+            "data": [self.training.name, self.training.split, self.training.identity(cache)],
+            "seed": self.weights_seed,
+            "code": code_digest(__name__, type(self.training).__module__),
+            "packages": computing_packages() | {package: version(package) for package in ("timm", "torchvision", "pillow")},
+        }
+        key = digest(made_from)
+
+        def make(folder: Path, scratch: Path) -> None:
+            from safetensors.torch import save_file
+
+            items = self.training.items()
+            log.info(
+                "training %s on %d images of %s, once (%d steps)", self.name, len(items), self.training.name, self.recipe.steps
+            )
+            model = classifier(from_architecture(self.architecture, self.weights_seed), "cpu", "float32")
+            batches = self.batches(items, model)
+            train(whole_model(model.module), model.loss, batches, self.recipe, cache, key, f"training {self.name}")
+            save_file({name: p.contiguous() for name, p in model.module.state_dict().items()}, folder / "model.safetensors")
+
+        return sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)
+
+    def batches(self, items: Items, model: VisionModel) -> Callable[[int], list[Sample]]:
+        """step -> its micro-batches, a function of the seed and the step alone."""
+
+        def batch(step: int) -> list[Sample]:
+            generator = torch.Generator().manual_seed(int(digest([self.weights_seed, step])[:15], 16))
+            chosen = torch.randint(len(items), (self.batch,), generator=generator).tolist()
+            shifts = torch.randint(2 * self.shift + 1, (self.batch, 2), generator=generator).tolist()
+            drawn = [items[i] for i in chosen]
+            images = [shifted(model.transform(image), self.shift, by) for (image, _), by in zip(drawn, shifts, strict=True)]
+            labels = torch.tensor([label for _, label in drawn])
+            parts = zip(torch.stack(images).split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True)
+            return [Sample(*part) for part in parts]
+
+        return batch
+
+
+def shifted(image: Tensor, most: int, by: list[int]) -> Tensor:
+    """The image (channels, height, width) moved by `most - by` pixels down and right; its border is repeated."""
+    down, right = by
+    larger = pad(image, (most, most, most, most), mode="replicate")
+    return larger[:, down : down + image.shape[1], right : right + image.shape[2]]

@@ -1,0 +1,220 @@
+"""Train a compressed model, stage after stage, and keep the result."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nla.budget.adaptive import Adaptive, Tightening
+from nla.compressed.terms import terms_of
+from nla.machine.cache import Cache, digest
+from nla.matrix.triplets import Triplets
+from nla.models.base import Model, Sample
+from nla.retrain.dropping import drop_from_training
+from nla.retrain.history import History, Row, mean_loss
+from nla.retrain.losses import Distillation
+from nla.retrain.settings import Retraining
+from nla.retrain.surface import surface_of
+from nla.retrain.trainable import chosen_parts
+from nla.statistics.blocks import chain
+from nla.training.checkpoints import Progress
+from nla.training.loop import Recipe, train
+from nla.training.parameters import TrainedParameter, owned_by_module
+from nla.training.processes import OneProcess
+from tasks.data.base import Data
+
+
+def checkpoint_keys(key: str, stages: int) -> list[str]:
+    """Cache keys of the checkpoints: one for each stage, and one for the steps after masked triplets are dropped."""
+    return [digest([key, stage]) for stage in range(stages + 1)]
+
+
+def retrain(
+    model: Model,
+    layers: Sequence[str],
+    settings: Retraining,
+    load_dense: Callable[[], Model],
+    watch: Callable[[], Row] | None,
+    budget: Adaptive | None,
+    final: int,
+    seed: int,
+    cache: Cache,
+    key: str,
+    show: Callable[[Row], None],
+    processes: OneProcess,
+) -> None:
+    """Train what `settings.train` names of a prepared model, stage after stage. The result is in the cache under `key`.
+
+    Args:
+        layers: qualified names of the compressed layers.
+        load_dense: loads the dense model, for losses that compare with it.
+        watch: measures samples that are not trained on (see `watched_loss`).
+        budget: tightens while it trains; None: all triplets are kept.
+        final: parameters that the budget ends with.
+        show: is given each row of the history.
+
+    Raises:
+        NonFiniteError: names the step, the batch and the last good checkpoint.
+    """
+    recomputed = recomputed_blocks(model, layers) if settings.recompute else nullcontext()
+    with loss_function(model, layers, settings, load_dense) as loss, recomputed:
+        batch = batches(model, settings, seed)
+        keys = checkpoint_keys(key, len(settings.train))
+        watch = watch if processes.rank == 0 else None
+        training = StagedTraining(model, settings, loss, batch, watch, budget, final, cache, keys, show, processes)
+        for number, parts in enumerate(settings.train):
+            training.stage(number, parts)
+    if processes.rank == 0:
+        notes = {name: getattr(training, name) for name in ("trained", "scored", "rows", "peak_bytes")}
+        cache.store_tensors("retrained", key, training.tensors, notes)
+    processes.wait()
+
+
+class StagedTraining:
+    """What the stages of a retraining share, and what they leave behind.
+
+    Attributes:
+        rows: the history (see `nla.retrain.history`).
+        tensors: what was trained, by the names of the parameters.
+        trained: the most parameters that were trained at once.
+        scored: parameters whose importance was followed.
+        peak_bytes: of the gradient of one micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: Retraining,
+        loss: Callable[[Sample], Tensor],
+        batch: Callable[[int], list[Sample]],
+        watch: Callable[[], Row] | None,
+        budget: Adaptive | None,
+        final: int,
+        cache: Cache,
+        keys: list[str],
+        show: Callable[[Row], None],
+        processes: OneProcess,
+    ) -> None:
+        self.model, self.settings, self.loss, self.batch, self.watch = model, settings, loss, batch, watch
+        self.budget, self.final, self.cache, self.keys = budget, final, cache, keys
+        self.show, self.processes = show, processes
+        self.terms = terms_of(model.module)
+        self.rows: list[Row] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.trained = self.scored = self.peak_bytes = 0
+
+    def stage(self, number: int, parts: list[str]) -> None:
+        """Train these parts. Where the budget tightens, masked triplets are dropped when the cool-down begins."""
+        trained = chosen_parts(self.model.module, parts)
+        owned_by_module(trained, self.processes)
+        self.trained = max(self.trained, sum(t.parameter.numel() for t in trained))
+        masks = self.tightening(trained)
+        recipe = replace(self.settings.recipe, begin=number * self.settings.recipe.steps)
+        label = f"retrain {'+'.join(parts)}"
+        if masks is None:
+            progress = self.train_until(trained, recipe, label, self.keys[number])
+        else:
+            self.scored = sum(t.parameter.numel() for t in trained if t.name.rpartition(".")[0] in self.terms)
+            progress = self.train_until(trained, recipe, label, self.keys[number], masks)
+            if progress.done < recipe.end:
+                trained = drop_from_training(self.terms, masks.masks, trained, progress)
+                budget, masks = masks.final, None  # frees the importance and the numbers before they were dropped
+                progress = self.train_until(trained, recipe, label, self.keys[-1], None, progress, budget)
+        self.peak_bytes = max(self.peak_bytes, progress.peak_bytes)
+        self.tensors |= {t.name: t.parameter.detach() for t in trained}
+
+    def train_until(
+        self,
+        trained: list[TrainedParameter],
+        recipe: Recipe,
+        label: str,
+        key: str,
+        masks: Tightening | None = None,
+        progress: Progress | None = None,
+        budget: int | None = None,
+    ) -> Progress:
+        """Train to the end of the recipe, or, where there are masks, until they are final."""
+
+        def shown(row: Row) -> None:
+            self.rows.append(row)
+            self.show(row)
+
+        own = {t.name: t for t in trained if t.owner == self.processes.rank}
+        surface, kept = surface_of(self.terms, own), sum(term.triplets.count() for term in self.terms.values())
+        history = History(surface, list(self.terms), masks, budget or kept, kept, self.watch, recipe, shown)
+        until = masks.cool_down if masks else None
+        return train(trained, self.loss, self.batch, recipe, self.cache, key, label, history, self.processes, progress, until)
+
+    def tightening(self, trained: list[TrainedParameter]) -> Tightening | None:
+        """The masks of the model's terms, where the budget tightens."""
+        if self.budget is None:
+            return None
+        by_name = {t.name: t for t in trained}
+        owners = [by_name[f"{name}.mu"].owner for name in self.terms]
+        moved = [
+            Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu")))
+            if owner == self.processes.rank
+            else term.triplets
+            for (name, term), owner in zip(self.terms.items(), owners, strict=True)
+        ]
+        return self.budget.tightening(moved, self.final, self.settings.steps, self.processes, owners)
+
+
+@contextmanager
+def loss_function(
+    model: Model, layers: Sequence[str], settings: Retraining, load_dense: Callable[[], Model]
+) -> Iterator[Callable[[Sample], Tensor]]:
+    """The model's own loss, or `Distillation` with the dense model beside it."""
+    if not settings.distils:
+        yield model.loss
+        return
+    dense = load_dense()
+    dense.module.requires_grad_(False)
+    with closing(Distillation(model, dense, list(layers), settings)) as loss:
+        yield loss
+
+
+def batches(model: Model, settings: Retraining, seed: int) -> Callable[[int], list[Sample]]:
+    """step -> the micro-batches of that step. They depend on the seed and the step alone."""
+
+    def batch(step: int) -> list[Sample]:
+        step_seed = int(digest([seed, step])[:15], 16)
+        samples = settings.data.samples(model, settings.batch, settings.length, step_seed)
+        parts = [samples[i : i + settings.micro] for i in range(0, settings.batch, settings.micro)]
+        return [Sample(torch.cat([s.inputs for s in part]), torch.cat([s.targets for s in part])) for part in parts]
+
+    return batch
+
+
+def watched_loss(model: Model, data: Data, count: int, length: int, seed: int) -> Callable[[], Row]:
+    """A function that measures the model's loss on `count` samples of the data; of text its perplexity too."""
+    samples = data.samples(model, count, length, seed)
+
+    def measure() -> Row:
+        loss = mean_loss(model, samples)
+        return {"watched": loss} | ({"watched_perplexity": math.exp(min(loss, 700))} if data.kind == "text" else {})
+
+    return measure
+
+
+@contextmanager
+def recomputed_blocks(model: Model, layers: Sequence[str]) -> Iterator[None]:
+    """While open, each block keeps only its inputs, and computes what is inside again for the gradient (Chen et al., 2016)."""
+    blocks = [block.module for block in chain(model, layers)]
+    for block in blocks:
+        forward = block.forward
+
+        def again(*arguments: Any, forward: Callable = forward, **keywords: Any) -> Any:
+            return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+
+        block.forward = again
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

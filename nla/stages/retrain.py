@@ -1,0 +1,148 @@
+"""The retraining of a run: from the cache, in this process, or by several; and what its record says."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nla.compressed.terms import save_terms
+from nla.harness.estimate_retraining import MOMENTS
+from nla.harness.record import KeptRecord, RetrainRecord, RunRecord, write_line
+from nla.harness.recording import kept_parameters
+from nla.harness.request import PreparedRun
+from nla.machine.cache import digest
+from nla.machine.provenance import code_digest, computing_packages, target_modules
+from nla.models.base import LanguageModel, Model
+from nla.retrain.dropping import drop_masked, load_retrained_terms
+from nla.retrain.history import Row
+from nla.retrain.stages import checkpoint_keys
+from nla.retrain.trainable import prepare_terms
+from nla.stages.retrain_here import retrain_here
+from nla.stages.retrain_together import retrain_together
+from nla.training.processes import OneProcess
+
+
+def retrain_and_drop(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path, key: str) -> None:
+    """Retrain, or take the result of a finished retraining; masked triplets are gone afterwards."""
+    fitted = kept_parameters(model)
+    with (folder / "steps.jsonl").open("w") as lines:
+
+        def show(row: Row) -> None:
+            write_line(lines, row)
+            prepared.tracker.step(row)
+
+        result = retrained(prepared, model, key, show)
+    record.peak_bytes["retrain"] = result.peak_bytes
+    record.retraining = retrain_record(prepared, model, result, fitted, kept_parameters(model))
+
+
+ROWS = 100  # of the history that a record keeps; the file steps.jsonl has all
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining leaves beside the weights.
+
+    Attributes:
+        rows: as in `nla.retrain.history`.
+        peak_bytes: of one micro-batch's gradient.
+        trained: parameters that the optimiser moved at once; scored: those whose importance was followed.
+    """
+
+    rows: list[Row]
+    peak_bytes: int
+    trained: int
+    scored: int
+
+
+def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
+    """Digest of everything the result depends on, given the digests of both models' states."""
+    names = ("retrain", "budget", "ratio", "seed", "task")
+    return digest(
+        {
+            "states": [compressed, dense],
+            "settings": {name: prepared.values[name] for name in names},
+            "inputs": prepared.inputs,
+            "code": code_digest("nla.retrain.stages", *target_modules(prepared.values["budget"])),
+            "packages": computing_packages(),
+        }
+    )
+
+
+def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained | None:
+    """Put the numbers of a finished retraining into the prepared model and drop its masked triplets; None if there is none."""
+    entry = prepared.cache.load_tensors("retrained", key)
+    if entry is None:
+        return None
+    tensors, notes = entry
+    load_retrained_terms(model.module, tensors)
+    drop_masked(model.module)
+    for checkpoint_key in checkpoint_keys(key, len(prepared.retraining.train)):
+        prepared.cache.remove("trainings", checkpoint_key)
+    return Retrained(**notes)
+
+
+def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:
+    """The model is the retrained one afterwards, its masked triplets dropped."""
+    together = prepared.retraining.processes > 1
+    with prepared.cache.lock("retrained", key):
+        if together:
+            prepared.cache.store_tensors("compressed", key, save_terms(model.module), {})
+        prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
+        try:
+            result = load_retrained(prepared, model, key)
+            if result is not None:
+                for row in result.rows:
+                    show(row)
+                return result
+            if together:
+                with on_the_cpu(model.module, prepared.device):
+                    retrain_together(prepared, key, show)
+            else:
+                retrain_here(prepared, model, key, show, OneProcess())
+            result = load_retrained(prepared, model, key)
+            assert result is not None
+            return result
+        finally:
+            prepared.cache.remove("compressed", key)
+
+
+@contextmanager
+def on_the_cpu(module: nn.Module, device: str) -> Iterator[None]:
+    """Meanwhile the model leaves a GPU to others."""
+    module.to("cpu")
+    torch.cuda.empty_cache()
+    yield
+    module.to(device)
+
+
+def retrain_record(
+    prepared: PreparedRun, model: Model, result: Retrained, fitted: dict[str, int], kept: dict[str, int]
+) -> RetrainRecord:
+    """Counts, bytes, and the rows that fit a record; `fitted` and `kept` are parameters by matrix, before and after."""
+    settings = prepared.retraining
+    samples = settings.steps * settings.batch
+    sizes = {entry.spec.name: entry.spec.n_params for entry in prepared.plan}
+    return RetrainRecord(
+        steps=settings.steps,
+        samples=samples,
+        tokens=samples * settings.length if isinstance(model, LanguageModel) else None,
+        trained=result.trained,
+        optimiser_bytes=result.trained * MOMENTS,
+        importance_bytes=result.scored * MOMENTS,
+        dense_optimiser_bytes=prepared.inventory.parameters * MOMENTS,
+        seconds=sum(row.get("seconds", 0.0) for row in result.rows),
+        history=thinned(result.rows),
+        matrices=[KeptRecord(name=n, fitted=fitted[n], kept=kept[n], ratio=1 - kept[n] / size) for n, size in sizes.items()],
+    )
+
+
+def thinned(rows: list[Row]) -> list[dict[str, Any]]:
+    """About ROWS rows, evenly spaced, with the last and all that were watched, without matrices."""
+    every = max(1, len(rows) // ROWS)
+    chosen = [row for i, row in enumerate(rows) if i % every == 0 or "watched" in row or i == len(rows) - 1]
+    return [{name: value for name, value in row.items() if name != "matrices"} for row in chosen]

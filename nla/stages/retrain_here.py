@@ -1,0 +1,33 @@
+"""Retrain in this process: from a run's settings to the arguments of `nla.retrain.stages.retrain`."""
+
+from collections.abc import Callable
+
+from nla.budget.adaptive import Adaptive
+from nla.harness.request import PreparedRun
+from nla.models.base import Model
+from nla.retrain.history import Row
+from nla.retrain.stages import retrain, watched_loss
+from nla.training.processes import OneProcess
+
+
+def retrain_here(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None], processes: OneProcess) -> None:
+    """Train the model, whose terms are prepared. The result is in the cache under `key`."""
+    settings, values = prepared.retraining, prepared.values
+    data = next((task.data for task in prepared.tasks if task.data.kind == model.reads), None)
+    watch = None
+    if data is not None and settings.watch and processes.rank == 0:
+        watch = watched_loss(model, data, settings.watch, settings.length, values["seed"])
+    retrain(
+        model,
+        prepared.layers,
+        settings,
+        load_dense=lambda: prepared.model.load(prepared.device, values["dtype"], prepared.cache),
+        watch=watch,
+        budget=prepared.budget if isinstance(prepared.budget, Adaptive) else None,
+        final=int((1 - values["ratio"]) * sum(entry.spec.n_params for entry in prepared.plan)),
+        seed=values["seed"],
+        cache=prepared.cache,
+        key=key,
+        show=show,
+        processes=processes,
+    )

@@ -1,0 +1,97 @@
+"""Several processes that train one model: started here, each is `python -m nla.stages.retrain_together FILE`."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nla.compressed.terms import load_terms
+from nla.harness.request import PreparedRun, prepare
+from nla.machine.cache import write_atomically
+from nla.machine.errors import NonFiniteError, UserError
+from nla.models.base import Model
+from nla.retrain.history import Row
+from nla.retrain.trainable import prepare_terms
+from nla.stages.retrain_here import retrain_here
+from nla.training.processes import SeveralProcesses
+
+ROW = "row of the history: "
+KINDS = {"UserError": UserError, "NonFiniteError": NonFiniteError}
+
+
+def retrain_together(prepared: PreparedRun, key: str, show: Callable[[Row], None]) -> None:
+    """Have `retrain.processes` processes retrain the model whose terms the cache holds as `compressed`; it has the result too.
+
+    The first of them prints each row of its history, for `show`.
+
+    Raises:
+        UserError, NonFiniteError: what the first process raised.
+    """
+    count = prepared.retraining.processes
+    folder = prepared.cache.root / "launches"
+    job, failure = folder / f"{key}.json", folder / f"{key}.error.json"
+    failure.unlink(missing_ok=True)
+    settings = prepared.settings | {"device": prepared.device}
+    write_atomically(job, json.dumps({"settings": settings, "key": key, "failure": str(failure)}).encode())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    threads = max(1, torch.get_num_threads() // count)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [*launch, "-m", "nla.stages.retrain_together", str(job)]
+    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith(ROW):
+                show(json.loads(line.removeprefix(ROW)))
+            else:
+                sys.stdout.write(line)
+        status = process.wait()
+        if failure.exists():
+            told = json.loads(failure.read_text())
+            raise KINDS[told["kind"]](told["message"])
+        if status:
+            raise RuntimeError(f"the processes of retrain.processes={count} ended with status {status}; see above")
+    finally:
+        process.kill()
+        job.unlink()
+        failure.unlink(missing_ok=True)
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def take_part(job: dict[str, Any]) -> None:
+    """One process: the same model from the same cache, and its share of every step."""
+    processes = SeveralProcesses("cpu" if job["settings"]["device"] == "cpu" else "cuda")
+    try:
+        prepared = prepare(job["settings"] | {"device": processes.device})
+        model: Model = prepared.model.load(processes.device, prepared.values["dtype"], prepared.cache)
+        entry = prepared.cache.load_tensors("compressed", job["key"])
+        assert entry is not None
+        load_terms(model.module, entry[0], prepared.method.kernel, processes.device)
+        prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
+        retrain_here(prepared, model, job["key"], say if processes.rank == 0 else lambda row: None, processes)
+    except tuple(KINDS.values()) as error:
+        if processes.rank == 0:
+            told = {"kind": type(error).__name__, "message": str(error)}
+            write_atomically(Path(job["failure"]), json.dumps(told).encode())
+        sys.exit(1)
+
+
+def say(row: Row) -> None:
+    print(f"{ROW}{json.dumps(row)}", flush=True)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    take_part(json.loads(Path(sys.argv[1]).read_text()))

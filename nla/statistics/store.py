@@ -1,0 +1,60 @@
+"""Statistics on disk."""
+
+import torch
+from torch import Tensor
+
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import NonFiniteError
+from nla.matrix.inputs import Statistics
+
+
+class StatisticsStore:
+    """Statistics on disk, one file per input and kind, keyed by what they were made from.
+
+    Args:
+        made_from: digest of weights, samples, code and packages.
+    """
+
+    def __init__(self, cache: Cache, made_from: str) -> None:
+        self.cache, self.made_from = cache, made_from
+        self.seen: set[str] = set()  # keys whose files were found whole by this object
+
+    def key(self, kind: str, layer: str) -> str:
+        return digest([self.made_from, kind, layer])
+
+    def owner(self, kind: str, layer: str) -> str | None:
+        """The layer that stands for all with the same input, if a pass has found it."""
+        return layer if kind == "fisher" else self.cache.load_json("statistics", self.key("owner", layer))
+
+    def has(self, kind: str, layer: str) -> bool:
+        """Whether it is there and undamaged."""
+        owner = self.owner(kind, layer)
+        key = "" if owner is None else self.key(kind, owner)
+        if key and key not in self.seen and self.cache.load_tensors("statistics", key) is not None:
+            self.seen.add(key)
+        return key in self.seen
+
+    def store(self, kind: str, layer: str, value: Tensor) -> None:
+        """Write the statistic of the input that `layer` stands for.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinite values; names the layer.
+        """
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"{layer}: the {kind} of its inputs over the calibration samples is not finite")
+        self.cache.store_tensors("statistics", self.key(kind, layer), {kind: value.cpu()}, {"layer": layer})
+
+    def store_owners(self, owners: dict[str, str]) -> None:
+        for layer, owner in owners.items():
+            self.cache.store_json("statistics", self.key("owner", layer), owner)
+
+    def load(self, needs: frozenset[str], layer: str, device: torch.device) -> Statistics:
+        """What a method needs to know of one layer; it must have been collected."""
+        found = {}
+        for kind in needs:
+            owner = self.owner(kind, layer)
+            entry = None if owner is None else self.cache.load_tensors("statistics", self.key(kind, owner))
+            if entry is None:
+                raise RuntimeError(f"the {kind} of {layer} left the cache while the run went on; start it again")
+            found[kind] = entry[0][kind].to(device)
+        return Statistics(**found)

