@@ -1,5 +1,6 @@
 """Records of runs as data frames."""
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ def is_record(file: Path) -> bool:
 def run_settings(record: RunRecord) -> dict[str, Any]:
     """The settings by which runs are compared; what else departs from conf/ is in `changed`."""
     method = record.config["method"]["_target_"].rpartition(".")[2].lower()
-    kernels = {term.kernel for fit in record.fits for term in fit.terms}
+    kernels = {part.split()[0] for fit in record.fits for part in fit.terms.split(" + ")}
     return {
         "model": record.config["model"]["name"],
         "method": method,
@@ -175,7 +176,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
 def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row per matrix and run: settings, layer, kind of matrix, and every figure of the fit."""
     rows = [
-        settings | fit.model_dump(exclude={"terms"}) | {"h": fit.terms[0].h, "r": fit.terms[0].r}
+        settings | fit.model_dump(exclude={"terms"}) | dict(re.findall(r"([hr])=(\d+)", fit.terms)[:2])
         for record in records
         for settings in [run_settings(record)]
         for fit in record.fits

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nla.compressed.surgery import count
+from nla.compressed.contents import count_parameters
 from nla.harness import terminal as report
 from nla.harness.record import RunRecord, read_record, signature
 from nla.harness.recording import kept_parameters, parameters, plan_record
@@ -84,19 +84,19 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
-    before, dense = count(model.module), state_of(prepared, model)
+    before, dense = count_parameters(model.module), state_of(prepared, model)
 
     with timed(record, "dense"):
         evaluate(prepared, record, model, "dense", dense)
     with timed(record, "statistics"):
-        samples, store = sample(prepared, model, dense)
-        if prepared.method.needs and not prepared.method.sequential:
-            record.peak_bytes["statistics"] = measure_inputs(prepared, model, samples, store)
+        calibration = sample(prepared, model, dense)
+        if prepared.dense_needs:
+            record.peak_bytes["statistics"] = measure_inputs(prepared, model, calibration)
     with timed(record, "allocate"):
-        prepared = allocated(prepared, model, samples, store)
+        prepared = allocated(prepared, model, calibration)
         record.plan = plan_record(prepared.plan)
     with timed(record, "fit"):
-        fit(prepared, record, model, samples, store, folder)
+        fit(prepared, record, model, calibration, folder)
     compressed = state_of(prepared, model)
     with timed(record, "compressed"):
         evaluate(prepared, record, model, "compressed", compressed)
@@ -105,7 +105,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
             retrain_and_drop(prepared, record, model, folder, key_of(prepared, compressed, dense))
         with timed(record, "retrained"):
             evaluate(prepared, record, model, "retrained", state_of(prepared, model))
-    record.parameters = parameters(prepared, before, count(model.module), kept_parameters(model))
+    record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
 
 
 @contextmanager

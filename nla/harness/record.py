@@ -18,19 +18,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
-class TermRecord(Strict):
-    kernel: str
-    h: int
-    r: int
-
-
 class FitRecord(Strict):
     """One matrix; see `nla.methods.base.Fit` for the meaning and unit of each figure."""
 
     name: str
     shape: tuple[int, int]
-    terms: list[TermRecord]
+    terms: str
     n_params: int
+    bits: int
     relative_error: float
     svd_error: float
     floor: float
@@ -60,9 +55,8 @@ class Parameters(Strict):
 
 class PlanRecord(Strict):
     name: str
-    n_params: int
-    h: int
-    r: int
+    bits: int
+    terms: str
 
 
 class KeptRecord(Strict):

@@ -1,32 +1,30 @@
-"""From live objects to the record of a run: plan, fits, counts, figures."""
+"""From live objects to the record of a run: plan, fits, counts."""
 
-from nla.budget.base import PlanEntry
-from nla.compressed.layer import CompressedLinear
-from nla.harness.record import FitRecord, Parameters, PlanRecord, TermRecord
+from nla.budget.plan import Plan
+from nla.compressed.contents import matrix_counts
+from nla.harness.record import FitRecord, Parameters, PlanRecord
 from nla.harness.request import PreparedRun
-from nla.methods.base import Fit
+from nla.methods.fit import Fit
 from nla.models.base import DTYPES, Model
 
 
-def plan_record(plan: list[PlanEntry]) -> list[PlanRecord]:
-    return [PlanRecord(name=e.spec.name, n_params=e.n_params, h=e.h, r=e.r) for e in plan]
+def plan_record(plan: Plan) -> list[PlanRecord]:
+    return [PlanRecord(name=m.spec.name, bits=m.bits, terms=m.term.describe()) for m in plan.matrices]
 
 
 def fit_record(name: str, fit: Fit) -> FitRecord:
     figures = {k: getattr(fit, k) for k in FitRecord.model_fields if k not in ("name", "shape", "terms")}
-    first = fit.terms[0][1]
-    terms = [TermRecord(kernel=kernel.name, h=t.h, r=t.r) for kernel, t in fit.terms]
-    return FitRecord(name=name, shape=(first.out_features, first.in_features), terms=terms, **figures)
+    return FitRecord(name=name, shape=(fit.term.out_features, fit.term.in_features), terms=fit.term.describe(), **figures)
 
 
 def kept_parameters(model: Model) -> dict[str, int]:
-    """Parameters of the triplets of each compressed matrix."""
-    return {name: m.count() for name, m in model.module.named_modules() if isinstance(m, CompressedLinear)}
+    """Numbers that are stored for each compressed matrix."""
+    return {name: numbers for name, (numbers, _) in matrix_counts(model.module).items()}
 
 
 def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[str, int]) -> Parameters:
     """Counts before and after; what is not selected, biases included, is the same in both."""
-    selected, kept = sum(e.spec.n_params for e in prepared.plan), sum(matrices.values())
+    selected, kept = prepared.plan.selected, sum(matrices.values())
     size = DTYPES[prepared.values["dtype"]].itemsize
     return Parameters(
         selected_before=selected,

@@ -120,8 +120,8 @@ class WandbTracker:
         self.run.define_metric("loss/*", step_metric="fit/step")
         self.run.define_metric("retrain/step")
         self.run.define_metric("retrain/*", step_metric="retrain/step")
-        rows: list[Any] = [[p.name, p.n_params, p.h, p.r] for p in record.plan]
-        self.run.log({"plan": wandb.Table(columns=["matrix", "n_params", "h", "r"], data=rows)})
+        rows: list[Any] = [[p.name, p.bits, p.terms] for p in record.plan]
+        self.run.log({"plan": wandb.Table(columns=["matrix", "bits", "terms"], data=rows)})
 
     def _mode(self) -> Any:
         asked = (os.environ.get("WANDB_MODE") if self.mode == "auto" else self.mode) or "online"

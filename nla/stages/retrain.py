@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nla.compressed.terms import save_terms
+from nla.compressed.contents import matrix_terms
 from nla.harness.estimate_retraining import MOMENTS
 from nla.harness.record import KeptRecord, RetrainRecord, RunRecord, write_line
 from nla.harness.recording import kept_parameters
@@ -17,12 +17,13 @@ from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
 from nla.machine.provenance import code_digest, computing_packages, target_modules
 from nla.models.base import LanguageModel, Model
-from nla.retrain.dropping import drop_masked, load_retrained_terms
+from nla.retrain import dropping
 from nla.retrain.history import Row
 from nla.retrain.stages import checkpoint_keys
 from nla.retrain.trainable import prepare_terms
 from nla.stages.retrain_here import retrain_here
 from nla.stages.retrain_together import retrain_together
+from nla.terms.state import pack
 from nla.training.processes import OneProcess
 
 
@@ -61,7 +62,7 @@ class Retrained:
 
 def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
     """Digest of everything the result depends on, given the digests of both models' states."""
-    names = ("retrain", "budget", "ratio", "seed", "task")
+    names = ("retrain", "budget", "ratio", "bits", "seed", "task")
     return digest(
         {
             "states": [compressed, dense],
@@ -79,8 +80,7 @@ def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained |
     if entry is None:
         return None
     tensors, notes = entry
-    load_retrained_terms(model.module, tensors)
-    drop_masked(model.module)
+    dropping.load_retrained(model.module, tensors)
     for checkpoint_key in checkpoint_keys(key, len(prepared.retraining.train)):
         prepared.cache.remove("trainings", checkpoint_key)
     return Retrained(**notes)
@@ -91,7 +91,7 @@ def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row
     together = prepared.retraining.processes > 1
     with prepared.cache.lock("retrained", key):
         if together:
-            prepared.cache.store_tensors("compressed", key, save_terms(model.module), {})
+            prepared.cache.store_tensors("compressed", key, *pack(matrix_terms(model.module)))
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
         try:
             result = load_retrained(prepared, model, key)
@@ -126,7 +126,7 @@ def retrain_record(
     """Counts, bytes, and the rows that fit a record; `fitted` and `kept` are parameters by matrix, before and after."""
     settings = prepared.retraining
     samples = settings.steps * settings.batch
-    sizes = {entry.spec.name: entry.spec.n_params for entry in prepared.plan}
+    sizes = {matrix.spec.name: matrix.spec.n_params for matrix in prepared.plan.matrices}
     return RetrainRecord(
         steps=settings.steps,
         samples=samples,
