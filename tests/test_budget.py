@@ -10,6 +10,7 @@ from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
 from nla.budget.adaptive import Adaptive, Tightening
+from nla.budget.base import Target
 from nla.budget.importance import Importance, best
 from nla.budget.schedule import Constant, Cubic, Linear
 from nla.machine.errors import UserError
@@ -32,18 +33,18 @@ def random_triplets(out: int, inp: int, h: int, r: int, seed: int) -> Triplets:
 def test_importance_is_that_of_a_loop_over_every_parameter(size, beta1, beta2):
     t, importance = random_triplets(*size, seed=0), None
     importance = Importance([t], beta1, beta2)
-    smoothed = [[0.0] * p.numel() for p in t.parts]
-    uncertainty = [[0.0] * p.numel() for p in t.parts]
+    smoothed = [[0.0] * p.numel() for p in t.tensors]
+    uncertainty = [[0.0] * p.numel() for p in t.tensors]
     for step in range(3):
         g = random_triplets(*size, seed=step + 1)
         importance.update([t], [g])
-        for part, (w, d) in enumerate(zip(t.parts, g.parts, strict=True)):
+        for part, (w, d) in enumerate(zip(t.tensors, g.tensors, strict=True)):
             for i, (x, y) in enumerate(zip(w.flatten().tolist(), d.flatten().tolist(), strict=True)):
                 sensitivity = abs(x * y)
                 smoothed[part][i] = beta1 * smoothed[part][i] + (1 - beta1) * sensitivity
                 uncertainty[part][i] = beta2 * uncertainty[part][i] + (1 - beta2) * abs(sensitivity - smoothed[part][i])
     product = [torch.tensor([a * b for a, b in zip(s, u, strict=True)]) for s, u in zip(smoothed, uncertainty, strict=True)]
-    a, b, mu = (p.view(q.shape) for p, q in zip(product, t.parts, strict=True))
+    a, b, mu = (p.view(q.shape) for p, q in zip(product, t.tensors, strict=True))
     expected = mu + a.mean(dim=(0, 2)) + b.mean(dim=(0, 2))
     torch.testing.assert_close(importance.scores()[0], expected, rtol=1e-4, atol=1e-6)  # fp32 of numbers about 1
 
@@ -174,7 +175,7 @@ def run(tightening: Tightening, steps: range, important) -> list[list[torch.Tens
         gradients = []
         for i, t in enumerate(tightening.triplets):
             g = random_triplets(t.out_features, t.in_features, t.h, t.r, seed=100 * step + i)
-            gradients.append(Triplets(*(p * important(step)[i] for p in g.parts)))
+            gradients.append(Triplets(*(p * important(step)[i] for p in g.tensors)))
         tightening.after_gradient(step, gradients)
         tightening.after_step(step + 1)
         assert sum(tightening.kept()) <= tightening.budget(step + 1)
@@ -242,8 +243,8 @@ def test_a_triplet_that_costs_more_competes_by_score_or_by_score_per_parameter()
 
 def test_matrices_begin_with_b0_times_their_share_but_never_more_than_the_dense_one():
     specs = [LinearSpec("a", 10, 20, False), LinearSpec("b", 30, 20, False)]
-    assert adaptive().allocate(specs, 0.7) == {"a": 120, "b": 360}
-    assert adaptive().allocate(specs, 0.2) == {"a": 200, "b": 600}
+    assert adaptive().allocate(specs, Target(0.375 * 32, 32, "")) == {"a": 32 * 150, "b": 32 * 450}
+    assert adaptive().allocate(specs, Target(0.8 * 16, 16, "")) == {"a": 16 * 200, "b": 16 * 600}
     for name, value in {"beta1": 1.0, "beta2": -1, "rank": "x"}.items():
         with pytest.raises(UserError, match=f"budget.{name}={value}"):
             adaptive(**{name: value})

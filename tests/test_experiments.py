@@ -39,7 +39,7 @@ def test_every_row_of_an_experiment_is_a_request_that_can_be_met(experiment, cac
     for row in rows(experiment):
         settings = check_settings(configuration(f"experiment={experiment}", *row, f"cache_dir={cache_dir}"))
         request = prepare(settings)
-        assert request.plan
+        assert request.plan.matrices
         plans.add(str([(key, settings[key]) for key in ("ratio", "method", "budget", "data")]))
     assert len(plans) == len(rows(experiment))
 
@@ -68,12 +68,12 @@ def test_the_cost_of_a_retraining_by_hand(tmp_path):
     request = prepare(check_settings(configuration(*TINY, *arguments)))
     cost = retraining_cost(request)
     assert cost.tokens == 3 * 4 * 16 and cost.samples == 12
-    factors = sum(2 * 16 * e.h * (e.spec.out_features + e.spec.in_features) for e in request.plan)
+    factors = sum(2 * 16 * e.term.triplets.h * (e.spec.out_features + e.spec.in_features) for e in request.plan.matrices)
     head = 2 * 16 * 256 * 48
     attention = 2 * 2 * 2 * 16 * 16 * 48  # layers, products, multiply and add, tokens^2, width
     assert cost.forward == factors + head + attention
     assert cost.flops == 12 * 3 * cost.forward
-    triplets = sum(e.realised for e in request.plan)
+    triplets = sum(request.plan.kept.values())
     assert (cost.optimiser_bytes, cost.gradient_bytes, cost.importance_bytes) == (8 * triplets, 8 * triplets, 0)
     again = prepare(check_settings(configuration(*TINY, *arguments, "retrain.recompute=true", "dtype=bfloat16")))
     assert retraining_cost(again).flops == 12 * 4 * cost.forward
@@ -81,9 +81,9 @@ def test_the_cost_of_a_retraining_by_hand(tmp_path):
     lora = prepare(
         check_settings(configuration(*TINY, *arguments, "retrain=lora", "retrain.linear_term=2", "retrain.logits=1"))
     )
-    terms = sum(2 * (e.spec.out_features + e.spec.in_features + 1) for e in lora.plan)
+    terms = sum(2 * (e.spec.out_features + e.spec.in_features + 1) for e in lora.plan.matrices)
     assert retraining_cost(lora).optimiser_bytes == 8 * terms
-    assert retraining_cost(lora).weights_bytes > 4 * (2 * lora.inventory.parameters - sum(e.spec.n_params for e in lora.plan))
+    assert retraining_cost(lora).weights_bytes > 4 * (2 * lora.inventory.parameters - lora.plan.selected)
     shared = prepare(check_settings(configuration(*TINY, *arguments, "retrain.processes=4", "dtype=bfloat16")))
     part = retraining_cost(shared)
     assert (part.optimiser_bytes, part.gradient_bytes) == (2 * triplets, 3 * triplets) and part.flops == cost.flops

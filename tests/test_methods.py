@@ -31,12 +31,15 @@ def known_inputs(size: int, tokens: int = 0, seed: int = 5) -> Statistics:
 
 
 def compress(method, weight, n_params, seed=0, statistics=None):
+    """The fit of one weight in the bits of so many numbers of its type."""
     statistics = statistics or known_inputs(weight.shape[1])
-    return method.compress(weight, n_params, statistics, torch.Generator().manual_seed(seed))
+    bits = n_params * 8 * weight.element_size()
+    (fit,) = method.compress([weight], bits, [statistics], torch.Generator().manual_seed(seed))
+    return fit
 
 
 def dense(fit):
-    return sum(kernel.dense(t.map(torch.Tensor.double)) for kernel, t in fit.terms)
+    return fit.term.double().dense().detach()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -51,10 +54,12 @@ def dense(fit):
 def test_a_fit_keeps_its_budget_and_reports_its_true_error(name, m, n, spare, kind, dtype):
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(m * n))
     weight = {"full": weight, "rank one": weight[:, :1] @ weight[:1], "zero": 0 * weight}[kind].to(dtype)
-    budget = m + n + 1 + spare
-    fit = compress(make_method(name), weight, budget)
+    method = make_method(name)
+    budget = method.least_bits([(m, n)], dtype) // (8 * dtype.itemsize) + spare
+    fit = compress(method, weight, budget)
     assert fit.n_params <= budget
-    assert all(p.dtype == dtype for _, t in fit.terms for p in (t.A, t.B, t.mu))
+    assert fit.bits == 8 * weight.element_size() * fit.n_params
+    assert all(p.dtype == dtype for p in fit.term.parameters())
     energy = float(weight.double().square().sum())
     if energy:
         error = float((dense(fit) - weight.double()).square().sum()) / energy
@@ -102,8 +107,7 @@ def test_svd_reaches_eckart_young_with_the_singular_values_as_mu():
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     fit = compress(SVD(), weight, 7 * 51)
     s = torch.linalg.svdvals(weight)
-    ((_, triplets),) = fit.terms
-    torch.testing.assert_close(triplets.mu, s[:7])
+    torch.testing.assert_close(fit.term.mu.detach(), s[:7])
     assert fit.relative_error == pytest.approx(float(s[7:].square().sum() / s.square().sum()), rel=1e-4)
     assert fit.svd_error == pytest.approx(fit.relative_error, rel=1e-4) == fit.floor
     assert fit.n_params == 7 * 51

@@ -1,14 +1,18 @@
 """Selecting, planning, swapping and counting, on small models with biases and tied weights."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from nla.budget.base import make_plan
+from nla.budget.base import Target
+from nla.budget.plan import Plan, make_plan
 from nla.budget.sensitivity import Sensitivity
+from nla.compressed.contents import count_parameters
 from nla.compressed.layer import CompressedLinear
-from nla.compressed.surgery import count, merge, swap
+from nla.compressed.surgery import merge, swap
 from nla.kernels.linear import Linear
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
@@ -21,8 +25,12 @@ SPECS = [LinearSpec("model.layers.0.fc", 40, 30), LinearSpec("model.layers.1.fc"
 UNIFORM = instantiate(configuration().budget)
 
 
-def plan_of(specs: list[LinearSpec], ratio: float) -> list:
-    return make_plan(specs, ratio, UNIFORM.allocate(specs, ratio), Linear())
+def target(ratio: float) -> Target:
+    return Target((1 - ratio) * 32, 32, f"ratio={ratio}")
+
+
+def plan_of(specs: list[LinearSpec], ratio: float) -> Plan:
+    return make_plan(specs, target(ratio), UNIFORM.allocate(specs, target(ratio)), SVD(), torch.float32)
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_opt"])
@@ -35,7 +43,8 @@ def fit_all(module: nn.Module, ratio: float = 0.5) -> dict:
     plan = plan_of(select_linears(linear_specs(module), "layers", None), ratio)
     generator = torch.Generator().manual_seed(0)
     return {
-        e.spec.name: SVD().compress(module.get_submodule(e.spec.name).weight, e.n_params, Statistics(), generator) for e in plan
+        m.spec.name: SVD().compress([module.get_submodule(m.spec.name).weight], m.bits, [Statistics()], generator)[0].term
+        for m in plan.matrices
     }
 
 
@@ -54,14 +63,14 @@ def test_selection_searches_names_and_tells_nothing_found_from_all_excluded():
 def test_a_plan_never_exceeds_what_the_ratio_leaves():
     for ratio in (0.1, 0.37, 0.7, 0.9):
         plan = plan_of(SPECS, ratio)
-        assert sum(e.realised for e in plan) <= (1 - ratio) * sum(s.n_params for s in SPECS)
+        assert sum(plan.kept.values()) <= (1 - ratio) * sum(s.n_params for s in SPECS)
 
 
 def test_a_budget_below_one_triplet_names_the_matrix_and_a_ratio_that_works():
     with pytest.raises(UserError, match=r"layers\.0\.fc \(40x30\) .*ratio=0\.94 at most") as caught:
         plan_of(SPECS, 0.97)
     assert "71" in str(caught.value)
-    assert all(e.h for e in plan_of(SPECS, 0.94))
+    assert all(plan_of(SPECS, 0.94).kept.values())
 
 
 def test_a_swapped_model_computes_with_the_compressed_matrices_and_keeps_biases(model):
@@ -71,7 +80,7 @@ def test_a_swapped_model_computes_with_the_compressed_matrices_and_keeps_biases(
     dense = {name: module.get_submodule(name) for name in names}
     x = torch.randn(3, dense[names[0]].in_features)
     first_bias = dense[names[0]].bias
-    expected = nn.functional.linear(x, Linear().dense(fits[names[0]].terms[0][1]), first_bias)
+    expected = nn.functional.linear(x, Linear().dense(fits[names[0]].triplets), first_bias)
     swap(module, fits)
     torch.testing.assert_close(module.get_submodule(names[0])(x), expected)
     assert all(isinstance(module.get_submodule(name), CompressedLinear) for name in names)
@@ -87,11 +96,11 @@ def test_merging_gives_dense_layers_with_the_same_outputs(model):
 
 
 def test_the_count_falls_by_exactly_what_the_fits_save(model):
-    before = count(model.module)
+    before = count_parameters(model.module)
     fits = fit_all(model.module)
-    saved = sum(model.module.get_submodule(n).weight.numel() - f.n_params for n, f in fits.items())
+    saved = sum(model.module.get_submodule(n).weight.numel() - term.count() for n, term in fits.items())
     swap(model.module, fits)
-    assert count(model.module) == before - saved
+    assert count_parameters(model.module) == before - saved
 
 
 PUBLISHED = {
@@ -124,15 +133,22 @@ def test_an_untrained_model_reloads_bit_equal_without_touching_the_global_seed(n
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_search_gives_more_to_the_matrices_that_hurt_and_keeps_the_budget():
+class View:
     """Losses rise as parameters go, ten times as fast for the second matrix."""
+
+    slope: ClassVar = {"calm": 1.0, "touchy": 10.0, "calmer": 0.1}
+
+    def loss(self, name: str, bits: int) -> float:
+        return 3 + self.slope[name] * (1 - bits / 32 / 1200)
+
+
+def test_a_search_gives_more_to_the_matrices_that_hurt_and_keeps_the_budget():
     search = Sensitivity([0.25, 0.5, 0.75], samples=1)
     specs = [LinearSpec("calm", 40, 30), LinearSpec("touchy", 40, 30), LinearSpec("calmer", 40, 30)]
-    slope = {"calm": 1.0, "touchy": 10.0, "calmer": 0.1}
-    shares = search.search(specs, 0.5, lambda name, n: 3 + slope[name] * (1 - n / 1200))
+    shares = search.look(specs, target(0.5), View())
     assert shares["touchy"] > shares["calm"] >= shares["calmer"]
-    assert sum(shares.values()) <= 0.5 * 3600 < sum(shares.values()) + 0.25 * 1200 + 1
+    assert sum(shares.values()) <= 32 * 0.5 * 3600 < sum(shares.values()) + 32 * (0.25 * 1200 + 1)
     with pytest.raises(UserError, match=r"ratio=0\.9 .*add one of 0\.1"):
-        search.allocate(specs, 0.9)
+        search.allocate(specs, target(0.9))
     with pytest.raises(UserError, match=r"budget\.candidates="):
         Sensitivity([1.5], samples=1)

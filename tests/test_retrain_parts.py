@@ -6,8 +6,8 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from nla.budget.adaptive import Adaptive
 from nla.budget.schedule import Cubic
+from nla.compressed.contents import kernel_terms
 from nla.compressed.layer import CompressedLinear
-from nla.compressed.terms import terms_of
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
 from nla.kernels.linear import Linear
@@ -16,12 +16,13 @@ from nla.machine.errors import UserError
 from nla.machine.peak_memory import PeakMemory
 from nla.matrix.triplets import Triplets
 from nla.models.base import Sample
+from nla.retrain.constraints import Constraints
 from nla.retrain.dropping import drop_from_training, drop_masked
 from nla.retrain.history import History
 from nla.retrain.losses import Distillation, softened_divergence
 from nla.retrain.stages import recomputed_blocks
-from nla.retrain.surface import Surface
 from nla.retrain.trainable import chosen_parts, prepare_terms, root_mean_square
+from nla.terms.kernel_term import KernelTerm
 from nla.training.loop import Recipe, train
 from tests.conftest import SHORT, TINY, configuration
 
@@ -34,11 +35,12 @@ def compressed(tmp_path, *arguments: str):
     """The tiny LLaMA with every selected layer replaced by its truncated SVD."""
     request = request_of(tmp_path, *SHORT, *arguments)
     model = request.model.load("cpu", "float32", request.cache)
-    for entry in request.plan:
+    for entry in request.plan.matrices:
         dense = model.module.get_submodule(entry.spec.name)
         left, s, right = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
-        triplets = Triplets(left[:, : entry.h, None], right[: entry.h].T[:, :, None], s[: entry.h])
-        model.module.set_submodule(entry.spec.name, CompressedLinear(((Linear(), triplets),), dense.bias))
+        h = entry.term.triplets.h
+        triplets = Triplets(left[:, :h, None], right[:h].T[:, :, None], s[:h])
+        model.module.set_submodule(entry.spec.name, CompressedLinear(KernelTerm(Linear(), triplets), dense.bias))
     return request, model
 
 
@@ -54,12 +56,12 @@ def test_dropping_masked_triplets_changes_no_output(kernel):
     for masked in ([1, 4], range(6)):
         t = Triplets(triplets.A, triplets.B, triplets.mu.clone())
         t.mu[list(masked)] = 0
-        layer = CompressedLinear(((kernel, t),), bias)
+        layer = CompressedLinear(KernelTerm(kernel, t), bias)
         before = layer(x)
         drop_masked(layer)
         torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
-        assert layer.count() == sum(p.numel() for p in layer.terms.parameters())
-    assert layer.count() == 0 and torch.equal(layer(x), bias.expand(5, 13))
+        assert layer.term.count() == sum(p.numel() for p in layer.term.parameters())
+    assert layer.term.count() == 0 and torch.equal(layer(x), bias.expand(5, 13))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,13 +72,13 @@ def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, d
 
     def trained(name, dropped):
         start = Linear().random_start(9, 9, 6, 1, torch.Generator().manual_seed(0)).map(lambda p: p.to(dtype))
-        layer = CompressedLinear(((Linear(), start),), None)
-        moved, terms = chosen_parts(layer, ["triplets"]), terms_of(layer)
+        layer = CompressedLinear(KernelTerm(Linear(), start), None)
+        moved, terms = chosen_parts(layer, ["triplets"]), kernel_terms(layer)
         masters = Triplets(*(t.master for t in moved))
         masks = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score").tightening([masters], 3 * 19, recipe.steps)
 
         def leg(moved, masks, key, progress=None, until=None):
-            history = History(Surface(), list(terms), masks, 57, 57, None, recipe, lambda row: None)
+            history = History(Constraints({}, {}), dict.fromkeys(terms, ""), masks, 57, 57, None, recipe, lambda row: None)
             loss = lambda s: (layer(s.inputs) - s.targets).float().square().mean()  # noqa: E731
             return train(moved, loss, lambda step: batch, recipe, Cache(tmp_path), key, "test", history, None, progress, until)
 
@@ -84,12 +86,12 @@ def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, d
         if dropped:
             before, mask = masters.map(torch.clone), masks.masks[0]
             moved = drop_from_training(terms, masks.masks, moved, progress)
-            assert all(torch.equal(t.master, left) for t, left in zip(moved, before.prune(mask).parts, strict=True))
+            assert all(torch.equal(t.master, left) for t, left in zip(moved, before.prune(mask).tensors, strict=True))
             assert [t.master.numel() for t in moved] == [27, 27, 3] == [m["exp_avg"].numel() for m in progress.moments.values()]
             leg(moved, None, f"{name}.after", progress)
         else:
             drop_masked(layer)
-        return layer.terms[0].dense().detach()
+        return layer.term.dense().detach()
 
     exact = dtype == torch.float32
     torch.testing.assert_close(
@@ -123,12 +125,12 @@ def test_balanced_linear_triplets_have_factors_of_one_size():
 def test_a_linear_term_begins_at_zero_and_is_paid_for_by_the_matrix(tmp_path):
     request, model = compressed(tmp_path, "retrain=lora", "retrain.steps=2", "retrain.linear_term=2")
     plain = request_of(tmp_path, *SHORT)
-    for e, p in zip(request.plan, plain.plan, strict=True):
-        assert p.n_params - e.n_params == 2 * (e.spec.out_features + e.spec.in_features + 1)
+    for e, p in zip(request.plan.matrices, plain.plan.matrices, strict=True):
+        assert p.bits - e.bits == 32 * 2 * (e.spec.out_features + e.spec.in_features + 1)
     before = model.logits(sample().inputs)
     prepare_terms(model.module, 2, seed=0)
     torch.testing.assert_close(model.logits(sample().inputs), before, rtol=1e-4, atol=1e-5)
-    assert {t.name.partition(".terms.")[2] for t in chosen_parts(model.module, ["linear_term"])} == {"1.A", "1.B", "1.mu"}
+    assert {t.name.partition(".term.terms.")[2] for t in chosen_parts(model.module, ["linear_term"])} == {"1.A", "1.B", "1.mu"}
 
 
 def test_what_is_trained_is_what_was_named(tmp_path):
@@ -149,7 +151,7 @@ def test_recomputing_blocks_gives_the_same_gradient_and_leaves_no_trace(tmp_path
     parameters = [t.parameter for t in chosen_parts(model.module, ["triplets", "norms"])]
     with PeakMemory(torch.device("cpu")) as whole:
         plain = torch.autograd.grad(model.loss(sample(length=256)), parameters)
-    with recomputed_blocks(model, request.layers), PeakMemory(torch.device("cpu")) as memory:
+    with recomputed_blocks(model, request.plan.layers), PeakMemory(torch.device("cpu")) as memory:
         again = torch.autograd.grad(model.loss(sample(length=256)), parameters)
     assert memory.peak_bytes < 0.8 * whole.peak_bytes
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
@@ -159,7 +161,7 @@ def test_recomputing_blocks_gives_the_same_gradient_and_leaves_no_trace(tmp_path
 def test_a_model_distilled_from_itself_has_its_own_loss(tmp_path):
     request = request_of(tmp_path, *SHORT, "retrain.steps=2", "retrain.logits=1", "retrain.features=1")
     model, dense = (request.model.load("cpu", "float32", request.cache) for _ in range(2))
-    loss = Distillation(model, dense, request.layers, request.retraining)
+    loss = Distillation(model, dense, request.plan.layers, request.retraining)
     torch.testing.assert_close(loss(sample()), model.loss(sample()))
 
 
@@ -174,7 +176,7 @@ def test_distillation_is_the_sum_of_its_parts_by_hand(tmp_path):
     )
     dense = request.model.load("cpu", "float32", request.cache)
     s, seen = sample(), {id(model): [], id(dense): []}
-    distillation = Distillation(model, dense, request.layers, request.retraining)
+    distillation = Distillation(model, dense, request.plan.layers, request.retraining)
     loss = distillation(s)
     distillation.close()
     assert not any(part._forward_hooks for m in (model, dense) for part in m.module.modules())
@@ -189,7 +191,7 @@ def test_distillation_is_the_sum_of_its_parts_by_hand(tmp_path):
     features = torch.stack(sizes).mean()
     changes = [
         (model.module.get_submodule(n).dense().weight - dense.module.get_submodule(n).weight).abs().max()
-        for n in request.layers
+        for n in request.plan.layers
     ]
     perturbation = torch.stack(changes).square().mean()
     own = cross_entropy(a[0, :-1], s.targets[0, 1:])

@@ -100,7 +100,7 @@ def test_every_method_runs_on_every_architecture(run_here, tmp_path, method, mod
 def test_asvds_search_spends_the_budget_unequally_and_answers_from_its_journal(run_here, tmp_path):
     arguments = [*FAST, "method=asvd", "budget=sensitivity", "budget.candidates=[0.3,0.7]", "ratio=0.5"]
     record = run_here(*arguments, "statistics.windows=4", "statistics.length=32")
-    sizes = {entry.n_params / (spec.shape[0] * spec.shape[1]) for entry, spec in zip(record.plan, record.fits, strict=True)}
+    sizes = {entry.bits / (spec.shape[0] * spec.shape[1]) for entry, spec in zip(record.plan, record.fits, strict=True)}
     assert len(sizes) > 1 and record.parameters.ratio >= 0.5
     (journal,) = (tmp_path / "cache" / "sensitivities").glob("*.jsonl")
     assert len(journal.read_text().splitlines()) == 14 * 2
@@ -113,7 +113,7 @@ def test_asvds_search_spends_the_budget_unequally_and_answers_from_its_journal(r
 def test_every_kernel_runs_end_to_end(run_here, tmp_path, kernel):
     run_here(*FAST, f"kernel={kernel}", r"select.include='layers\.0\.mlp'")
     record = only_record(tmp_path)
-    assert record["status"] == "done" and all(f["terms"][0]["kernel"].startswith(kernel) for f in record["fits"])
+    assert record["status"] == "done" and all(f["terms"].startswith(kernel) for f in record["fits"])
 
 
 def replaced(arguments: list[str], *by: str) -> list[str]:

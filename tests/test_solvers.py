@@ -2,7 +2,7 @@
 
 import functools
 from contextlib import ExitStack
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,8 +30,10 @@ def make_solver(**changes) -> GradientFit:
 def fit(kernel, weight, h, r=1, seed=0, factor=None, **changes):
     scale = float(weight.square().mean().sqrt())
     unit, generator = weight / scale, torch.Generator().manual_seed(seed)
-    solution = make_solver(**changes).fit(kernel, Objective(unit, factor), h, r, generator, ExitStack())
-    return replace(solution, triplets=solution.triplets.scaled(scale))
+    solver, objective = make_solver(**changes), Objective(unit, factor)
+    solution = solver.descend(solver.begin(kernel, objective, h, r, generator), objective, ExitStack())
+    triplets = solution.term.scaled(scale).triplets.map(torch.Tensor.detach)
+    return SimpleNamespace(**vars(solution), triplets=triplets)
 
 
 def relative_error(kernel, triplets, weight) -> float:

@@ -68,8 +68,8 @@ def test_statistics_are_those_of_the_inputs_of_a_plain_forward(name, offload, tm
 def test_layers_that_read_the_same_input_share_one_file(tmp_path):
     model, layers, samples = tiny("tiny_llama", tmp_path)
     store = collected(model, layers, samples, tmp_path)
-    owners = {layer.rpartition(".")[2]: store.owner("gram", layer).rpartition(".")[2] for layer in layers}
-    assert owners == {
+    sources = {layer.rpartition(".")[2]: store.source("gram", layer).rpartition(".")[2] for layer in layers}
+    assert sources == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q_proj"),
         **dict.fromkeys(("gate_proj", "up_proj"), "gate_proj"),
         "o_proj": "o_proj",
@@ -116,7 +116,8 @@ def test_a_method_is_invariant_to_the_order_of_the_samples_to_one_in_a_million(m
     for given in (samples, samples[::-1]):
         store = StatisticsStore(Cache(tmp_path / str(len(errors))), "key")
         collect(model, layers[-1:], method.needs, given, len(given), store, False)
-        fit = method.compress(weight, 1500, store.load(method.needs, layers[-1], CPU), torch.Generator())
+        statistics = [store.load(method.needs, layers[-1], CPU)]
+        (fit,) = method.compress([weight], 1500 * 32, statistics, torch.Generator())
         errors.append(fit.relative_error)
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from nla.compressed.layer import Term
 from nla.kernels.linear import Linear
-from nla.kernels.piecewise import Piecewise, self_term
+from nla.kernels.piecewise import Piecewise
+from nla.kernels.self_term_surface import self_term
 from nla.matrix.triplets import alternating_signs
-from nla.retrain.surface import surface_of
+from nla.retrain.constraints import Constraints
+from nla.terms.kernel_term import KernelTerm
 from nla.training.parameters import TrainedParameter
 from tests.conftest import TINY
 
@@ -17,12 +18,12 @@ PARTS = ("A", "B", "mu")
 def on_surface(kernel=None, h: int = 6):
     """A term of h triplets, its surface, and the fitted self-terms."""
     kernel = kernel or Piecewise(r=2)
-    term = Term(kernel, kernel.random_start(13, 9, h, 2, torch.Generator().manual_seed(0)))
+    term = KernelTerm(kernel, kernel.random_start(13, 9, h, 2, torch.Generator().manual_seed(0)))
     own = {f"t.{part}": TrainedParameter(f"t.{part}", getattr(term, part)) for part in PARTS}
-    return term, surface_of({"t": term}, own), (self_term(term.A, term.mu).detach(), self_term(term.B, term.mu).detach())
+    return term, Constraints({"t": term}, own), (self_term(term.A, term.mu).detach(), self_term(term.B, term.mu).detach())
 
 
-def gradients(term: Term, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(term: KernelTerm, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     found = torch.autograd.grad(loss, [term.A, term.B, term.mu])
     return {f"t.{part}": g.clone() for part, g in zip(PARTS, found, strict=True)}
 
@@ -70,14 +71,15 @@ def test_triplets_of_one_sign_keep_rows_whose_self_terms_they_cannot_have(left):
     term, surface, _ = on_surface(h=24)
     with torch.no_grad():
         term.mu.copy_(alternating_signs(24, term.mu))
-        surface = surface_of({"t": term}, {f"t.{part}": TrainedParameter(f"t.{part}", getattr(term, part)) for part in PARTS})
+        surface = Constraints({"t": term}, {f"t.{part}": TrainedParameter(f"t.{part}", getattr(term, part)) for part in PARTS})
         term.mu[[i for i in range(24) if i not in left]] = 0
         before = term.A.square().sum((1, 2)), term.B.square().sum((1, 2))
     for _ in range(40):
         surface.retract()
-    for factor, size in zip((term.A, term.B), before, strict=True):
+    ((constraint, _),) = surface.held.values()
+    for (factor, fitted), size in zip(constraint.held.values(), before, strict=True):
         self_terms = self_term(factor, term.mu)
-        out_of_reach = self_terms.sign() != surface.held[0 if factor is term.A else 1].self_terms.sign()
+        out_of_reach = self_terms.sign() != fitted.sign()
         assert bool(out_of_reach.any()) and torch.equal(factor.square().sum((1, 2))[out_of_reach], size[out_of_reach])
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nla.budget.adaptive import Adaptive
 from nla.budget.schedule import Cubic
+from nla.compressed.contents import kernel_terms
 from nla.compressed.layer import CompressedLinear
-from nla.compressed.terms import terms_of
 from nla.kernels.base import Kernel
 from nla.kernels.linear import Linear
 from nla.kernels.piecewise import Piecewise
@@ -28,9 +28,10 @@ from nla.matrix.triplets import Triplets
 from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import from_architecture
 from nla.models.select import linear_specs, select_linears
+from nla.retrain.constraints import Constraints
 from nla.retrain.history import History
-from nla.retrain.surface import surface_of
 from nla.retrain.trainable import chosen_parts
+from nla.terms.kernel_term import KernelTerm
 from nla.training.loop import Recipe, train
 
 ARCHITECTURE = {
@@ -59,7 +60,7 @@ def model_with(replace: Callable[[nn.Linear], nn.Module]) -> nn.Module:
 def triplets_for(dense: nn.Linear, kernel: Kernel) -> CompressedLinear:
     m, n = dense.weight.shape
     size = kernel.size(m, n, int(KEPT * m * n))
-    return CompressedLinear(((kernel, kernel.random_start(m, n, *size, torch.Generator().manual_seed(0))),), None)
+    return CompressedLinear(KernelTerm(kernel, kernel.random_start(m, n, *size, torch.Generator().manual_seed(0))), None)
 
 
 def factors_for(dense: nn.Linear) -> nn.Module:
@@ -98,14 +99,16 @@ def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[st
     model = LanguageModel(model_with(lambda dense: triplets_for(dense, kernel)).eval(), None)
     trained = chosen_parts(model.module, PARTS)
     by_name = {t.name: t for t in trained}
-    terms = terms_of(model.module)
+    terms = kernel_terms(model.module)
     names = list(terms)
     masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
     kept = sum(t.count() for t in masters)
     tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score").tightening(masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
     masks = tightening if adaptive else None
-    clock = Clock(surface_of(terms, by_name), names, masks, kept, kept, None, recipe, lambda row: None)
+    clock = Clock(
+        Constraints(terms, by_name), {name: name for name in names}, masks, kept, kept, None, recipe, lambda row: None
+    )
     others: list[float] = []
 
     def batch(step: int) -> list[Sample]:
