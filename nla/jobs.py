@@ -87,6 +87,8 @@ def explain_unknown_keys(arguments: list[str]) -> None:
     for key in keys:
         parent, _, name = key.rpartition(".")
         section = OmegaConf.select(cfg, parent) if parent else cfg
+        if section is None and parent.partition(".")[0] in groups:
+            print(f"\n{key} is not a setting while no {parent} is chosen; choose one, {parent}=<option>", file=sys.stderr)
         if key.startswith("hydra") or not isinstance(section, DictConfig) or name in section:
             continue
         allowed = sorted(k for k in map(str, section) if not k.startswith("_"))

@@ -232,7 +232,7 @@ ERRORS = [
     (["retrain.steps=3", "retrain.linear_term=2", "retrain.train=[norms]"], "is zero until trained"),
     (["retrain.steps=3", "retrain.train=[linear_term]"], "a linear term of rank 0"),
     (["retrain.steps=3", "retrain.length=4096"], "longer than the 2048 tokens"),
-    (["retrain.steps=3", "calibration=digits"], "retrain.data=digits holds images"),
+    (["retrain.steps=3", "calibration=digits"], "calibration=digits holds images"),
     (["method=asvd", "calibration=digits"], "calibration=digits holds images"),
     (["retrain.steps=3", "retrain.processes=2", "select.include=layers.0.mlp.up"], "have 1 matrices to share"),
     (["retrain.steps=3", "retrain.lr=0"], "retrain.lr=0 must be above 0"),

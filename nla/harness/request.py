@@ -20,7 +20,7 @@ from nla.models.base import DTYPES, Inventory, ModelSource
 from nla.models.select import LinearSpec, select_linears
 from nla.retrain.settings import Retraining
 from tasks.base import Task
-from tasks.data.base import Data
+from tasks.data.base import Data, training_set
 
 INGREDIENTS = ["kernel", "solver", "data", "calibration", "schedule"]  # groups that reach a run only inside other groups
 
@@ -32,6 +32,8 @@ class PreparedRun:
     Attributes:
         settings: what all this was made from.
         values: the same for the record, with nothing in it that this request does not use.
+        calibration: what samples for the method and the budget are drawn from; None if they need none.
+        training_data: what the retraining learns from; None if there is none.
     """
 
     settings: dict[str, Any]
@@ -43,9 +45,9 @@ class PreparedRun:
     target: Target
     plan: Plan
     tasks: list[Task]
-    calibration: Data
+    calibration: Data | None
     retraining: Retraining
-    training_data: Data
+    training_data: Data | None
     tracker: Tracker
     cache: Cache
 
@@ -63,18 +65,13 @@ class PreparedRun:
         """The most numbers, in the model's type, that the selected matrices may keep in the end."""
         return int(self.target.kept * self.plan.selected)
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether calibration samples are read."""
-        return reads_calibration(self.method, self.budget)
-
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Digests of local files the request names."""
         files = {f"data.{task.name}": task.data.identity(self.cache) for task in self.tasks}
-        if self.calibrates:
+        if self.calibration is not None:
             files["calibration"] = self.calibration.identity(self.cache)
-        if self.retraining.steps:
+        if self.training_data is not None:
             files["retrain"] = self.training_data.identity(self.cache)
         return files | {"model": self.model.identity(self.cache)}
 
@@ -85,9 +82,9 @@ class PreparedRun:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
         for task in self.tasks:
             task.data.check()
-        if self.calibrates:
+        if self.calibration is not None:
             self.calibration.check()
-        if self.retraining.steps:
+        if self.training_data is not None:
             self.training_data.check()
         self.model.check(self.values["dtype"], self.cache)
 
@@ -138,11 +135,12 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     method: Method = build("method", values["method"])
     budget: Budget = build("budget", values["budget"])
     tasks: list[Task] = [build(f"task {n}", task) for n, task in values["task"].items() if isinstance(task, dict)]
-    calibration: Data = build("calibration", values["statistics"]["data"])
     model: ModelSource = build("model", values["model"])
     inventory = model.inventory(cache)
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
-    retraining: Retraining = build("retrain", values["retrain"])
+    used = {"statistics": reads_calibration(method, budget), "retrain": bool(values["retrain"].get("steps"))}
+    values, sets = learnt_from(values, used, inventory.reads)
+    retraining: Retraining = build("retrain", values["retrain"] | {"data": sets["retrain"]})
     budget.check_retraining(retraining.steps, retraining.train)
     check_sharing(method, budget)
     target = target_of(values)
@@ -151,15 +149,9 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     for task in tasks:
         task.check(inventory)
     check_retraining(retraining, inventory, plan, values)
-    if reads_calibration(method, budget):
-        check_data("calibration", calibration, inventory)
-    else:
-        values = {key: value for key, value in values.items() if key != "statistics"}
-    if not retraining.steps:
-        values = {key: value for key, value in values.items() if key != "retrain"}
     return PreparedRun(
         settings=settings,
-        values=values,
+        values={key: value for key, value in values.items() if used.get(key, True)},
         model=model,
         inventory=inventory,
         method=method,
@@ -167,7 +159,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         target=target,
         plan=plan,
         tasks=tasks,
-        calibration=calibration,
+        calibration=sets["statistics"],
         retraining=retraining,
         training_data=retraining.data,
         tracker=build("track", values["track"]),
@@ -179,7 +171,6 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
     """Raise UserError if this model cannot be retrained so."""
     if not retraining.steps:
         return
-    check_data("retrain.data", retraining.data, inventory)
     if inventory.reads == "text" and retraining.length > inventory.limit:
         raise UserError(f"retrain.length={retraining.length} is longer than the {inventory.limit} tokens the model can read")
     count = len(plan.matrices)
@@ -195,10 +186,18 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
         )
 
 
-def check_data(setting: str, data: Data, inventory: Inventory) -> None:
-    """Raise UserError if the samples of the data are not what the model reads."""
-    if data.kind != inventory.reads:
-        raise UserError(f"{setting}={data.name} holds {data.kind}, the model reads {inventory.reads}; choose another")
+def learnt_from(values: dict[str, Any], used: dict[str, bool], kind: str) -> tuple[dict[str, Any], dict[str, Data | None]]:
+    """The values with the one set that the model reads as `data` of each group that is used, and the sets themselves.
+
+    Raises:
+        UserError: no such set was chosen.
+    """
+    sets: dict[str, Data | None] = dict.fromkeys(used)
+    for group in (group for group, needed in used.items() if needed):
+        node = values[group]["data"]
+        sets[group] = training_set("calibration", build("calibration", node), kind)
+        values = values | {group: values[group] | {"data": node[kind]}}
+    return values, sets
 
 
 def reads_calibration(method: Method, budget: Budget) -> bool:

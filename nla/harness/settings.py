@@ -7,15 +7,11 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nla.machine.errors import UserError
+from tasks.data import SETS
 
 Group = dict[str, Any]
 Statistic = Literal["gram", "magnitude", "fisher"]
 DEFAULT_RATIO = 0.7
-DATA = {
-    "text": "data=sotu, wikitext2, ptb or c4",
-    "images": "data=digits, fashion_mnist or imagenet",
-    "questions": "data=everyday or commonsense",
-}
 
 
 class Select(BaseModel):
@@ -66,7 +62,7 @@ class Settings(BaseModel):
     retrain: Group
     task: Group
     data: Group
-    calibration: Group
+    calibration: Group | None = None  # none: the data's own training split
     track: Group
 
 
@@ -80,10 +76,10 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         return with_one_target(Settings.model_validate(values).model_dump())
     except InterpolationKeyError as error:
-        for kind, choices in DATA.items():
+        for kind, choices in SETS.items():
             if f"'data.{kind}'" in str(error):
                 raise UserError(
-                    f"task={cfg_task(cfg)} needs {kind}: {choices}; several tasks may take several, data=[sotu,everyday]"
+                    f"task={cfg_task(cfg)} needs {kind}: data={choices}; several tasks may take several, data=[sotu,everyday]"
                 ) from error
         raise UserError(str(error).splitlines()[0]) from error
     except OmegaConfBaseException as error:

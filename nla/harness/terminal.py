@@ -143,7 +143,7 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         len(record.fits),
         flop(flops),
         seconds,
-        flop(flops / seconds),
+        flop(flops / seconds) if seconds else flop(0),
     )
     log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
 

@@ -18,6 +18,7 @@ from nla.models.base import Sample, VisionModel
 from nla.models.vision import ImageClassifier, classifier, from_architecture, load_weights
 from nla.training.loop import Recipe, train
 from nla.training.parameters import whole_model
+from tasks.data.base import training_set
 from tasks.data.images import Images, Items
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class MicroModel(ImageClassifier):
     """Any timm architecture, trained on `training` and kept in the cache.
 
     Args:
-        training: the images to train on, never those of a test.
+        training: a node of conf/data: the training split of its images is what the model is trained on.
         weights_seed: of the weights at the start, and of the batches.
         batch: images of a step, drawn with replacement; micro-batches of 32 count the same, so best a multiple of 32.
         shift: each is moved by up to so many pixels of the model's input, in both directions.
@@ -41,7 +42,7 @@ class MicroModel(ImageClassifier):
     def __init__(
         self,
         name: str,
-        training: Images,
+        training: dict[str, Any],
         weights_seed: int,
         batch: int,
         shift: int,
@@ -51,7 +52,8 @@ class MicroModel(ImageClassifier):
     ) -> None:
         require_integer("model.batch", batch, 1)
         require_integer("model.shift", shift, 0)
-        self.name, self.training, self.weights_seed, self.batch, self.shift = name, training, weights_seed, batch, shift
+        self.training: Images = training_set("calibration", training, "images")
+        self.name, self.weights_seed, self.batch, self.shift = name, weights_seed, batch, shift
         self.recipe, self.architecture = Recipe(**recipe), dict(architecture)
 
     def configuration(self, cache: Cache) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import CausalLM, from_architecture, load_pretrained
 from nla.training.loop import Recipe, train
 from nla.training.parameters import whole_model
+from tasks.data.base import training_set
 from tasks.data.text import Text
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ class MicroLanguageModel(CausalLM):
     """Any transformers architecture, trained on `training` and kept in the cache.
 
     Args:
-        training: the text to train on, never that of a test; its tokeniser is a byte-level BPE learnt from the same text.
+        training: a node of conf/data: the training split of its text is what the model is trained on, and its tokeniser (a
+            byte-level BPE).
         weights_seed: of the weights at the start, and of the batches.
         batch: windows of a step, each as long as the model reads; best a multiple of 2.
         recipe: steps, lr, warmup, weight_decay, clip as in nla.training.Recipe.
@@ -40,7 +42,7 @@ class MicroLanguageModel(CausalLM):
     def __init__(
         self,
         name: str,
-        training: Text,
+        training: dict[str, Any],
         weights_seed: int,
         batch: int,
         recipe: dict[str, Any],
@@ -48,7 +50,8 @@ class MicroLanguageModel(CausalLM):
         architecture: dict[str, Any],
     ) -> None:
         require_integer("model.batch", batch, 1)
-        self.name, self.training, self.weights_seed, self.batch = name, training, weights_seed, batch
+        self.training: Text = training_set("model.training", training, "text")
+        self.name, self.weights_seed, self.batch = name, weights_seed, batch
         self.recipe, self.architecture = Recipe(**recipe), dict(architecture)
 
     def configuration(self, cache: Cache) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class Retraining:
 
     Args:
         steps: optimiser steps T in all; 0: none.
-        data: the samples to train on, a node of conf/calibration.
+        data: the set to train on, at its training split; None without steps.
         batch: samples of a step; micro: how many of them one worker (or GPU) runs at once.
         length: tokens of a sample, where it is text.
         lr: of every tensor, relative to the root mean square of its numbers at the start. None: each kernel's own rate.

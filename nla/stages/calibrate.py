@@ -25,7 +25,7 @@ class Calibration:
 
 def sample(prepared: PreparedRun, model: Model, state: str) -> Calibration:
     """The calibration samples; none if nothing reads them. `state` is the digest of the model as it is."""
-    if not prepared.calibrates:
+    if prepared.calibration is None:
         return Calibration([], [])
     asked = prepared.values["statistics"]
     samples = prepared.calibration.samples(model, asked["windows"], asked["length"], asked["seed"])

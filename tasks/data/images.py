@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nla.machine.cache import Cache, digest, file_digest
-from nla.machine.errors import UserError, require_choice, require_integer
+from nla.machine.errors import UserError, require_integer
 from nla.models.base import Model, Sample, VisionModel
 from tasks.data.base import Data
 
@@ -40,7 +40,6 @@ class Images(Data):
 
     kind = "images"
     classes: int
-    split: str
 
     @abstractmethod
     def identity(self, cache: Cache) -> str:
@@ -72,17 +71,15 @@ class Digits(Images):
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels of 17 greys.
 
     Args:
-        held_out_fraction: of the images, for measuring; the others are for calibration and training.
-        split: `test` (those held out) or `train` (the others).
+        held_out_fraction: of the images, the split `test`; the others are the split `train`.
     """
 
     classes = 10
 
-    def __init__(self, name: str, split: str, held_out_fraction: float) -> None:
-        require_choice("data.split", split, ["test", "train"])
+    def __init__(self, name: str, held_out_fraction: float) -> None:
         if not 0 < held_out_fraction < 1:
-            raise UserError(f"data.held_out_fraction={held_out_fraction} must be above 0 and below 1")
-        self.name, self.split, self.held_out_fraction = name, split, held_out_fraction
+            raise UserError(f"data.images.held_out_fraction={held_out_fraction} must be above 0 and below 1")
+        self.name, self.held_out_fraction = name, held_out_fraction
 
     def items(self) -> Items:
         import numpy as np
@@ -108,15 +105,13 @@ class FashionMnist(Images):
     """Fashion-MNIST (Xiao et al. 2017): 28 x 28 greys, 60,000 to train and 10,000 to test, in the IDX files of its authors.
 
     Args:
-        split: `test` or `train`.
         path: the folder with the files, .gz or not; null is Debian's own.
     """
 
     classes = 10
 
-    def __init__(self, name: str, split: str, path: str | None) -> None:
-        require_choice("data.split", split, ["test", "train"])
-        self.name, self.split = name, split
+    def __init__(self, name: str, path: str | None) -> None:
+        self.name = name
         self.path = DEBIAN if path is None else Path(path).expanduser()
 
     def items(self) -> Items:
@@ -139,7 +134,8 @@ class FashionMnist(Images):
                 return path
         raise UserError(
             f"data={self.name} finds no {name} or {name}.gz in {self.path}; give data.path=<folder with it> "
-            "(calibration.path= for training images), or install Debian's package dataset-fashion-mnist"
+            f"(calibration={self.name} calibration.path= for training images elsewhere), "
+            "or install Debian's package dataset-fashion-mnist"
         )
 
     def identity(self, cache: Cache) -> str:
@@ -163,17 +159,25 @@ class HubImages(Images):
     """A dataset of the hub, or local folders with the same images, one folder a class: <path>/<folder>/<class>/*.
 
     Args:
-        dataset, revision, split: as `datasets` names them.
+        dataset, revision: as `datasets` names them.
         classes: how many there are; a label is the position of the class among the sorted folders, ImageNet's own order.
         path: a local folder instead of the hub.
-        folder: the split's folder in it.
+        splits: for `test` and `train` what `datasets` calls the split, and its folder in `path`.
     """
 
-    def __init__(self, name: str, dataset: str, revision: str, split: str, classes: int, path: str | None, folder: str) -> None:
-        require_integer("data.classes", classes, 1)
-        self.name, self.dataset, self.revision, self.split = name, dataset, revision, split
-        self.classes, self.folder = classes, folder
+    splits: dict[str, dict[str, str]]
+
+    def __init__(
+        self, name: str, dataset: str, revision: str, classes: int, path: str | None, splits: dict[str, dict[str, str]]
+    ) -> None:
+        require_integer("data.images.classes", classes, 1)
+        self.name, self.dataset, self.revision, self.classes, self.splits = name, dataset, revision, classes, splits
         self.path = None if path is None else Path(path).expanduser()
+
+    @property
+    def folder(self) -> str:
+        """The split's folder in `path`."""
+        return self.splits[self.split]["folder"]
 
     def items(self) -> Items:
         return self.from_hub if self.path is None else self.from_folder
@@ -184,13 +188,13 @@ class HubImages(Images):
         from datasets.exceptions import DatasetsError
 
         try:
-            rows = load_dataset(self.dataset, split=self.split, revision=self.revision)
+            rows = load_dataset(self.dataset, split=self.splits[self.split]["split"], revision=self.revision)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"data={self.name} could not be fetched from the hub ({reason}); accept its terms at huggingface.co/datasets/"
                 f"{self.dataset} and run `hf auth login`, or give data.path=<folder with {self.folder}/<class>/*.JPEG> "
-                "(calibration.path= for training images), or use data=digits"
+                f"(calibration={self.name} calibration.path= for training images elsewhere), or use data=digits"
             ) from error
         return Items(list(rows["label"]), lambda i: rows[i]["image"])
 
@@ -211,7 +215,7 @@ class HubImages(Images):
         if len(found.classes) != self.classes:
             raise UserError(
                 f"{root} holds {len(found.classes)} classes, expected {self.classes}, for a label is a position among the "
-                "sorted folders; add the others, or set data.classes"
+                "sorted folders; add the others, or set data.images.classes"
             )
         return Items(found.targets, lambda i: found[i][0])
 

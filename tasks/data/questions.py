@@ -21,6 +21,7 @@ class Questions(Data):
     """
 
     kind = "questions"
+    splits = ("test",)
     prefix = ""
 
     def check(self) -> None:

