@@ -1,22 +1,21 @@
-"""From live objects to the record of a run: plan, fits, counts, figures."""
+"""From live objects to the record of a run: fits, counts, bits."""
 
-from nla.budget.base import PlanEntry
 from nla.compressed.layer import CompressedLinear
-from nla.harness.record import FitRecord, Parameters, PlanRecord, TermRecord
+from nla.harness.fits_table import FitRecord, terms_text
+from nla.harness.record import Bits, Parameters
 from nla.harness.request import PreparedRun
 from nla.methods.base import Fit
 from nla.models.base import DTYPES, Model
 
-
-def plan_record(plan: list[PlanEntry]) -> list[PlanRecord]:
-    return [PlanRecord(name=e.spec.name, n_params=e.n_params, h=e.h, r=e.r) for e in plan]
+TAKEN_OVER = set(FitRecord.model_fields) - {"name", "shape", "terms", "bits", "fitted", "kept"}
 
 
 def fit_record(name: str, fit: Fit) -> FitRecord:
-    figures = {k: getattr(fit, k) for k in FitRecord.model_fields if k not in ("name", "shape", "terms")}
+    figures = {key: getattr(fit, key) for key in TAKEN_OVER}
     first = fit.terms[0][1]
-    terms = [TermRecord(kernel=kernel.name, h=t.h, r=t.r) for kernel, t in fit.terms]
-    return FitRecord(name=name, shape=(first.out_features, first.in_features), terms=terms, **figures)
+    bits = sum(8 * t.A.element_size() * t.count() for _, t in fit.terms)
+    shape = (first.out_features, first.in_features)
+    return FitRecord(name=name, shape=shape, terms=terms_text(fit.terms), bits=bits, **figures)
 
 
 def kept_parameters(model: Model) -> dict[str, int]:
@@ -27,7 +26,6 @@ def kept_parameters(model: Model) -> dict[str, int]:
 def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[str, int]) -> Parameters:
     """Counts before and after; what is not selected, biases included, is the same in both."""
     selected, kept = sum(e.spec.n_params for e in prepared.plan), sum(matrices.values())
-    size = DTYPES[prepared.values["dtype"]].itemsize
     return Parameters(
         selected_before=selected,
         selected_after=kept,
@@ -35,6 +33,14 @@ def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[st
         model_after=after,
         ratio=1 - kept / selected,
         model_ratio=1 - after / before,
-        bytes_before=before * size,
-        bytes_after=after * size,
+    )
+
+
+def bits(prepared: PreparedRun, counts: Parameters) -> Bits:
+    """What the model of these counts takes in the run's dtype."""
+    size = DTYPES[prepared.values["dtype"]].itemsize
+    return Bits(
+        selected_per_weight=8 * size * counts.selected_after / counts.selected_before,
+        model_bytes_before=size * counts.model_before,
+        model_bytes_after=size * counts.model_after,
     )

@@ -23,7 +23,7 @@ class Fit:
 
     Attributes:
         terms: W' is the sum over them.
-        status: how the fit ended, in sentences.
+        status: how the fit ended, as codes (`nla.solvers.base.in_words`).
         losses: (step, error) as the fit went on, in the norm that the method minimises.
         relative_error: of the terms as stored.
         svd_error: of truncated SVD with as many parameters.
@@ -128,7 +128,7 @@ class Method(ABC):
             weighted = self.errors(norms.outputs, seen, equal, rank)
         return Fit(
             terms=((self.kernel, stored),),
-            status="; ".join(filter(None, (solution.status.value, objective.note))),
+            status=" ".join(filter(None, (solution.status.code, objective.note))),
             losses=solution.losses,
             relative_error=error,
             svd_error=svd_error,

@@ -29,8 +29,8 @@ from nla.statistics.store import StatisticsStore
 def fit(
     prepared: PreparedRun, record: RunRecord, model: Model, samples: list[Sample], store: StatisticsStore, folder: Path
 ) -> None:
-    """Fit and swap all planned matrices; each fit is on disk and tracked as soon as it is there."""
-    with (folder / "fits.jsonl").open("w") as lines, progress(prepared) as bar:
+    """Fit and swap all planned matrices; the losses of each are on disk and tracked as soon as it is fitted."""
+    with (folder / "losses.jsonl").open("w") as lines, progress(prepared) as bar:
         for part in parts(prepared, model, samples, store):
             fits: dict[str, Fit] = {}
             settings, seed = prepared.values["method"], prepared.values["seed"]
@@ -38,8 +38,8 @@ def fit(
                 fits[name] = result
                 entry = fit_record(name, result)
                 record.fits.append(entry)
-                write_line(lines, entry.model_dump() | {"losses": result.losses})
-                prepared.tracker.fit(name, result)
+                write_line(lines, {"name": name, "losses": result.losses})
+                prepared.tracker.fit(entry, result.losses)
             swap(model.module, fits)
     record.peak_bytes["fit"] = max(f.peak_bytes for f in record.fits)
 
