@@ -74,10 +74,18 @@ def read_collection(folder: Path) -> list[RunRecord]:
         records[record.signature] = record
     table = folder / "fits.csv.gz"
     for run, fit in parse_fits(read_gzip(table), table, ["signature", *COLUMNS]):
-        records[run["signature"]].fits.append(fit)
-    for step in csv.DictReader(io.StringIO(read_gzip(folder / "steps.csv.gz"))):
-        records[step.pop("signature")].history.append({name: to_number(cell) for name, cell in step.items() if cell})
+        of_run(records, run["signature"], table).fits.append(fit)
+    table = folder / "steps.csv.gz"
+    for step in csv.DictReader(io.StringIO(read_gzip(table))):
+        record = of_run(records, step.pop("signature"), table)
+        record.history.append({name: to_number(cell) for name, cell in step.items() if cell})
     return list(records.values())
+
+
+def of_run(records: dict[str, RunRecord], signature: str, table: Path) -> RunRecord:
+    if signature not in records:
+        raise UserError(f"{table} has rows of run {signature}, which is not in runs.jsonl beside it")
+    return records[signature]
 
 
 def to_number(cell: str) -> int | float:

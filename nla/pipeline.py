@@ -48,7 +48,7 @@ def run(settings: dict[str, Any], command: str | None = None) -> RunRecord | Non
     with exclusive(folder / ".lock"):
         if (folder / "record.json").exists():
             record = read_record(folder)
-            if record.status == "done":
+            if record.status == "done" and record.signature == name:
                 report.show_result(record, folder, "from the record; delete its folder to run again")
                 return record
         prepared.check_inputs()

@@ -1,7 +1,6 @@
 """`python run.py` as a user types it: results, records, errors."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -78,15 +77,6 @@ def test_a_run_leaves_a_valid_record_a_row_per_fit_and_its_configuration(cli, tm
 
 READ_FIRST = ["schema", "signature", "status", "error", "command", "started", "finished", "metrics", "parameters", "bits"]
 READ_FIRST += ["seconds", "peak_bytes", "retraining", "made_from", "environment", "config"]
-
-
-def test_a_finished_run_answers_from_its_record(cli, tmp_path):
-    cli(*FAST)
-    path = next((tmp_path / "runs").glob("*/record.json"))
-    before = path.read_bytes(), path.stat().st_mtime_ns
-    again = cli(*FAST, "track=none")
-    assert "from the record" in again.stdout
-    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
 def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(cli, tmp_path):
@@ -235,49 +225,6 @@ def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog
 def test_a_dry_run_from_the_command_line(cli, tmp_path):
     assert "Nothing was fitted" in cli("dry_run=true", "method=svd").stdout
     assert not records(tmp_path)
-
-
-DAMAGE = [
-    ("record.json", lambda text: text.replace('"environment"', '"surroundings"'), "environment: Field required"),
-    ("record.json", lambda text: text.replace('"selected_before": ', '"selected_before": 0.5'), r"parameters\.selected_before"),
-    ("record.json", lambda text: text[: len(text) // 2], "the file"),
-    ("fits.csv", None, "cannot be read"),
-    ("fits.csv", lambda text: text[: len(text) // 2], "row 7"),
-    ("fits.csv", lambda text: text[:-2], "row 14 is not whole"),
-    ("fits.csv", lambda text: text.replace("piecewise h", "piecewise", 1), "row 1: terms: .* no sum of terms"),
-    ("fits.csv", lambda text: text.replace("svd_error", "svd"), "its columns are"),
-]
-
-
-@pytest.mark.parametrize("name, change, expected", DAMAGE, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_damaged_record_is_named_with_its_field(finished_run, tmp_path, name, change, expected):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    path = folder / name
-    if change:
-        path.write_text(change(path.read_text()))
-    else:
-        path.unlink()
-    with pytest.raises(UserError, match=rf"{path} .*{expected}"):
-        read_record(folder)
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    outputs = tmp_path_factory.mktemp("finished")
-    run(check_settings(configuration(*FAST, f"outputs_dir={outputs}")))
-    return only_folder(outputs)
-
-
-def test_a_failed_run_keeps_what_there_is_and_goes_on_in_its_folder(run_here, tmp_path, monkeypatch):
-    with monkeypatch.context() as broken:
-        broken.setattr("nla.pipeline.draw", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run_here(*FAST)
-    record = only_record(tmp_path)
-    assert record["status"] == "failed" and record["error"] == "division by zero" and record["finished"]
-    assert len(record["fits"]) == 14 and record["command"] is None
-    run_here(*FAST)
-    assert only_record(tmp_path)["status"] == "done"
 
 
 def test_a_model_folder_that_save_pretrained_wrote_is_a_model(run_here, tmp_path):
