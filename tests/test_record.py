@@ -1,13 +1,15 @@
 """The record of a run: its name, its table, and what is said of a damaged one."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from nla.harness.fits_table import parse_terms
+from nla.harness.fits_table import parse_terms, terms_text
 from nla.harness.record import read_record, run_name
 from nla.harness.request import resolve
 from nla.harness.settings import check_settings
+from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.pipeline import run
 from nla.solvers.base import Status, in_words
@@ -27,9 +29,12 @@ def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
 
 
 def test_terms_are_read_back_from_their_text():
-    assert parse_terms("piecewise h=43 r=20 + linear h=0 r=1") == [("piecewise", 43, 20), ("linear", 0, 1)]
-    with pytest.raises(ValueError, match="no sum of terms"):
-        parse_terms("piecewise h=43 r=20, linear h=1 r=1")
+    terms = [(Linear(), SimpleNamespace(h=43, r=20)), (Linear(), SimpleNamespace(h=0, r=1))]
+    assert parse_terms(terms_text(terms)) == [("linear", 43, 20), ("linear", 0, 1)]
+    assert parse_terms("phase h=43 r=1 + grid bits=4") == [("phase", 43, 1), ("grid", 0, 0)]
+    for damaged in ("", "h=43 r=20", "linear h=43 + "):
+        with pytest.raises(ValueError, match="no sum of terms"):
+            parse_terms(damaged)
 
 
 def test_every_status_is_a_code_that_is_explained_in_words():
@@ -44,7 +49,7 @@ DAMAGE = [
     ("fits.csv", None, "cannot be read"),
     ("fits.csv", lambda text: text[: len(text) // 2], "row 7"),
     ("fits.csv", lambda text: text[:-2], "row 14 is not whole"),
-    ("fits.csv", lambda text: text.replace("piecewise h", "piecewise", 1), "row 1: terms: .* no sum of terms"),
+    ("fits.csv", lambda text: text.replace("piecewise h", "h", 1), "row 1: terms: .* no sum of terms"),
     ("fits.csv", lambda text: text.replace("svd_error", "svd"), "its columns are"),
 ]
 

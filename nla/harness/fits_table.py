@@ -2,8 +2,8 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,7 +16,7 @@ DIGITS = 5  # significant, of every float
 
 
 class TermSize(NamedTuple):
-    """One term of a matrix: the kernel's name, the number of triplets, and their rank."""
+    """One term of a matrix: the kernel's name, the number of triplets, and their rank; 0 where a term has none."""
 
     kernel: str
     h: int
@@ -32,12 +32,15 @@ def parse_terms(text: str) -> list[TermSize]:
     """The terms that `terms_text` wrote.
 
     Raises:
-        ValueError: the text is no such list.
+        ValueError: a term has no name, or its h or r is no number.
     """
-    found = [re.fullmatch(r"(\S+) h=(\d+) r=(\d+)", term) for term in text.split(" + ")]
-    sizes = [TermSize(match[1], int(match[2]), int(match[3])) for match in found if match]
-    if len(sizes) < len(found):
-        raise ValueError(f"{text!r} is no sum of terms such as 'piecewise h=43 r=20'")
+    sizes = []
+    for term in text.split(" + "):
+        words = term.split()
+        if not words or "=" in words[0]:
+            raise ValueError(f"{text!r} is no sum of terms such as 'piecewise h=43 r=20'")
+        numbers = {key: int(value) for key, _, value in (word.partition("=") for word in words) if key in ("h", "r")}
+        sizes.append(TermSize(words[0], numbers.get("h", 0), numbers.get("r", 0)))
     return sizes
 
 
@@ -51,6 +54,7 @@ def parse_shape(value: Any) -> Any:
     return tuple(value.split("x")) if isinstance(value, str) else value
 
 
+@cache
 def check_terms(text: str) -> str:
     parse_terms(text)
     return text
@@ -157,10 +161,10 @@ def parse_fits(text: str, path: Path, columns: list[str]) -> list[tuple[dict[str
     rows = csv.DictReader(io.StringIO(text))
     if list(rows.fieldnames or []) != columns:
         raise UserError(f"{path} is not a table of fits: its columns are {rows.fieldnames}, not {columns}; delete it")
-    found = []
+    found, around = [], [name for name in columns if name not in COLUMNS]
     for number, row in enumerate(rows, 1):
         cut = [name for name, value in row.items() if name is None or value is None]
-        others = {name: row.pop(name) for name in columns if name not in FitRecord.model_fields}
+        others = {name: row.pop(name) for name in around}
         try:
             found.append((others, FitRecord.model_validate(row)))
         except ValidationError as error:
