@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nla.compressed.surgery import count
+from nla.compressed.contents import count_bits, count_parameters
 from nla.harness import terminal as report
 from nla.harness.record import MadeFrom, RunRecord, make_up, read_record, run_name, signature
 from nla.harness.recording import bits, kept_parameters, parameters
@@ -90,18 +90,19 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
-    before, dense = count(model.module), state_of(prepared, model)
+    before, dense_bits = count_parameters(model.module), count_bits(model.module)
+    dense = state_of(prepared, model)
 
     with timed(record, "dense"):
         evaluate(prepared, record, model, "dense", dense)
     with timed(record, "statistics"):
-        samples, store = sample(prepared, model, dense)
-        if prepared.method.needs and not prepared.method.sequential:
-            record.peak_bytes["statistics"] = measure_inputs(prepared, model, samples, store)
+        calibration = sample(prepared, model, dense)
+        if prepared.dense_needs:
+            record.peak_bytes["statistics"] = measure_inputs(prepared, model, calibration)
     with timed(record, "allocate"):
-        prepared = allocated(prepared, model, samples, store)
+        prepared = allocated(prepared, model, calibration)
     with timed(record, "fit"):
-        fit(prepared, record, model, samples, store, folder)
+        fit(prepared, record, model, calibration, folder)
     record.write(folder)
     compressed = state_of(prepared, model)
     with timed(record, "compressed"):
@@ -111,8 +112,8 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
             retrain_and_drop(prepared, record, model, folder, key_of(prepared, compressed, dense))
         with timed(record, "retrained"):
             evaluate(prepared, record, model, "retrained", state_of(prepared, model))
-    record.parameters = parameters(prepared, before, count(model.module), kept_parameters(model))
-    record.bits = bits(prepared, record.parameters)
+    record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
+    record.bits = bits(prepared, dense_bits, model)
 
 
 def now() -> str:

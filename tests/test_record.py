@@ -1,11 +1,11 @@
 """The record of a run: its name, its table, and what is said of a damaged one."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
+import torch
 
-from nla.harness.fits_table import parse_terms, terms_text
+from nla.harness.fits_table import parse_terms
 from nla.harness.record import read_record, run_name
 from nla.harness.request import resolve
 from nla.harness.settings import check_settings
@@ -13,6 +13,8 @@ from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.pipeline import run
 from nla.solvers.base import Status, in_words
+from nla.terms.base import Sum
+from nla.terms.kernel_term import KernelTerm
 from tests.conftest import TINY, configuration, only_folder, only_record, options
 
 FAST = [*TINY, "solver.steps=10"]
@@ -22,15 +24,15 @@ FAST = [*TINY, "solver.steps=10"]
 def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
     config = resolve(check_settings(configuration(*TINY, f"method={method}", "ratio=0.50")))
     del config["retrain"]  # as where nothing is retrained
-    kernel = "-piecewise" if method == "nla" else ""
+    kernel = f"-{config['method']['kernel']['_target_'].split('.')[-2]}" if "kernel" in config["method"] else ""
     assert run_name(config, "0123456789abcdef") == f"tiny_llama-{method}{kernel}-0.5-01234567"
     asked = config | {"ratio": None, "bits": 2.28, "model": {"name": "../a model/of: mine"}, "retrain": {}}
     assert run_name(asked, "0123456789abcdef") == f"_a_model_of_mine-{method}{kernel}-2.28bits-retrained-01234567"
 
 
 def test_terms_are_read_back_from_their_text():
-    terms = [(Linear(), SimpleNamespace(h=43, r=20)), (Linear(), SimpleNamespace(h=0, r=1))]
-    assert parse_terms(terms_text(terms)) == [("linear", 43, 20), ("linear", 0, 1)]
+    terms = Sum([KernelTerm.empty(Linear(), 8, 6, h, r, torch.float32) for h, r in ((43, 20), (0, 1))])
+    assert parse_terms(terms.describe()) == [("linear", 43, 20), ("linear", 0, 1)]
     assert parse_terms("phase h=43 r=1 + grid bits=4") == [("phase", 43, 1), ("grid", 0, 0)]
     for damaged in ("", "h=43 r=20", "linear h=43 + "):
         with pytest.raises(ValueError, match="no sum of terms"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nla.budget.base import Budget
+from nla.budget.base import Budget, Target
 from nla.budget.importance import Importance, best
 from nla.budget.schedule import Schedule
 from nla.machine.errors import UserError, require_choice
@@ -32,10 +32,10 @@ class Adaptive(Budget):
         require_choice("budget.rank", rank, ["score", "score_per_parameter"])
         self.schedule, self.beta1, self.beta2, self.rank = schedule, beta1, beta2, rank
 
-    def allocate(self, specs: list[LinearSpec], ratio: float) -> dict[str, int]:
+    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
         """b0 times the uniform share, but never more than the dense matrix has."""
-        kept = min(1.0, self.schedule.b0 * (1 - ratio))
-        return {s.name: int(kept * s.n_params) for s in specs}
+        bits = min(target.width, self.schedule.b0 * target.bits)
+        return {s.name: int(bits * s.n_params) for s in specs}
 
     def check_retraining(self, steps: int, train: list[list[str]]) -> None:
         if steps == 0:

@@ -1,79 +1,69 @@
-"""A plan: how many parameters each matrix may keep."""
+"""The contract of a budget: how many bits each matrix may keep."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from nla.kernels.base import Kernel
-from nla.machine.errors import UserError
-from nla.matrix.triplets import triplet_size
+from nla.matrix.objective import Norms
+from nla.methods.fit import Fit
 from nla.models.select import LinearSpec
 
 
 @dataclass(frozen=True)
-class PlanEntry:
-    """One matrix: its budget, and what the kernel makes of it."""
+class Target:
+    """What a budget shares out.
 
-    spec: LinearSpec
-    n_params: int
-    h: int
-    r: int
-    kernel: Kernel
+    Attributes:
+        bits: average per weight of the selected layers.
+        width: bits of a number of the model's type.
+        asked: the setting that it comes from, `ratio=0.7` or `bits=2.0`.
+    """
+
+    bits: float
+    width: int
+    asked: str
 
     @property
-    def realised(self) -> int:
-        """Parameters of h triplets: at most n_params."""
-        return self.h * triplet_size(self.spec.out_features, self.spec.in_features, self.r)
+    def kept(self) -> float:
+        """The kept fraction of the numbers, where numbers are stored in the model's type."""
+        return self.bits / self.width
 
 
-Measure = Callable[[str, int], float]  # the model's loss with one matrix compressed to so many parameters
+class ModelView(Protocol):
+    """What a budget that looks at the model may ask for. Whatever takes long is kept on disk."""
+
+    def norms(self, name: str) -> Norms:
+        """A matrix, its spectra, and the statistics of its inputs that the budget `needs`."""
+
+    def fit(self, name: str, bits: int) -> Fit | None:
+        """The method's fit of one matrix in so many bits, with its errors; None where they buy nothing."""
+
+    def loss(self, name: str, bits: int) -> float:
+        """The model's mean loss on calibration samples with this matrix alone compressed to so many bits."""
 
 
 class Budget(ABC):
-    """Shares out what a ratio leaves.
+    """Shares out the bits of a target.
 
     Attributes:
-        searches: shares are known only after search().
-        tightens: shares are what retraining begins with; it ends within the ratio.
+        needs: statistics of inputs that look() reads.
+        looks: shares depend on more than shapes, and are known only after look().
+        samples: calibration samples on which losses are measured.
+        tightens: shares are what retraining begins with; it ends within the target.
     """
 
-    searches = False
+    needs: frozenset[str] = frozenset()
+    looks = False
+    samples = 0
     tightens = False
 
     @abstractmethod
-    def allocate(self, specs: list[LinearSpec], ratio: float) -> dict[str, int]:
-        """Parameters per matrix name; together at most (1 - ratio) of the dense parameters."""
+    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
+        """Bits per matrix name, from shapes alone; together at most the target's."""
 
-    def search(self, specs: list[LinearSpec], ratio: float, measure: Measure) -> dict[str, int]:
+    def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
         """The same, with the model at hand."""
-        return self.allocate(specs, ratio)
+        return self.allocate(specs, target)
 
     def check_retraining(self, steps: int, train: list[list[str]]) -> None:  # noqa: B027 (most budgets go with any)
         """Raise UserError if this budget does not go with a retraining of so many steps and these stages of parts."""
-
-
-def make_plan(specs: list[LinearSpec], ratio: float, allocated: dict[str, int], kernel: Kernel) -> list[PlanEntry]:
-    """Budgets and sizes of all matrices.
-
-    Raises:
-        UserError: the ratio leaves some matrix less than one triplet.
-    """
-    plan = [
-        PlanEntry(s, allocated[s.name], *kernel.size(s.out_features, s.in_features, allocated[s.name]), kernel) for s in specs
-    ]
-    starved = [entry.spec for entry in plan if entry.h < 1]
-    if starved:
-        spec = min(starved, key=highest_ratio)
-        most = math.floor(1000 * highest_ratio(spec)) / 1000
-        remedy = f"use ratio={most} at most" if most > 0 else "exclude it with select.exclude"
-        raise UserError(
-            f"ratio={ratio} leaves {spec.name} ({spec.out_features}x{spec.in_features}) {allocated[spec.name]} parameters, "
-            f"less than its smallest triplet of {triplet_size(spec.out_features, spec.in_features, 1)}; {remedy}"
-        )
-    return plan
-
-
-def highest_ratio(spec: LinearSpec) -> float:
-    """The ratio that leaves one triplet."""
-    return 1 - triplet_size(spec.out_features, spec.in_features, 1) / spec.n_params

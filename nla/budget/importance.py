@@ -30,7 +30,7 @@ class Importance:
     def update(self, values: Sequence[Triplets], gradients: Sequence[Triplets]) -> None:
         """One step of smoothing."""
         for many in zip(values, gradients, self.smoothed, self.uncertainty, strict=True):
-            for parts in zip(*(t.parts for t in many), strict=True):
+            for parts in zip(*(t.tensors for t in many), strict=True):
                 self.smooth(*parts)
 
     def smooth(self, w: Tensor, g: Tensor, smoothed: Tensor, uncertainty: Tensor) -> None:

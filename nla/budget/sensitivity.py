@@ -1,21 +1,23 @@
 """Shares by sensitivity: matrices whose compression hurts little are compressed more (ASVD's search, Yuan et al., 2023)."""
 
-from nla.budget.base import Budget, Measure
+from nla.budget.base import Budget, ModelView, Target
 from nla.budget.uniform import Uniform
 from nla.machine.errors import UserError, require_integer
 from nla.models.select import LinearSpec
 
 
 class Sensitivity(Budget):
-    """Each matrix alone is compressed to each candidate, and the loss on calibration samples measured. Then one loss for all is
-    sought: every matrix gets the smallest candidate that stays below it, and the whole fits the budget.
+    """More bits for the matrices whose compression alone raises the model's loss most.
+
+    Each matrix alone is compressed to each candidate size, and the loss on calibration samples is measured. Every matrix then
+    gets the smallest candidate whose loss is below a bound. The bound is the lowest for which the whole fits the target.
 
     Args:
         candidates: kept fractions of a matrix.
         samples: calibration samples that the loss is measured on.
     """
 
-    searches = True
+    looks = True
 
     def __init__(self, candidates: list[float], samples: int) -> None:
         require_integer("budget.samples", samples, 1)
@@ -23,27 +25,28 @@ class Sensitivity(Budget):
             raise UserError(f"budget.candidates={candidates} must be kept fractions between 0 and 1")
         self.candidates, self.samples = sorted(candidates), samples
 
-    def allocate(self, specs: list[LinearSpec], ratio: float) -> dict[str, int]:
+    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
         """Equal shares, before anything is measured."""
-        if self.candidates[0] > 1 - ratio:
+        if self.candidates[0] > target.kept:
             raise UserError(
-                f"budget.candidates={self.candidates} keep more than ratio={ratio} leaves; add one of {1 - ratio:.3g} at most"
+                f"budget.candidates={self.candidates} keep more than {target.asked} leaves; "
+                f"add one of {target.kept:.3g} at most"
             )
-        return Uniform().allocate(specs, ratio)
+        return Uniform().allocate(specs, target)
 
-    def search(self, specs: list[LinearSpec], ratio: float, measure: Measure) -> dict[str, int]:
-        sizes = {s.name: [int(c * s.n_params) for c in self.candidates] for s in specs}
-        losses = {name: [measure(name, n) for n in options] for name, options in sizes.items()}
-        budget = (1 - ratio) * sum(s.n_params for s in specs)
-        shares = {name: options[0] for name, options in sizes.items()}
-        for bound in sorted({loss for found in losses.values() for loss in found}, reverse=True):
+    def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
+        sizes = {s.name: [target.width * int(c * s.n_params) for c in self.candidates] for s in specs}
+        losses = {name: [view.loss(name, bits) for bits in options] for name, options in sizes.items()}
+        most = target.bits * sum(s.n_params for s in specs)
+        found = {name: options[0] for name, options in sizes.items()}
+        for bound in sorted({loss for measured in losses.values() for loss in measured}, reverse=True):
             tighter = {name: self.smallest(sizes[name], losses[name], bound) for name in sizes}
-            if sum(tighter.values()) > budget:
+            if sum(tighter.values()) > most:
                 break
-            shares = tighter
-        return shares
+            found = tighter
+        return found
 
     @staticmethod
     def smallest(options: list[int], losses: list[float], bound: float) -> int:
         """The smallest option with a loss below the bound; the largest where none is."""
-        return next((n for n, loss in zip(options, losses, strict=True) if loss < bound), options[-1])
+        return next((bits for bits, loss in zip(options, losses, strict=True) if loss < bound), options[-1])

@@ -1,11 +1,11 @@
-"""The same kept fraction for every matrix."""
+"""The same bits per weight for every matrix."""
 
-from nla.budget.base import Budget
+from nla.budget.base import Budget, Target
 from nla.models.select import LinearSpec
 
 
 class Uniform(Budget):
-    """floor((1 - ratio) * out * in) parameters for each matrix."""
+    """floor(bits * out * in) bits for each matrix."""
 
-    def allocate(self, specs: list[LinearSpec], ratio: float) -> dict[str, int]:
-        return {s.name: int((1 - ratio) * s.n_params) for s in specs}
+    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
+        return {s.name: int(target.bits * s.n_params) for s in specs}

@@ -1,4 +1,4 @@
-"""What a request costs, counted from shapes, and how long that takes on this machine, from a short measurement."""
+"""What the fits of a run cost, counted from shapes, and how long that takes on this machine, from a short measurement."""
 
 import time
 from collections.abc import Callable
@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nla.budget.base import PlanEntry
 from nla.harness.request import PreparedRun
 from nla.machine.threads import ordered_map
-from nla.matrix.objective import Objective
+from nla.matrix.inputs import Statistics
+from nla.matrix.objective import Norms
+from nla.methods.base import MatrixMethod
 from nla.solvers.gradient import PRODUCTS
+from nla.solvers.squared_error import squared_error
+from nla.terms.kernel_term import KernelTerm
 
 LARGEST = 512  # side of the largest matrix that is measured
 TOKENS = 512  # a forward's cost per token is counted at this many
@@ -18,7 +21,10 @@ TOKENS = 512  # a forward's cost per token is counted at this many
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations (FLOP), forward per token and in the selected layers only; rates in FLOP/s of all workers together."""
+    """Operations (FLOP), forward per token and in the selected layers only; rates in FLOP/s of all workers together.
+
+    A rate is 0 where nothing was measured.
+    """
 
     dense_forward: float
     forward: float
@@ -31,39 +37,49 @@ class Cost:
 
 def estimate(prepared: PreparedRun) -> Cost:
     """Operations of fits and forward, and the rates at which a small matrix is started and stepped here."""
-    method, sizes = prepared.method, [(e.spec.out_features, e.spec.in_features, e.h, e.r) for e in prepared.plan]
-    start_rate, step_rate = measured_rates(prepared, prepared.plan[0])
+    method, terms = prepared.method, [matrix.term for matrix in prepared.plan.matrices]
+    start_rate, step_rate = measured_rates(prepared, method) if isinstance(method, MatrixMethod) else (0.0, 0.0)
     return Cost(
-        dense_forward=2 * sum(m * n for m, n, _, _ in sizes),
-        forward=sum(method.kernel.forward_flops(*size, TOKENS) for size in sizes) / TOKENS,
-        starts=sum(method.start_flops(*size) for size in sizes),
-        step=sum(method.step_flops(*size) for size in sizes),
+        dense_forward=2 * prepared.plan.selected,
+        forward=sum(term.forward_flops(TOKENS) for term in terms) / TOKENS,
+        starts=sum(method.start_flops(term) for term in terms),
+        step=sum(method.step_flops(term) for term in terms),
         steps=method.steps,
         start_rate=start_rate,
         step_rate=step_rate,
     )
 
 
-def measured_rates(prepared: PreparedRun, entry: PlanEntry) -> tuple[float, float]:
-    """FLOP/s of a warm start and of a step, one matrix per worker, for a random matrix like the planned one but not larger."""
-    kernel, device = prepared.method.kernel, torch.device(prepared.device)
-    m, n = min(entry.spec.out_features, LARGEST), min(entry.spec.in_features, LARGEST)
-    h, r = kernel.size(m, n, int(entry.n_params / entry.spec.n_params * m * n))
-    h = max(h, 1)
+def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, float]:
+    """FLOP/s of a start and of a step, one matrix per worker, for a random matrix like the first planned but not larger."""
+    device, planned = torch.device(prepared.device), prepared.plan.matrices[0]
+    m, n = min(planned.spec.out_features, LARGEST), min(planned.spec.in_features, LARGEST)
+    bits = max(int(planned.bits / planned.spec.n_params * m * n), method.least_bits([(m, n)], torch.float32))
+    term = method.plan_matrix(m, n, bits, torch.float32)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(m, n, generator=generator).to(device)
-    products = PRODUCTS[prepared.values["method"].get("solver", {}).get("products", "float32")]
-    objective = Objective(weight)
-    t = kernel.random_start(m, n, h, r, generator).map(lambda p: p.to(device))
+    statistics = Statistics(weight.T @ weight + n * torch.eye(n, device=device), weight.abs().mean(0), weight.square().sum(0))
 
     def start(_: int) -> None:
-        kernel.warm_start(Objective(weight), h, r, torch.Generator())
+        method.start(method.objective(Norms(weight, statistics)), term, torch.Generator())
+
+    start_flops = method.start_flops(term)
+    start_rate = start_flops * rate(start, 2, device) if start_flops else 0.0
+    if not method.steps:
+        return start_rate, 0.0
+    products = PRODUCTS[prepared.values["method"]["solver"]["products"]]
+    objective = method.objective(Norms(weight, statistics))
+    kernels = [leaf.kernel for leaf in term.leaves() if isinstance(leaf, KernelTerm)]
+    triplets = [
+        leaf.kernel.random_start(m, n, leaf.triplets.h, leaf.triplets.r, generator).map(lambda p: p.to(device))
+        for leaf in term.leaves()
+        if isinstance(leaf, KernelTerm)
+    ]
 
     def step(_: int) -> None:
-        kernel.squared_error(t, objective, products)
+        squared_error(kernels, triplets, objective, products)
 
-    start_flops = kernel.warm_start_flops(m, n, h, r)
-    return start_flops * rate(start, 2, device), kernel.fit_flops(m, n, h, r) * rate(step, 8, device)
+    return start_rate, method.step_flops(term) * rate(step, 8, device)
 
 
 def rate(work: Callable[[int], None], times: int, device: torch.device) -> float:

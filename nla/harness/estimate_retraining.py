@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nla.budget.adaptive import Adaptive
-from nla.budget.base import PlanEntry
+from nla.budget.plan import PlannedMatrix
 from nla.harness.request import PreparedRun
 from nla.matrix.triplets import triplet_size
+from nla.terms.kernel_term import KernelTerm
 
 FP32, MOMENTS = 4, 8  # bytes of a number, and of the two that AdamW (or importance) keeps of it
 
@@ -40,18 +41,18 @@ def retraining_cost(prepared: PreparedRun) -> RetrainingCost:
 
     Operations are an upper bound: gradients of frozen weights are counted as if they were made. Norms and biases are not.
     """
-    settings, kernel = prepared.retraining, prepared.method.kernel
+    settings, matrices = prepared.retraining, prepared.plan.matrices
     dense, rows = dense_forward(prepared)
-    sizes = {e.spec.name: (e.spec.out_features, e.spec.in_features, e.h, e.r) for e in prepared.plan}
-    selected = sum(2 * m * n * rows[name] for name, (m, n, _, _) in sizes.items())
-    compressed = sum(kernel.forward_flops(*size, rows[name]) for name, size in sizes.items())
-    linear_terms = sum(2 * (m + n) * settings.linear_term * rows[name] for name, (m, n, _, _) in sizes.items())
+    specs = [matrix.spec for matrix in matrices]
+    selected = sum(2 * spec.n_params * rows[spec.name] for spec in specs)
+    compressed = sum(matrix.term.forward_flops(rows[matrix.spec.name]) for matrix in matrices)
+    linear_terms = sum(2 * (s.out_features + s.in_features) * settings.linear_term * rows[s.name] for s in specs)
     rest = dense - selected + linear_terms
     forward, mean = rest + compressed, rest + compressed * mean_kept(prepared)
     samples = settings.steps * settings.batch
-    triplets = sum(moved(entry, {"triplets"}, settings.linear_term) for entry in prepared.plan)
-    kept = prepared.inventory.parameters - sum(e.spec.n_params for e in prepared.plan) + triplets
-    stages = [sum(moved(entry, set(parts), settings.linear_term) for entry in prepared.plan) for parts in settings.train]
+    triplets = sum(moved(matrix, {"triplets"}, settings.linear_term) for matrix in matrices)
+    kept = prepared.inventory.parameters - prepared.plan.selected + triplets
+    stages = [sum(moved(matrix, set(parts), settings.linear_term) for matrix in matrices) for parts in settings.train]
     trained = kept if any("everything" in parts for parts in settings.train) else max(stages)
     width = torch.finfo(getattr(torch, prepared.values["dtype"])).bits // 8
     held = kept + (prepared.inventory.parameters if settings.distils else 0)
@@ -75,24 +76,21 @@ def mean_kept(prepared: PreparedRun) -> float:
         return 1.0
     steps = prepared.retraining.steps
     before = prepared.budget.schedule.phases(steps)[1] / steps
-    final = (
-        (1 - prepared.values["ratio"]) * sum(e.spec.n_params for e in prepared.plan) / sum(e.n_params for e in prepared.plan)
-    )
+    final = prepared.target.bits * prepared.plan.selected / sum(matrix.bits for matrix in prepared.plan.matrices)
     return before + (1 - before) * min(1.0, final)
 
 
-def moved(entry: PlanEntry, parts: set[str], linear_term: int) -> int:
+def moved(matrix: PlannedMatrix, parts: set[str], linear_term: int) -> int:
     """Parameters of a matrix's terms that these parts of `retrain.train` name."""
-    columns = entry.h * entry.r
-    sizes = {
-        "A": entry.spec.out_features * (columns + linear_term),
-        "B": entry.spec.in_features * (columns + linear_term),
-        "mu": entry.h + linear_term,
-    }
+    m, n = matrix.spec.out_features, matrix.spec.in_features
+    terms = [leaf for leaf in matrix.term.leaves() if isinstance(leaf, KernelTerm)]
+    sizes = {"A": m * linear_term, "B": n * linear_term, "mu": linear_term}
+    for part in sizes:
+        sizes[part] += sum(getattr(term, part).numel() for term in terms)
     if parts & {"triplets", "everything"}:
         return sum(sizes.values())
     if "linear_term" in parts:
-        return linear_term * triplet_size(entry.spec.out_features, entry.spec.in_features, 1)
+        return linear_term * triplet_size(m, n, 1)
     return sum(size for part, size in sizes.items() if part in parts)
 
 
@@ -107,7 +105,7 @@ def dense_forward(prepared: PreparedRun) -> tuple[float, dict[str, int]]:
 
         module.get_submodule(name).register_forward_pre_hook(note)
 
-    for layer in prepared.layers:
+    for layer in prepared.plan.layers:
         reads(layer)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module.eval()(meta_sample(prepared, module))

@@ -23,13 +23,8 @@ class TermSize(NamedTuple):
     r: int
 
 
-def terms_text(terms: Iterable[tuple[Any, Any]]) -> str:
-    """`piecewise h=43 r=20`, joined by ` + `, of (kernel, triplets) pairs."""
-    return " + ".join(f"{kernel.name} h={triplets.h} r={triplets.r}" for kernel, triplets in terms)
-
-
 def parse_terms(text: str) -> list[TermSize]:
-    """The terms that `terms_text` wrote.
+    """The terms that `Term.describe` wrote.
 
     Raises:
         ValueError: a term has no name, or its h or r is no number.
@@ -78,7 +73,7 @@ CountOrNone = Annotated[int | None, BeforeValidator(none_if_empty)]
 
 
 class FitRecord(BaseModel):
-    """One matrix; see `nla.methods.base.Fit` for the meaning and unit of each figure.
+    """One matrix; see `nla.methods.fit.Fit` for the meaning and unit of each figure.
 
     Attributes:
         terms: kernel, number of triplets and rank of each term; `parse_terms` reads it.

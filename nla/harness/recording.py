@@ -1,31 +1,28 @@
 """From live objects to the record of a run: fits, counts, bits."""
 
-from nla.compressed.layer import CompressedLinear
-from nla.harness.fits_table import FitRecord, terms_text
+from nla.compressed.contents import count_bits, matrix_counts
+from nla.harness.fits_table import FitRecord
 from nla.harness.record import Bits, Parameters
 from nla.harness.request import PreparedRun
-from nla.methods.base import Fit
-from nla.models.base import DTYPES, Model
+from nla.methods.fit import Fit
+from nla.models.base import Model
 
-TAKEN_OVER = set(FitRecord.model_fields) - {"name", "shape", "terms", "bits", "fitted", "kept"}
+TAKEN_OVER = set(FitRecord.model_fields) - {"name", "shape", "terms", "fitted", "kept"}
 
 
 def fit_record(name: str, fit: Fit) -> FitRecord:
     figures = {key: getattr(fit, key) for key in TAKEN_OVER}
-    first = fit.terms[0][1]
-    bits = sum(8 * t.A.element_size() * t.count() for _, t in fit.terms)
-    shape = (first.out_features, first.in_features)
-    return FitRecord(name=name, shape=shape, terms=terms_text(fit.terms), bits=bits, **figures)
+    return FitRecord(name=name, shape=(fit.term.out_features, fit.term.in_features), terms=fit.term.describe(), **figures)
 
 
 def kept_parameters(model: Model) -> dict[str, int]:
-    """Parameters of the triplets of each compressed matrix."""
-    return {name: m.count() for name, m in model.module.named_modules() if isinstance(m, CompressedLinear)}
+    """Numbers that are stored for each compressed matrix."""
+    return {name: numbers for name, (numbers, _) in matrix_counts(model.module).items()}
 
 
 def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[str, int]) -> Parameters:
     """Counts before and after; what is not selected, biases included, is the same in both."""
-    selected, kept = sum(e.spec.n_params for e in prepared.plan), sum(matrices.values())
+    selected, kept = prepared.plan.selected, sum(matrices.values())
     return Parameters(
         selected_before=selected,
         selected_after=kept,
@@ -36,11 +33,11 @@ def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[st
     )
 
 
-def bits(prepared: PreparedRun, counts: Parameters) -> Bits:
-    """What the model of these counts takes in the run's dtype."""
-    size = DTYPES[prepared.values["dtype"]].itemsize
+def bits(prepared: PreparedRun, before: int, model: Model) -> Bits:
+    """What the model takes at the end; `before` are the bits of the dense model."""
+    selected = sum(bits for _, bits in matrix_counts(model.module).values())
     return Bits(
-        selected_per_weight=8 * size * counts.selected_after / counts.selected_before,
-        model_bytes_before=size * counts.model_before,
-        model_bytes_after=size * counts.model_after,
+        selected_per_weight=selected / prepared.plan.selected,
+        model_bytes_before=before // 8,
+        model_bytes_after=-(-count_bits(model.module) // 8),
     )

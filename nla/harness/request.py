@@ -9,13 +9,14 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from nla.budget.base import Budget, PlanEntry, make_plan
+from nla.budget.base import Budget, Target
+from nla.budget.plan import Plan, make_plan
 from nla.harness.track import Tracker
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from nla.matrix.triplets import triplet_size
 from nla.methods.base import Method
-from nla.models.base import Inventory, ModelSource
+from nla.models.base import DTYPES, Inventory, ModelSource
 from nla.models.select import LinearSpec, select_linears
 from nla.retrain.settings import Retraining
 from tasks.base import Task
@@ -39,7 +40,8 @@ class PreparedRun:
     inventory: Inventory
     method: Method
     budget: Budget
-    plan: list[PlanEntry]
+    target: Target
+    plan: Plan
     tasks: list[Task]
     calibration: Data
     retraining: Retraining
@@ -52,14 +54,19 @@ class PreparedRun:
         return self.values["device"]
 
     @property
-    def layers(self) -> list[str]:
-        """Qualified names of the matrices that are compressed."""
-        return [entry.spec.name for entry in self.plan]
+    def dense_needs(self) -> frozenset[str]:
+        """Statistics of the dense model's inputs that method and budget read."""
+        return self.budget.needs | (frozenset() if self.method.sequential and not self.budget.looks else self.method.needs)
+
+    @property
+    def final_numbers(self) -> int:
+        """The most numbers, in the model's type, that the selected matrices may keep in the end."""
+        return int(self.target.kept * self.plan.selected)
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration samples are read."""
-        return bool(self.method.needs) or self.budget.searches
+        return reads_calibration(self.method, self.budget)
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -137,14 +144,16 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
     retraining: Retraining = build("retrain", values["retrain"])
     budget.check_retraining(retraining.steps, retraining.train)
-    shares = without_linear_term(budget.allocate(chosen, values["ratio"]), chosen, retraining.linear_term)
-    plan = make_plan(chosen, values["ratio"], shares, method.kernel)
+    check_sharing(method, budget)
+    target = target_of(values)
+    shares = without_linear_term(budget.allocate(chosen, target), chosen, retraining.linear_term, target.width)
+    plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
     for task in tasks:
         task.check(inventory)
     check_retraining(retraining, inventory, plan, values)
-    if method.needs or budget.searches:
+    if reads_calibration(method, budget):
         check_data("calibration", calibration, inventory)
-    if not (method.needs or budget.searches):
+    else:
         values = {key: value for key, value in values.items() if key != "statistics"}
     if not retraining.steps:
         values = {key: value for key, value in values.items() if key != "retrain"}
@@ -155,6 +164,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         inventory=inventory,
         method=method,
         budget=budget,
+        target=target,
         plan=plan,
         tasks=tasks,
         calibration=calibration,
@@ -165,17 +175,16 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     )
 
 
-def check_retraining(retraining: Retraining, inventory: Inventory, plan: list[PlanEntry], values: dict[str, Any]) -> None:
+def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:
     """Raise UserError if this model cannot be retrained so."""
     if not retraining.steps:
         return
     check_data("retrain.data", retraining.data, inventory)
     if inventory.reads == "text" and retraining.length > inventory.limit:
         raise UserError(f"retrain.length={retraining.length} is longer than the {inventory.limit} tokens the model can read")
-    if retraining.processes > len(plan):
-        raise UserError(
-            f"retrain.processes={retraining.processes} have {len(plan)} matrices to share; allowed: 1 to {len(plan)}"
-        )
+    count = len(plan.matrices)
+    if retraining.processes > count:
+        raise UserError(f"retrain.processes={retraining.processes} have {count} matrices to share; allowed: 1 to {count}")
     if values["dtype"] == "float16":
         raise UserError("dtype=float16 cannot be retrained: small gradients vanish in it; use dtype=bfloat16 or float32")
     device_map = values["model"].get("device_map")
@@ -192,18 +201,44 @@ def check_data(setting: str, data: Data, inventory: Inventory) -> None:
         raise UserError(f"{setting}={data.name} holds {data.kind}, the model reads {inventory.reads}; choose another")
 
 
-def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int) -> dict[str, int]:
-    """What a linear term of this rank leaves of every matrix's share.
+def reads_calibration(method: Method, budget: Budget) -> bool:
+    """Whether calibration samples are read."""
+    return bool(method.needs or budget.needs or budget.samples)
+
+
+def target_of(values: dict[str, Any]) -> Target:
+    """Bits per weight from `ratio` or `bits`.
+
+    Raises:
+        UserError: bits=... is not below the width of the model's type.
+    """
+    width = 8 * DTYPES[values["dtype"]].itemsize
+    if values["bits"] is None:
+        return Target((1 - values["ratio"]) * width, width, f"ratio={values['ratio']}")
+    if values["bits"] >= width:
+        raise UserError(f"bits={values['bits']} compress nothing: a weight in {values['dtype']} has {width}; use fewer")
+    return Target(values["bits"], width, f"bits={values['bits']}")
+
+
+def check_sharing(method: Method, budget: Budget) -> None:
+    """Raise UserError if the budget would mask triplets whose factors other matrices share."""
+    if method.shares_factors and budget.tightens:
+        raise UserError("budget=adaptive masks single triplets, which this method shares between matrices; use budget=uniform")
+
+
+def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int, width: int) -> dict[str, int]:
+    """The bits that a linear term of this rank, of numbers of this width, leaves of every matrix's share.
 
     Raises:
         UserError: it leaves some matrix nothing.
     """
-    left = {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) for s in specs}
+    left = {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) * width for s in specs}
     for s in specs:
         if rank and left[s.name] <= 0:
-            most = (shares[s.name] - 1) // triplet_size(s.out_features, s.in_features, 1)
+            numbers = shares[s.name] // width
+            most = (numbers - 1) // triplet_size(s.out_features, s.in_features, 1)
             raise UserError(
-                f"retrain.linear_term={rank} takes all of the {shares[s.name]} parameters of {s.name} "
+                f"retrain.linear_term={rank} takes all of the {numbers} parameters of {s.name} "
                 f"({s.out_features}x{s.in_features}); allowed here: below {max(most, 1)}, or a smaller ratio"
             )
     return left

@@ -10,6 +10,7 @@ from nla.machine.errors import UserError
 
 Group = dict[str, Any]
 Statistic = Literal["gram", "magnitude", "fisher"]
+DEFAULT_RATIO = 0.7
 DATA = {
     "text": "data=sotu, wikitext2, ptb or c4",
     "images": "data=digits, fashion_mnist or imagenet",
@@ -45,7 +46,8 @@ class Settings(BaseModel):
     """conf/config.yaml without Hydra's own part."""
 
     model_config = ConfigDict(extra="forbid")
-    ratio: Annotated[float, Field(gt=0, lt=1, description="the fraction of parameters that is removed")]
+    ratio: Annotated[float, Field(gt=0, lt=1, description="the fraction of parameters that is removed")] | None
+    bits: Annotated[float, Field(gt=0, description="the average per weight of the selected layers")] | None
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -76,7 +78,7 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
     """
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        return Settings.model_validate(values).model_dump()
+        return with_one_target(Settings.model_validate(values).model_dump())
     except InterpolationKeyError as error:
         for kind, choices in DATA.items():
             if f"'data.{kind}'" in str(error):
@@ -92,6 +94,16 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
         field = Settings.model_fields.get(setting)
         meaning = f" ({field.description})" if field and field.description else ""
         raise UserError(f"{setting}={first['input']} is not allowed{meaning}: {first['msg'].lower()}") from error
+
+
+def with_one_target(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with one of `ratio` and `bits`; without either, ratio=0.7."""
+    if values["ratio"] is not None and values["bits"] is not None:
+        raise UserError(
+            f"ratio={values['ratio']} and bits={values['bits']} are both given, and each says how much is kept; "
+            "give one of them (ratio=null takes away that of an experiment)"
+        )
+    return values | {"ratio": DEFAULT_RATIO} if values["ratio"] is None and values["bits"] is None else values
 
 
 def cfg_task(cfg: DictConfig) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from nla.budget.base import PlanEntry
+from nla.budget.plan import PlannedMatrix
 from nla.harness.estimate_fits import estimate
-from nla.harness.estimate_retraining import moved, retraining_cost
+from nla.harness.estimate_retraining import retraining_cost
 from nla.harness.record import RunRecord, read_record
 from nla.harness.request import PreparedRun
+from nla.matrix.triplets import triplet_size
 from nla.models.base import DTYPES
 from nla.solvers.base import in_words
 
@@ -24,15 +25,15 @@ log = logging.getLogger(__name__)
 
 def announce(prepared: PreparedRun) -> None:
     """What is about to be removed, before the work begins."""
-    selected = sum(e.spec.n_params for e in prepared.plan)
-    fitted, kept = sum(e.realised for e in prepared.plan), kept_in_the_end(prepared)
+    selected = prepared.plan.selected
+    fitted, kept = sum(prepared.plan.kept.values()), kept_in_the_end(prepared)
     total = prepared.inventory.parameters
     log.info(
         "removing %.1f %%, keeping %.1f %% of %s parameters in %d matrices;\nwhole model %s -> %s",
         100 * (1 - kept / selected),
         100 * kept / selected,
         millions(selected),
-        len(prepared.plan),
+        len(prepared.plan.matrices),
         millions(total),
         millions(total - selected + kept),
     )
@@ -46,28 +47,29 @@ def announce(prepared: PreparedRun) -> None:
 
 def kept_in_the_end(prepared: PreparedRun) -> int:
     """Parameters of the selected matrices after the whole run."""
-    kept = sum(moved(entry, {"triplets"}, prepared.retraining.linear_term) for entry in prepared.plan)
-    most = int((1 - prepared.values["ratio"]) * sum(e.spec.n_params for e in prepared.plan))
-    return min(kept, most) if prepared.budget.tightens else kept
+    sizes = [triplet_size(m.spec.out_features, m.spec.in_features, 1) for m in prepared.plan.matrices]
+    kept = sum(prepared.plan.kept.values()) + prepared.retraining.linear_term * sum(sizes)
+    return min(kept, prepared.final_numbers) if prepared.budget.tightens else kept
 
 
 def show_plan(prepared: PreparedRun) -> None:
     """A dry run: matrices by kind, their sizes and costs, and how long they should take here."""
-    kinds: dict[tuple, list[PlanEntry]] = defaultdict(list)
-    for entry in prepared.plan:
-        kind = re.sub(r".*\.\d+\.", "", entry.spec.name)
-        kinds[kind, entry.spec.out_features, entry.spec.in_features, entry.h, entry.r].append(entry)
+    kinds: dict[tuple, list[PlannedMatrix]] = defaultdict(list)
+    for matrix in prepared.plan.matrices:
+        kind = re.sub(r".*\.\d+\.", "", matrix.spec.name)
+        kinds[kind, matrix.spec.out_features, matrix.spec.in_features, matrix.term.describe()].append(matrix)
+    kept = prepared.plan.kept
     rows = [
-        [kind, len(group), f"{m}x{n}", h, r, millions(len(group) * m * n), millions(sum(e.realised for e in group))]
-        for (kind, m, n, h, r), group in kinds.items()
+        [kind, len(same), f"{m}x{n}", terms, millions(len(same) * m * n), millions(sum(kept[e.spec.name] for e in same))]
+        for (kind, m, n, terms), same in kinds.items()
     ]
     announce(prepared)
-    log.info("\n%s", tabulate(rows, ["matrix", "count", "shape", "h", "r", "before", "after"], disable_numparse=True))
+    log.info("\n%s", tabulate(rows, ["matrix", "count", "shape", "terms", "before", "after"], disable_numparse=True))
     size = DTYPES[prepared.values["dtype"]].itemsize
     cost = estimate(prepared)
-    step = cost.step / cost.step_rate
-    starts = cost.starts / cost.start_rate if cost.starts else 0.0
-    saved = sum(e.spec.n_params for e in prepared.plan) - kept_in_the_end(prepared)
+    step = cost.step / cost.step_rate if cost.step_rate else 0.0
+    starts = cost.starts / cost.start_rate if cost.start_rate else 0.0
+    saved = prepared.plan.selected - kept_in_the_end(prepared)
     before = prepared.inventory.parameters * size
     rows = [
         ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved * size) / 1e9:.2f} GB ({prepared.values['dtype']})"],
@@ -153,8 +155,7 @@ def told_of_endings(record: RunRecord) -> str:
     """How many fits ended in which way."""
     endings = Counter(re.sub(r"[+=]\S+", "", fit.status) for fit in record.fits)
     lines = [f"{count} of {len(record.fits)}: {in_words(status)}" for status, count in endings.most_common()]
-    indent = 8 * " "
-    return "\n".join(textwrap.fill(line, 80, initial_indent=indent, subsequent_indent=indent) for line in lines)
+    return textwrap.indent("\n".join(textwrap.fill(line, 72) for line in lines), 8 * " ")
 
 
 def told_of_retraining(record: RunRecord) -> str:

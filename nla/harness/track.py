@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from nla.budget.base import PlanEntry
 from nla.budget.importance import IMPORTANCE_QUANTILES
+from nla.budget.plan import Plan
 from nla.harness.fits_table import FitRecord
 from nla.harness.record import RunRecord
 from nla.machine.errors import require_choice
@@ -21,7 +21,7 @@ class Tracker(Protocol):
     `outputs` is where a tracker may keep files of its own; `folder` is the run's, with its figure.
     """
 
-    def begin(self, record: RunRecord, plan: list[PlanEntry], outputs: Path) -> None: ...
+    def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None: ...
 
     def fit(self, fit: FitRecord, losses: list[tuple[int, float]]) -> None: ...
 
@@ -35,7 +35,7 @@ class Tracker(Protocol):
 class NoTracker:
     """`track=none`."""
 
-    def begin(self, record: RunRecord, plan: list[PlanEntry], outputs: Path) -> None:
+    def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None:
         pass
 
     def fit(self, fit: FitRecord, losses: list[tuple[int, float]]) -> None:
@@ -64,7 +64,7 @@ class WandbTracker:
         self.project, self.mode = project, mode
         self.run: Any = None
 
-    def begin(self, record: RunRecord, plan: list[PlanEntry], outputs: Path) -> None:
+    def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None:
         self._safely(self._begin, record, plan, outputs)
 
     def fit(self, fit: FitRecord, losses: list[tuple[int, float]]) -> None:
@@ -92,7 +92,7 @@ class WandbTracker:
                     self.run.finish(exit_code=1)
             self.run = None
 
-    def _begin(self, record: RunRecord, plan: list[PlanEntry], outputs: Path) -> None:
+    def _begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -121,8 +121,8 @@ class WandbTracker:
         self.run.define_metric("loss/*", step_metric="fit/step")
         self.run.define_metric("retrain/step")
         self.run.define_metric("retrain/*", step_metric="retrain/step")
-        rows: list[Any] = [[e.spec.name, e.n_params, e.h, e.r] for e in plan]
-        self.run.log({"plan": wandb.Table(columns=["matrix", "n_params", "h", "r"], data=rows)})
+        rows: list[Any] = [[m.spec.name, m.bits, m.term.describe()] for m in plan.matrices]
+        self.run.log({"plan": wandb.Table(columns=["matrix", "bits", "terms"], data=rows)})
 
     def _mode(self) -> Any:
         asked = (os.environ.get("WANDB_MODE") if self.mode == "auto" else self.mode) or "online"

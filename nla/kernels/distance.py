@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from nla.kernels.tiled import DifferenceKernel
+from nla.kernels.related import DifferenceKernel
 from nla.matrix.triplets import Triplets
 
 
 class Distance(DifferenceKernel):
     """W'[i, j] = sum_l mu_l ||A_il - B_jl||, with slope 0 where the two points meet."""
+
+    def entry(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().sum(-1).sqrt()
 
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
         """Distances grow with the spread where local kernels fade: mu is reduced to entries of about unit size."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nla.kernels.tiled import DifferenceKernel
+from nla.kernels.related import DifferenceKernel
 from nla.machine.errors import require_positive
 
 
@@ -14,6 +14,9 @@ class Gaussian(DifferenceKernel):
         require_positive("kernel.sigma", sigma)
         self.sigma = sigma
         self.spread = 2.0 * sigma
+
+    def entry(self, a: Tensor, b: Tensor) -> Tensor:
+        return (-(a - b).square().sum(-1) / (2 * self.sigma**2)).exp()
 
     def value(self, z: Tensor) -> Tensor:
         # below exp(-60) the processor would compute with denormal numbers, at a tenth of its speed

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
-from nla.kernels.base import Start
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.objective import Objective
-from nla.matrix.spectrum import balanced_factors
+from nla.matrix.spectrum import balanced_factors, spectrum_flops
 from nla.matrix.triplets import Triplets
 
 
 class Linear(FactoredKernel):
     """W'[i, j] = sum_l mu_l <A_il, B_jl>. Rank at most h*r."""
+
+    def entry(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(-1)
 
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         return (t.A * t.mu[:, None]).flatten(1), t.B.flatten(1)
@@ -26,15 +28,18 @@ class Linear(FactoredKernel):
     def columns(self, h: int, r: int) -> int:
         return h * r
 
+    def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return spectrum_flops(out_features, in_features)
+
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
         scale = (h * r) ** -0.25
         A = scale * torch.randn(out_features, h, r, generator=generator)
         B = scale * torch.randn(in_features, h, r, generator=generator)
         return Triplets(A, B, torch.ones(h))
 
-    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
         """Truncated SVD in the objective's norm, the optimum (Eckart and Young, 1936)."""
         left, right = balanced_factors(objective.spectrum, h * r)
         A = left.unflatten(1, (h, r)).to(objective.weight.dtype)
         B = right.unflatten(1, (h, r)).to(objective.weight.dtype)
-        return Start(Triplets(A, B, torch.ones_like(A[0, :, 0])), optimum=objective.spectrum.tail(h * r))
+        return Triplets(A, B, torch.ones_like(A[0, :, 0])), objective.spectrum.tail(h * r)

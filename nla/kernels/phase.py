@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from nla.kernels.base import Start, random_like
+from nla.kernels.base import random_like
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.objective import Objective
+from nla.matrix.spectrum import spectrum_flops
 from nla.matrix.triplets import Triplets
 
 
@@ -14,6 +15,11 @@ class Phase(FactoredKernel):
 
     |exp(ia) - exp(ib)|^2 = 2 - 2 cos(a - b): the piecewise kernel on the circle, up to a constant.
     """
+
+    training_rate = 1.5e-3  # its numbers are angles
+
+    def entry(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).cos().sum(-1)
 
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         A, B, mu = t.A.flatten(1), t.B.flatten(1), t.mu.repeat_interleave(t.r)
@@ -31,7 +37,7 @@ class Phase(FactoredKernel):
         B = torch.rand(in_features, h, r, generator=generator).sub_(0.5).mul_(2 * torch.pi)
         return Triplets(A, B, torch.full((h,), 0.3 * (2 / (h * r)) ** 0.5))
 
-    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
         """Angles of consecutive pairs of singular vectors read as complex numbers.
 
         With equal singular values s, u1 v1^T + u2 v2^T is |a_i| |b_j| cos(arg a_i - arg b_j) for a = u1 + i u2 and
@@ -44,12 +50,15 @@ class Phase(FactoredKernel):
         A[:, :pairs] = torch.atan2(left[:, 1 : 2 * pairs : 2], left[:, 0 : 2 * pairs : 2])
         B[:, :pairs] = torch.atan2(right[:, 1 : 2 * pairs : 2], right[:, 0 : 2 * pairs : 2])
         angles = Triplets(A.unflatten(1, (h, r)), B.unflatten(1, (h, r)), torch.ones_like(t.mu))
-        return Start(Triplets(angles.A, angles.B, self.best_mu(angles, objective)))
+        return Triplets(angles.A, angles.B, self.best_mu(angles, objective)), None
+
+    def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return spectrum_flops(out_features, in_features)
 
     def best_mu(self, t: Triplets, objective: Objective) -> Tensor:
         """Least-squares mu (h,) for given angles, from the h x h normal equations (ridge 1e-3, in fp64)."""
         left, right = self.factors(t)
-        left, right = left.double(), objective.seen(right).double()
+        left, right = left.double(), objective.weigh(right).double()
         # column (half, l, k) of the factors belongs to triplet l
         gram = ((left.T @ left) * (right.T @ right)).unflatten(0, (2, t.h, t.r)).unflatten(3, (2, t.h, t.r))
         normal = gram.sum((0, 2, 3, 5))

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nla.kernels.base import Start
+from nla.kernels.base import Constraint
 from nla.kernels.factored import FactoredKernel
+from nla.kernels.self_term_surface import SelfTermSurface, self_term
 from nla.kernels.self_terms import fit_self_terms, fit_self_terms_flops
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import spectrum_flops
@@ -19,7 +20,8 @@ class Piecewise(FactoredKernel):
     rank at most h*r + 2.
     """
 
-    has_self_terms = True
+    def entry(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().sum(-1)
 
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         s_out, s_in = self_term(t.A, t.mu), self_term(t.B, t.mu)
@@ -35,6 +37,10 @@ class Piecewise(FactoredKernel):
         scale = torch.where(t.mu != 0, t.mu.abs().sqrt(), 1.0)[:, None]
         return Triplets(t.A * scale, t.B * scale, t.mu.sign())
 
+    def constraint(self, t: Triplets, trained: frozenset[str]) -> Constraint | None:
+        """Self-terms stay as they were fitted: see `nla.kernels.self_term_surface`."""
+        return SelfTermSurface(t, trained)
+
     def columns(self, h: int, r: int) -> int:
         return h * r + 2
 
@@ -44,18 +50,12 @@ class Piecewise(FactoredKernel):
         mu = torch.randn(h, generator=generator) / (8 * h * r) ** 0.5  # each ||a - b||^2 has variance 8 r
         return Triplets(A, B, mu)
 
-    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
+    def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
         """The global optimum, or near it: see `nla.kernels.self_terms`."""
-        t, optimum = fit_self_terms(objective, h, r)
-        return Start(t, optimum)
+        return fit_self_terms(objective, h, r)
 
     def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return spectrum_flops(out_features, in_features) + fit_self_terms_flops(out_features, in_features, h * r)
-
-
-def self_term(factor: Tensor, mu: Tensor) -> Tensor:
-    """sum_l mu_l ||factor_il||^2: (n, h, r), (h,) -> (n,)"""
-    return factor.square().sum(-1) @ mu
 
 
 class ThreeTerms(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nla.kernels.tiled import ProductKernel
+from nla.kernels.related import ProductKernel
 from nla.machine.errors import require_integer, require_positive
 
 
@@ -14,6 +14,9 @@ class Polynomial(ProductKernel):
         require_integer("kernel.degree", degree, 1)
         require_positive("kernel.c", c)
         self.degree, self.c = degree, c
+
+    def entry(self, a: Tensor, b: Tensor) -> Tensor:
+        return ((a * b).sum(-1) + self.c) ** self.degree
 
     def value(self, z: Tensor) -> Tensor:
         return (z + self.c) ** self.degree

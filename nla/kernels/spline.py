@@ -5,7 +5,7 @@ from math import comb, factorial
 import torch
 from torch import Tensor
 
-from nla.kernels.tiled import DifferenceKernel
+from nla.kernels.related import DifferenceKernel
 from nla.machine.errors import require_choice
 
 
@@ -29,6 +29,16 @@ class Spline(DifferenceKernel):
     @property
     def name(self) -> str:
         return f"spline{self.degree}"
+
+    def entry(self, a: Tensor, b: Tensor) -> Tensor:
+        d, n = (a - b).abs(), self.degree
+        if n == 1:
+            value = (1 - d).clamp(min=0)
+        elif n == 2:
+            value = torch.where(d < 0.5, 0.75 - d**2, (1.5 - d).clamp(min=0) ** 2 / 2)
+        else:
+            value = torch.where(d < 1, 2 / 3 - d**2 + d**3 / 2, (2 - d).clamp(min=0) ** 3 / 6)
+        return value.prod(-1)
 
     def beta(self, d: Tensor, power: int) -> Tensor:
         """sum over knots of coefficient * max(0, knot - |d|)^power."""

@@ -86,13 +86,13 @@ class Objective:
         """||W S||^2"""
         return float(self.target.double().square().sum())
 
-    def seen(self, right: Tensor) -> Tensor:
-        """S^T right: what a right factor (in, k) of the matrix is in this norm."""
+    def weigh(self, right: Tensor) -> Tensor:
+        """S^T right, for a right factor (in, k) of the matrix: the right factor of the matrix times S."""
         return right if self.root is None else self.root.T.to(right.dtype) @ right
 
-    def unseen(self, d_seen: Tensor) -> Tensor:
-        """S d: the gradient for a right factor, given that for what is seen of it."""
-        return d_seen if self.root is None else self.root.to(d_seen.dtype) @ d_seen
+    def weigh_back(self, d: Tensor) -> Tensor:
+        """S d: the gradient for a right factor `right`, given the gradient d for `weigh(right)`."""
+        return d if self.root is None else self.root.to(d.dtype) @ d
 
     def squared(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """||E S||^2 and its gradient for E, some rows of W' - W: (rows, in)"""

@@ -19,21 +19,26 @@ class Spectrum:
         self.weight = weight
 
     @cached_property
-    def seen(self) -> Tensor:
+    def weighted(self) -> Tensor:
         """The matrix whose singular values these are, fp64."""
         return self.weight.double()
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
-        w = self.seen
+        w = self.weighted
         gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
         values, vectors = torch.linalg.eigh(gram)
         return values.flip(0).clamp_(min=0), vectors.flip(1)
 
     @property
+    def squares(self) -> Tensor:
+        """Squared singular values, the largest first, fp64."""
+        return self._eigh[0]
+
+    @property
     def energy(self) -> float:
         """The squared Frobenius norm."""
-        return float(self.seen.square().sum())
+        return float(self.weighted.square().sum())
 
     def tail(self, rank: int) -> float:
         """Relative squared error of the best approximation of this rank (Eckart and Young, 1936)."""
@@ -43,7 +48,7 @@ class Spectrum:
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, k), s (k,), V (in, k) in fp64, k = min(rank, out, in); a direction with s = 0 has a zero vector."""
-        w = self.seen
+        w = self.weighted
         values, near = self._eigh
         k = min(rank, len(values))
         s = values[:k].sqrt()
@@ -73,7 +78,7 @@ class WeightedSpectrum(Spectrum):
         self.times = times
 
     @cached_property
-    def seen(self) -> Tensor:
+    def weighted(self) -> Tensor:
         return self.times(self.weight.double())
 
 

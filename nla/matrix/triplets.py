@@ -31,7 +31,7 @@ class Triplets:
         return tuple(self.A.shape), tuple(self.B.shape), tuple(self.mu.shape)
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.A, self.B, self.mu
 
     @property

@@ -7,12 +7,14 @@ import torch
 from nla.kernels.base import Kernel
 from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
-from nla.methods.base import Method
-from nla.solvers.base import Solution
+from nla.methods.kernel_method import KernelMethod, size
+from nla.solvers.base import Solution, Start
 from nla.solvers.gradient import GradientFit
+from nla.terms.base import Term
+from nla.terms.kernel_term import KernelTerm
 
 
-class NLA(Method):
+class NLA(KernelMethod):
     """Nonlinear low-rank approximation: any kernel, any solver.
 
     Args:
@@ -27,15 +29,21 @@ class NLA(Method):
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs if self.needs else norms.plain
 
-    def find(self, objective: Objective, h: int, r: int, generator: torch.Generator, measured: ExitStack) -> Solution:
-        return self.solver.fit(self.kernel, objective, h, r, generator, measured)
+    def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
+        assert isinstance(planned, KernelTerm)
+        return self.solver.begin(self.kernel, objective, planned.triplets.h, planned.triplets.r, generator)
 
-    def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        return self.kernel.warm_start_flops(out_features, in_features, h, r) if self.solver.start == "warm" else 0
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
+        return self.solver.descend(self.start(objective, planned, generator), objective, memory)
 
-    def step_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        weighting = self.kernel.weighting_flops(out_features, in_features, h, r) if self.needs else 0
-        return self.kernel.fit_flops(out_features, in_features, h, r) + weighting
+    def start_flops(self, term: Term) -> int:
+        assert isinstance(term, KernelTerm)
+        return self.kernel.warm_start_flops(*size(term)) if self.solver.start == "warm" else 0
+
+    def step_flops(self, term: Term) -> int:
+        assert isinstance(term, KernelTerm)
+        weighting = self.kernel.weighting_flops(*size(term)) if self.needs else 0
+        return self.kernel.fit_flops(*size(term)) + weighting
 
     @property
     def steps(self) -> int:

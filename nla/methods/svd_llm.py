@@ -1,8 +1,8 @@
 """SVD-LLM: truncation-aware SVD of the whitened weight (Wang et al., 2025)."""
 
 from nla.matrix.objective import Norms, Objective
-from nla.matrix.spectrum import spectrum_flops
 from nla.methods.svd import SVD
+from nla.terms.base import Term
 
 
 class SVDLLM(SVD):
@@ -21,6 +21,6 @@ class SVDLLM(SVD):
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
 
-    def start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        whiten = in_features**3 // 3 + 2 * out_features * in_features**2
-        return whiten + spectrum_flops(out_features, in_features)
+    def start_flops(self, term: Term) -> int:
+        whiten = term.in_features**3 // 3 + 2 * term.out_features * term.in_features**2
+        return whiten + super().start_flops(term)

@@ -1,26 +1,27 @@
-"""Masked triplets leave the model for good: at the cool-down from the training too, at its end from the result."""
+"""Masked triplets leave the model for good: from the training when the cool-down begins, from the model at its end."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from nla.compressed.layer import Term
-from nla.compressed.terms import terms_of
-from nla.matrix.triplets import Triplets
+from nla.compressed.contents import kernel_terms, replace_parameters
+from nla.terms.kernel_term import PARTS, KernelTerm
 from nla.training.checkpoints import Progress
 from nla.training.parameters import TrainedParameter
 
 
 def drop_masked(module: nn.Module) -> None:
-    """Remove the triplets with mu = 0; the model's outputs stay what they are."""
-    for term in terms_of(module).values():
-        term.hold(term.triplets.prune(term.mu != 0))
+    """Remove the triplets with mu = 0. The model's outputs stay what they are."""
+    for term in kernel_terms(module).values():
+        keep = term.mu != 0
+        if not bool(keep.all()):
+            term.hold(term.triplets.prune(keep))
 
 
 def drop_from_training(
-    terms: Mapping[str, Term], masks: Sequence[Tensor], trained: Sequence[TrainedParameter], progress: Progress
+    terms: Mapping[str, KernelTerm], masks: Sequence[Tensor], trained: Sequence[TrainedParameter], progress: Progress
 ) -> list[TrainedParameter]:
-    """Remove the masked triplets from the model, and from what its optimiser keeps; what is trained from here on.
+    """Remove the masked triplets from the model, and from what its optimiser keeps. Returns what is trained from here on.
 
     Args:
         masks: of each term, (h,), true where a triplet stays.
@@ -28,7 +29,7 @@ def drop_from_training(
     kept: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for (name, term), mask in zip(terms.items(), masks, strict=True):
         term.hold(term.triplets.prune(mask))
-        kept |= {f"{name}.{part}": (p, mask) for part, p in term.named_parameters()}
+        kept |= {f"{name}.{part}": (getattr(term, part), mask) for part in PARTS}
     left = []
     for t in trained:
         if t.name not in kept:
@@ -44,15 +45,12 @@ def drop_from_training(
     return left
 
 
-def chosen(part: Tensor, mask: Tensor) -> Tensor:
+def chosen(tensor: Tensor, mask: Tensor) -> Tensor:
     """What a mask leaves of A or B (n, h, r), or of mu (h,)."""
-    return part[:, mask] if part.ndim == 3 else part[mask]
+    return tensor[:, mask] if tensor.ndim == 3 else tensor[mask]
 
 
-def load_retrained_terms(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_retrained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put retrained numbers into a prepared model, whose terms may have more triplets."""
-    for name, term in terms_of(module).items():
-        parts = [tensors[f"{name}.{part}"] for part in ("A", "B", "mu") if f"{name}.{part}" in tensors]
-        if len(parts) == 3:
-            term.hold(Triplets(*(part.to(term.mu.device) for part in parts)))
-    module.load_state_dict(tensors, strict=False)
+    replace_parameters(module, tensors)
+    drop_masked(module)

@@ -1,7 +1,7 @@
 """What is known of a retraining as it goes on: a row per step, on disk and shown at once."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -13,7 +13,7 @@ from nla.budget.importance import IMPORTANCE_QUANTILES
 from nla.machine.threads import ordered_map
 from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
-from nla.retrain.surface import Surface
+from nla.retrain.constraints import Constraints
 from nla.training.loop import Recipe
 from nla.training.observer import Observer
 
@@ -21,15 +21,15 @@ Row = dict[str, Any]
 
 
 class History(Observer):
-    """Keeps the rows of all steps, has the budget tightened, and the triplets kept on their surface.
+    """Keeps a row for every step, tightens the budget, and keeps the triplets on the surfaces of their constraints.
 
     A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. Where triplets
     were chosen anew it has importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by
     name); at checkpoints watched (nats), of text watched_perplexity; on a GPU vram_bytes, the most that this process has held.
 
     Args:
-        surface: what every step is kept on.
-        names: of the term that each of the triplets belongs to.
+        constraints: surfaces that every step is kept on.
+        matrices: the matrix that each term belongs to, by the terms' names, in the order of the tightening's triplets.
         tightening: None where all triplets are kept.
         budget, kept: parameters, where all triplets are kept.
         watch: the loss on samples that are not trained on; None: nothing is watched.
@@ -39,8 +39,8 @@ class History(Observer):
 
     def __init__(
         self,
-        surface: Surface,
-        names: list[str],
+        constraints: Constraints,
+        matrices: dict[str, str],
         tightening: Tightening | None,
         budget: int,
         kept: int,
@@ -48,7 +48,8 @@ class History(Observer):
         recipe: Recipe,
         show: Callable[[Row], None],
     ) -> None:
-        self.surface, self.names, self.tightening, self.budget, self.kept = surface, names, tightening, budget, kept
+        self.constraints, self.matrices, self.tightening = constraints, matrices, tightening
+        self.budget, self.kept = budget, kept
         self.watch, self.recipe, self.show = watch, recipe, show
         self.rows: list[Row] = []
         self.since = time.perf_counter()
@@ -60,16 +61,17 @@ class History(Observer):
         self.since = time.perf_counter()
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
-        self.surface.project(gradients)
+        self.constraints.project(gradients)
         if self.tightening:
-            own = [self.names[i] for i in self.tightening.own]
+            names = list(self.matrices)
+            own = [names[i] for i in self.tightening.own]
             parts = [Triplets(*(gradients[f"{name}.{part}"] for part in ("A", "B", "mu"))) for name in own]
             self.tightening.after_gradient(done, parts)
 
     def before_publishing(self, done: int) -> None:
         if self.tightening:
             self.ranking = self.tightening.after_step(done)
-        self.surface.retract()
+        self.constraints.retract()
 
     def after_step(self, done: int, figures: dict[str, float]) -> None:
         row: Row = {"step": done, **figures, "budget": self.budget, "kept": self.kept}
@@ -78,7 +80,7 @@ class History(Observer):
             row |= {"budget": self.tightening.budget(done), "kept": sum(kept)}
             if self.ranking is not None:
                 row["importance"] = torch.quantile(self.ranking.float(), torch.tensor(IMPORTANCE_QUANTILES)).tolist()
-                row["matrices"] = by_matrix(self.names, kept)
+                row["matrices"] = by_matrix(self.matrices.values(), kept)
         if torch.cuda.is_available():
             row["vram_bytes"] = torch.cuda.max_memory_allocated()
         row["seconds"] = time.perf_counter() - self.since
@@ -105,11 +107,10 @@ class History(Observer):
         self.since = time.perf_counter()
 
 
-def by_matrix(names: list[str], kept: list[int]) -> dict[str, int]:
-    """Kept parameters of each matrix, its terms added up; `names` are those of its terms."""
+def by_matrix(matrices: Iterable[str], kept: Iterable[int]) -> dict[str, int]:
+    """Kept parameters of each matrix: those of its terms added up. `matrices` names the matrix of each term."""
     total: dict[str, int] = {}
-    for name, count in zip(names, kept, strict=True):
-        matrix = name.partition(".terms.")[0]
+    for matrix, count in zip(matrices, kept, strict=True):
         total[matrix] = total.get(matrix, 0) + count
     return total
 

@@ -65,7 +65,7 @@ class Distillation:
         """max|W' - W| of every compressed matrix: (matrices,)"""
         return torch.stack(
             [
-                (sum_of_terms(layer) - self.weights[name]).abs().amax().float()
+                (layer.term.dense() - self.weights[name]).abs().amax().float()
                 for name, layer in self.compressed.items()
                 if isinstance(layer, CompressedLinear)
             ]
@@ -81,11 +81,6 @@ def relative_difference(features: Tensor, wanted: Tensor) -> Tensor:
     """
     f, w = features.float(), wanted.float()
     return (2 * (f - w).square().sum(-1) / (f.square().sum(-1) + w.square().sum(-1))).mean()
-
-
-def sum_of_terms(layer: CompressedLinear) -> Tensor:
-    """W': (out, in), with its gradient."""
-    return torch.stack([term.dense() for term in layer.parts()]).sum(0)
 
 
 def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -123,18 +118,18 @@ class Features:
     """Catches what blocks put out, apart for each thread."""
 
     def __init__(self, blocks: list[Block]) -> None:
-        self.seen, self.hooks = threading.local(), ExitStack()
+        self.local, self.hooks = threading.local(), ExitStack()
         for block in blocks:
             self.hooks.callback(block.module.register_forward_hook(self.catch).remove)
 
     def catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        caught = getattr(self.seen, "caught", None)
+        caught = getattr(self.local, "caught", None)
         if caught is not None:
             caught.append(output[0] if isinstance(output, tuple) else output)
 
     def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The result of a forward, and the outputs of the blocks on the way."""
-        self.seen.caught = []
+        self.local.caught = []
         output = run()
-        caught, self.seen.caught = self.seen.caught, None
+        caught, self.local.caught = self.local.caught, None
         return output, caught

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from nla.kernels.base import TRAINING_RATE
 from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.training.loop import Recipe
 
@@ -16,7 +17,7 @@ class Retraining:
         data: the samples to train on, a node of conf/calibration.
         batch: samples of a step; micro: how many of them one worker (or GPU) runs at once.
         length: tokens of a sample, where it is text.
-        lr: of every tensor, relative to the root mean square of its numbers at the start.
+        lr: of every tensor, relative to the root mean square of its numbers at the start. None: each kernel's own rate.
         warmup: fraction of the steps in which the rate rises; then it falls along a cosine.
         weight_decay, clip, spike, checkpoint: as in `nla.training.Recipe`.
         train: the stages, each trained for an equal share of the steps: names of PARTS joined by `+`.
@@ -35,7 +36,7 @@ class Retraining:
         batch: int,
         micro: int,
         length: int,
-        lr: float,
+        lr: float | None,
         warmup: float,
         weight_decay: float,
         clip: float,
@@ -62,7 +63,13 @@ class Retraining:
             ("processes", processes, 1),
         ):
             require_integer(f"retrain.{name}", value, least)
-        for name, number in (("lr", lr), ("clip", clip), ("spike", spike), ("temperature", temperature)):
+        self.own_rates, lr = lr is None, TRAINING_RATE if lr is None else lr
+        for name, number in (
+            ("lr", lr),
+            ("clip", clip),
+            ("spike", spike),
+            ("temperature", temperature),
+        ):
             require_positive(f"retrain.{name}", number)
         for name, number in (
             ("weight_decay", weight_decay),

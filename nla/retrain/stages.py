@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nla.budget.adaptive import Adaptive, Tightening
-from nla.compressed.terms import terms_of
+from nla.compressed.contents import kernel_terms, matrix_of, matrix_terms
 from nla.machine.cache import Cache, digest
 from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
+from nla.retrain.constraints import Constraints
 from nla.retrain.dropping import drop_from_training
 from nla.retrain.history import History, Row, mean_loss
 from nla.retrain.losses import Distillation
 from nla.retrain.settings import Retraining
-from nla.retrain.surface import surface_of
 from nla.retrain.trainable import chosen_parts
 from nla.statistics.blocks import chain
+from nla.terms.kernel_term import PARTS
 from nla.training.checkpoints import Progress
 from nla.training.loop import Recipe, train
 from nla.training.parameters import TrainedParameter, owned_by_module
@@ -103,14 +104,15 @@ class StagedTraining:
         self.model, self.settings, self.loss, self.batch, self.watch = model, settings, loss, batch, watch
         self.budget, self.final, self.cache, self.keys = budget, final, cache, keys
         self.show, self.processes = show, processes
-        self.terms = terms_of(model.module)
+        self.terms, matrices = kernel_terms(model.module), matrix_terms(model.module)
+        self.matrices = {name: matrix_of(name, matrices) for name in self.terms}
         self.rows: list[Row] = []
         self.tensors: dict[str, Tensor] = {}
         self.trained = self.scored = self.peak_bytes = 0
 
     def stage(self, number: int, parts: list[str]) -> None:
         """Train these parts. Where the budget tightens, masked triplets are dropped when the cool-down begins."""
-        trained = chosen_parts(self.model.module, parts)
+        trained = chosen_parts(self.model.module, parts, self.settings.own_rates)
         owned_by_module(trained, self.processes)
         self.trained = max(self.trained, sum(t.parameter.numel() for t in trained))
         masks = self.tightening(trained)
@@ -145,8 +147,8 @@ class StagedTraining:
             self.show(row)
 
         own = {t.name: t for t in trained if t.owner == self.processes.rank}
-        surface, kept = surface_of(self.terms, own), sum(term.triplets.count() for term in self.terms.values())
-        history = History(surface, list(self.terms), masks, budget or kept, kept, self.watch, recipe, shown)
+        constraints, kept = Constraints(self.terms, own), sum(term.count() for term in self.terms.values())
+        history = History(constraints, self.matrices, masks, budget or kept, kept, self.watch, recipe, shown)
         until = masks.cool_down if masks else None
         return train(trained, self.loss, self.batch, recipe, self.cache, key, label, history, self.processes, progress, until)
 
@@ -157,9 +159,7 @@ class StagedTraining:
         by_name = {t.name: t for t in trained}
         owners = [by_name[f"{name}.mu"].owner for name in self.terms]
         moved = [
-            Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu")))
-            if owner == self.processes.rank
-            else term.triplets
+            Triplets(*(by_name[f"{name}.{part}"].master for part in PARTS)) if owner == self.processes.rank else term.triplets
             for (name, term), owner in zip(self.terms.items(), owners, strict=True)
         ]
         return self.budget.tightening(moved, self.final, self.settings.steps, self.processes, owners)

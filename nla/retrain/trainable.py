@@ -1,64 +1,81 @@
-"""Which parameters of a compressed model are trained, and in which gauge."""
+"""Which parameters of a compressed model are trained, how fast, and how its terms are prepared for it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from nla.compressed.layer import CompressedLinear, Term
-from nla.compressed.terms import terms_of
+from nla.compressed.contents import kernel_terms
+from nla.compressed.layer import CompressedLinear
+from nla.kernels.base import TRAINING_RATE
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.matrix.triplets import Triplets
+from nla.terms.base import Sum
+from nla.terms.kernel_term import PARTS, KernelTerm
 from nla.training.parameters import TrainedParameter
 
-NOTHING = 0.02  # size of a tensor that begins at zero, for its learning rate: what transformers start weights with
+SIZE_OF_ZEROS = 0.02  # taken as the size of a tensor of zeros, for its learning rate: what transformers start weights with
+
+
+class AddedTerm(KernelTerm):
+    """A linear term that retraining adds beside the fitted terms of a matrix (LoRA, Hu et al., 2022)."""
 
 
 def prepare_terms(module: nn.Module, linear_term: int, seed: int) -> None:
-    """Balance every term's triplets, and give every compressed matrix a linear term of zero beside it."""
-    for i, layer in enumerate(m for m in module.modules() if isinstance(m, CompressedLinear)):
-        for term in layer.parts():
+    """Balance all triplets, and add a linear term of this rank, whose matrix is zero, to every compressed matrix.
+
+    Terms that share a factor stay as they are: balancing one would unbalance the other.
+    """
+    terms = kernel_terms(module).values()
+    users = Counter(id(p) for term in terms for p in term.parameters())
+    for term in terms:
+        if all(users[id(p)] == 1 for p in term.parameters()):
             term.hold(term.kernel.balanced(term.triplets))
-        if linear_term:
-            generator = torch.Generator().manual_seed(seed + i)
-            layer.terms.append(zero_term(layer.parts()[0].triplets, linear_term, generator))
+    if linear_term:
+        for i, layer in enumerate(m for m in module.modules() if isinstance(m, CompressedLinear)):
+            added = zero_term(layer, linear_term, torch.Generator().manual_seed(seed + i))
+            layer.term = Sum([*(layer.term.summands if isinstance(layer.term, Sum) else [layer.term]), added])
 
 
-def zero_term(like: Triplets, rank: int, generator: torch.Generator) -> Term:
-    """A linear term whose matrix is zero: B at random, A = 0, mu = 1 (LoRA, Hu et al., 2022)."""
-    B = torch.randn(like.in_features, rank, 1, generator=generator) * like.in_features**-0.5
-    A = torch.zeros(like.out_features, rank, 1)
-    return Term(Linear(), Triplets(A, B, torch.ones(rank)).map(lambda p: p.to(like.A)))
+def zero_term(layer: CompressedLinear, rank: int, generator: torch.Generator) -> AddedTerm:
+    """A linear term whose matrix is zero: B is random, A = 0, mu = 1."""
+    out_features, in_features = layer.term.out_features, layer.term.in_features
+    B = torch.randn(in_features, rank, 1, generator=generator) * in_features**-0.5
+    like = next(layer.term.parameters())
+    return AddedTerm(Linear(), Triplets(torch.zeros(out_features, rank, 1), B, torch.ones(rank)).map(lambda p: p.to(like)))
 
 
 def root_mean_square(p: Tensor) -> float:
-    """The size of a tensor's numbers; as a norm, which torch adds up in the same order whatever the number of threads."""
+    """The size of a tensor's numbers. It is computed as a norm, whose sum does not depend on the number of threads."""
     return float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) / max(1, p.numel()) ** 0.5
 
 
-def chosen_parts(module: nn.Module, parts: Sequence[str]) -> list[TrainedParameter]:
-    """The parameters that `retrain.train` names, each once, with their own learning rates.
+def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True) -> list[TrainedParameter]:
+    """The parameters that `retrain.train` names, each once, with their learning rates in multiples of the recipe's.
+
+    Args:
+        own_rates: triplets are trained at their kernel's own rate (`Kernel.training_rate`).
 
     Raises:
         UserError: there are none.
     """
-    wanted = {"A", "B", "mu"} if "triplets" in parts else set()
-    wanted |= set(parts)
-    in_terms = {f"{name}.{part}" for name in terms_of(module) for part in ("A", "B", "mu")}
-    extra = {name for name in in_terms if ".terms.0." not in name}
+    wanted = set(PARTS) | set(parts) if "triplets" in parts else set(parts)
+    term_of = {f"{name}.{part}": term for name, term in kernel_terms(module).items() for part in PARTS}
     found = []
     for name, p in module.named_parameters():
-        kind = name.rpartition(".")[2]
-        owner = module.get_submodule(name.rpartition(".")[0])
-        if name in in_terms:
-            chosen = kind in wanted or (name in extra and "linear_term" in wanted)
-        elif "norm" in type(owner).__name__.lower():
+        kind, term, rate = name.rpartition(".")[2], term_of.get(name), 1.0
+        holder = module.get_submodule(name.rpartition(".")[0])
+        if term is not None:
+            chosen = kind in wanted or (isinstance(term, AddedTerm) and "linear_term" in wanted)
+            rate = term.kernel.training_rate / TRAINING_RATE if own_rates else 1.0
+        elif "norm" in type(holder).__name__.lower():
             chosen = "norms" in wanted
         else:
             chosen = kind == "bias" and "biases" in wanted
         if chosen or "everything" in wanted:
-            found.append(TrainedParameter(name, p.requires_grad_(), root_mean_square(p) or NOTHING))
+            found.append(TrainedParameter(name, p.requires_grad_(), rate * (root_mean_square(p) or SIZE_OF_ZEROS)))
         else:
             p.requires_grad_(False)
     if not found:

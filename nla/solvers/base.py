@@ -1,10 +1,10 @@
-"""What a solver returns."""
+"""What a fit begins with and what it ends with."""
 
 import re
 from dataclasses import dataclass
 from enum import Enum
 
-from nla.matrix.triplets import Triplets
+from nla.terms.base import Term
 
 
 class Status(str, Enum):
@@ -34,10 +34,18 @@ def in_words(status: str) -> str:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Triplets and how they were found; `losses` are (step, relative squared error in the objective's norm)."""
+class Start:
+    """Where a fit begins. `optimum` is the smallest relative squared error such a term can have, where theory knows it."""
 
-    triplets: Triplets
+    term: Term
+    optimum: float | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A term and how it was found; `losses` are (step, relative squared error in the objective's norm)."""
+
+    term: Term
     losses: list[tuple[int, float]]
     steps: int
     status: Status

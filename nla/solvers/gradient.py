@@ -1,16 +1,20 @@
 """Triplets by gradient descent on the mean squared error, the paper's fit, with starts that make it short."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from nla.kernels.base import Kernel, Start, random_like
+from nla.kernels.base import Kernel, random_like
 from nla.machine.errors import NonFiniteError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.matrix.objective import Objective
-from nla.solvers.base import Solution, Status
+from nla.matrix.triplets import Triplets
+from nla.solvers.base import Solution, Start, Status
+from nla.solvers.squared_error import squared_error
+from nla.terms.base import Sum, Term
+from nla.terms.kernel_term import KernelTerm
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AT_OPTIMUM = 1e-4  # relative distance to a known optimum that counts as reached
@@ -60,64 +64,68 @@ class GradientFit:
         self.warmup, self.schedule, self.tolerance = warmup, schedule, tolerance
         self.patience, self.interval, self.products = patience, interval, PRODUCTS[products]
 
-    def fit(
-        self,
-        kernel: Kernel,
-        objective: Objective,
-        h: int,
-        r: int,
-        generator: torch.Generator,
-        measured: ExitStack,
-    ) -> Solution:
-        """Triplets that make the objective small.
+    def begin(self, kernel: Kernel, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
+        """The term that the fit of one kernel begins with: `start` says how it is made."""
+        if self.start == "random":
+            return Start(KernelTerm(kernel, random_like(kernel, objective.weight, h, r, generator)))
+        triplets, optimum = kernel.warm_start(objective, h, r, generator)
+        return Start(KernelTerm(kernel, triplets), optimum)
 
-        `measured` is closed once memory cannot rise any more: measuring it is not free.
+    def descend(self, start: Start, objective: Objective, measured: ExitStack) -> Solution:
+        """Move the triplets of all terms of the start together. The best iterate is returned: no fit is worse than its start.
+
+        `measured` is closed as soon as memory cannot rise any more, because measuring it takes time.
 
         Raises:
             NonFiniteError: the loss left the finite numbers (a smaller solver.lr helps).
         """
-        if self.start == "random":
-            start = Start(random_like(kernel, objective.weight, h, r, generator))
-        else:
-            start = kernel.warm_start(objective, h, r, generator)
-        return self.descend(kernel, objective, start, measured)
-
-    def descend(self, kernel: Kernel, objective: Objective, start: Start, measured: ExitStack) -> Solution:
-        """The loop: the best iterate is returned, so that no fit is worse than its start."""
-        t = start.triplets.map(lambda p: p.clone().contiguous())
+        terms = [term for term in start.term.leaves() if isinstance(term, KernelTerm)]
+        kernels = [term.kernel for term in terms]
+        moved = [term.triplets.map(lambda p: p.detach().clone().contiguous()) for term in terms]
+        numbers = [p for t in moved for p in t.tensors]
         energy = objective.energy
-        sizes = [max(float(p.square().mean().sqrt()), 1e-12) for p in (t.A, t.B, t.mu)]
-        groups = [{"params": [p], "lr": self.lr * size} for p, size in zip((t.A, t.B, t.mu), sizes, strict=True)]
+        sizes = [max(float(p.square().mean().sqrt()), 1e-12) for p in numbers]
+        groups = [{"params": [p], "lr": self.lr * size} for p, size in zip(numbers, sizes, strict=True)]
         optimiser = self.optimiser(groups)
-        best, best_error, reference = t, math.inf, math.inf
+        best, best_error, reference = moved, math.inf, math.inf
         losses: list[tuple[int, float]] = []
+
+        def solution(steps: int, status: Status) -> Solution:
+            return Solution(sum_of(kernels, best), losses, steps, status, start.optimum)
+
         for step in range(self.steps + 1):
             if step == 2:  # the optimiser's state is there, and every step is like the one before
                 measured.close()
-            loss, gradient = kernel.squared_error(t, objective, self.products)
+            loss, gradients = squared_error(kernels, moved, objective, self.products)
             error = float(loss) / energy
             if not math.isfinite(error):
                 raise NonFiniteError(f"the loss is {error} at step {step}; try solver.lr={self.lr / 3:.2g}")
             if error < best_error:
-                best, best_error = t.map(Tensor.clone), error
+                best, best_error = [t.map(Tensor.clone) for t in moved], error
             if step % self.interval == 0 or step == self.steps:
                 losses.append((step, error))
             if start.optimum is not None and best_error <= start.optimum * (1 + AT_OPTIMUM) + 1e-9:
-                return Solution(best, losses, step, Status.OPTIMAL, start.optimum)
+                return solution(step, Status.OPTIMAL)
             if step % self.patience == 0 and step > self.warmup:
                 if best_error > reference * (1 - self.tolerance):
-                    return Solution(best, losses, step, Status.CONVERGED, start.optimum)
+                    return solution(step, Status.CONVERGED)
                 reference = best_error
             if step < self.steps:
                 for group, size in zip(optimiser.param_groups, sizes, strict=True):
                     group["lr"] = self.lr * size * self.rate(step)
-                for p, g in zip((t.A, t.B, t.mu), (gradient.A, gradient.B, gradient.mu), strict=True):
+                for p, g in zip(numbers, (g for t in gradients for g in t.tensors), strict=True):
                     p.grad = g.div_(energy)
                 optimiser.step()
-        return Solution(best, losses, self.steps, Status.STEP_LIMIT, start.optimum)
+        return solution(self.steps, Status.STEP_LIMIT)
 
     def rate(self, step: int) -> float:
         """The fraction of lr that this step takes."""
         rising = min(1.0, (step + 1) / (self.warmup + 1))
         falling = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.schedule == "cosine" else 1.0
         return rising * falling
+
+
+def sum_of(kernels: Sequence[Kernel], triplets: Sequence[Triplets]) -> Term:
+    """The term of these kernels' triplets: a sum where there are several."""
+    terms = [KernelTerm(kernel, t) for kernel, t in zip(kernels, triplets, strict=True)]
+    return terms[0] if len(terms) == 1 else Sum(terms)

@@ -1,72 +1,95 @@
-"""Budgets that are known only with the model at hand: each matrix is compressed alone, and the model's loss measured."""
+"""Share out the budget, where the shares depend on the model itself."""
 
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from nla.budget.base import PlanEntry, make_plan
-from nla.compressed.surgery import swap
+from nla.budget.plan import Plan, PlannedGroup, PlannedMatrix, make_plan
+from nla.compressed.surgery import get_linear, swap
 from nla.harness.request import PreparedRun, without_linear_term
 from nla.machine.cache import digest
 from nla.machine.provenance import code_digest, target_modules
 from nla.machine.threads import ordered_map
-from nla.models.base import Model, Sample
-from nla.stages.fit import fit_matrices
-from nla.statistics.store import StatisticsStore
+from nla.matrix.objective import Norms
+from nla.methods.fit import Fit
+from nla.models.base import DTYPES, Model, Sample
+from nla.stages.calibrate import Calibration, dense_statistics
+from nla.stages.fit_groups import fit_groups
 
 
-def allocated(prepared: PreparedRun, model: Model, samples: list[Sample], store: StatisticsStore) -> PreparedRun:
-    """The request with the plan that its budget finds; each loss is kept as soon as it is measured."""
-    if not prepared.budget.searches:
+def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> PreparedRun:
+    """The run with the plan that its budget finds by looking at the model."""
+    if not prepared.budget.looks:
         return prepared
-    specs, kernel = [entry.spec for entry in prepared.plan], prepared.method.kernel
-    values, ratio = prepared.values, prepared.values["ratio"]
-    chosen = samples[: prepared.values["budget"]["samples"]]
-    made_from = [
-        store.made_from,
-        values["method"],
-        values["seed"],
-        len(chosen),
-        code_digest(*target_modules([values["method"], values["budget"], values["model"]])),
-    ]
-    known = prepared.cache.journal("sensitivities", digest(made_from))
-    losses = {(part["matrix"], part["n_params"]): part["loss"] for part in known.read().values()}
-    by_name = {spec.name: spec for spec in specs}
-
-    def measure(name: str, n_params: int) -> float:
-        if (name, n_params) not in losses:
-            size = kernel.size(by_name[name].out_features, by_name[name].in_features, n_params)
-            entry = PlanEntry(by_name[name], n_params, *size, kernel)
-            loss = loss_with(prepared, model, entry, chosen, store) if entry.h else float("inf")
-            known.append(len(losses), {"matrix": name, "n_params": n_params, "loss": loss})
-            losses[name, n_params] = loss
-        bar.update()
-        return losses[name, n_params]
-
-    with tqdm(desc="sensitivity", unit="fit", dynamic_ncols=True) as bar:
-        shares = prepared.budget.search(specs, ratio, measure)
-    shares = without_linear_term(shares, specs, prepared.retraining.linear_term)
-    return replace(prepared, plan=make_plan(specs, ratio, shares, kernel))
+    specs, target = [matrix.spec for matrix in prepared.plan.matrices], prepared.target
+    with tqdm(desc="budget", unit="look", dynamic_ncols=True) as bar:
+        shares = prepared.budget.look(specs, target, View(prepared, model, calibration, bar))
+    shares = without_linear_term(shares, specs, prepared.retraining.linear_term, target.width)
+    dtype = DTYPES[prepared.values["dtype"]]
+    return replace(prepared, plan=make_plan(specs, target, shares, prepared.method, dtype))
 
 
-def loss_with(prepared: PreparedRun, model: Model, entry: PlanEntry, samples: list[Sample], store: StatisticsStore) -> float:
-    """Mean loss over the samples while one matrix is compressed."""
-    name, device = entry.spec.name, torch.device(prepared.device)
-    dense = model.module.get_submodule(name)
-    assert isinstance(dense, nn.Linear)
-    with tqdm(disable=True) as silent:
-        settings, seed = prepared.values["method"], prepared.values["seed"]
-        swap(model.module, dict(fit_matrices(model.module, [entry], prepared.method, settings, seed, store, silent)))
-    try:
-        with torch.no_grad(), closing(ordered_map(lambda s: loss_of(model, s.to(device)), samples, device)) as losses:
-            return sum(losses) / len(samples)
-    finally:
-        model.module.set_submodule(name, dense)
+class View:
+    """What the budget may ask for (see `nla.budget.base.ModelView`). Losses are kept on disk as soon as they are measured."""
 
+    def __init__(self, prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm) -> None:
+        self.prepared, self.model, self.bar = prepared, model, bar
+        self.store = dense_statistics(prepared, calibration)
+        self.samples = calibration.samples[: prepared.budget.samples]
+        self.specs = {matrix.spec.name: matrix.spec for matrix in prepared.plan.matrices}
+        values = prepared.values
+        code = code_digest("nla.stages.allocate", *target_modules([values["method"], values["model"]]))
+        made_from = [calibration.made_from, values["method"], values["seed"], len(self.samples), code]
+        self.journal = prepared.cache.journal("sensitivities", digest(made_from))
 
-@torch.no_grad()
-def loss_of(model: Model, sample: Sample) -> float:
-    return float(model.loss(sample))
+    @cached_property
+    def known(self) -> dict[tuple[str, int], float]:
+        """Losses that were measured before, by matrix and bits."""
+        return {(part["matrix"], part["bits"]): part["loss"] for part in self.journal.read().values()}
+
+    def norms(self, name: str) -> Norms:
+        self.bar.update()
+        weight = get_linear(self.model.module, name).weight.detach()
+        return Norms(weight.float(), self.store.load(self.prepared.budget.needs, name, weight.device))
+
+    def fit(self, name: str, bits: int) -> Fit | None:
+        spec, method, values = self.specs[name], self.prepared.method, self.prepared.values
+        (term,) = method.plan([(spec.out_features, spec.in_features)], bits, DTYPES[values["dtype"]])
+        if term.count() == 0:
+            return None
+        group = PlannedGroup((PlannedMatrix(spec, term, bits),))
+        with tqdm(disable=True) as silent:
+            (fits,) = fit_groups(
+                self.model.module, Plan((group,)).groups, method, values["method"], values["seed"], self.store, silent
+            )
+        return fits[name]
+
+    def loss(self, name: str, bits: int) -> float:
+        self.bar.update()
+        if (name, bits) not in self.known:
+            fit = self.fit(name, bits)
+            loss = float("inf") if fit is None else self.loss_with(name, fit)
+            self.journal.append(len(self.known), {"matrix": name, "bits": bits, "loss": loss})
+            self.known[name, bits] = loss
+        return self.known[name, bits]
+
+    def loss_with(self, name: str, fit: Fit) -> float:
+        """Mean loss over the samples while one matrix is compressed."""
+        device, module = torch.device(self.prepared.device), self.model.module
+        dense = module.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+
+        @torch.no_grad()
+        def loss(sample: Sample) -> float:
+            return float(self.model.loss(sample.to(device)))
+
+        swap(module, {name: fit.term})
+        try:
+            with closing(ordered_map(loss, self.samples, device)) as losses:
+                return sum(losses) / len(self.samples)
+        finally:
+            module.set_submodule(name, dense)

@@ -1,5 +1,7 @@
 """Samples for calibration, and the statistics of the layers' inputs."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,29 +15,43 @@ from nla.statistics.collect import collect
 from nla.statistics.store import StatisticsStore
 
 
-def sample(prepared: PreparedRun, model: Model, state: str) -> tuple[list[Sample], StatisticsStore]:
-    """The calibration samples, and where the statistics made from them are; nothing if none are read."""
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration samples, and what the statistics made from them depend on."""
+
+    samples: Sequence[Sample]
+    made_from: list[Any]
+
+
+def sample(prepared: PreparedRun, model: Model, state: str) -> Calibration:
+    """The calibration samples; none if nothing reads them. `state` is the digest of the model as it is."""
     if not prepared.calibrates:
-        return [], StatisticsStore(prepared.cache, "")
+        return Calibration([], [])
     asked = prepared.values["statistics"]
     samples = prepared.calibration.samples(model, asked["windows"], asked["length"], asked["seed"])
-    made_from: list[Any] = [state, [[tensor_digest(t) for t in s] for s in samples], asked["fisher_windows"]]
-    if prepared.method.sequential:  # what a block reads depends on the fits before it
-        budgets = [[entry.spec.name, entry.n_params] for entry in prepared.plan]
-        made_from += [
-            budgets,
-            prepared.values["method"],
-            prepared.values["seed"],
-            code_digest(*target_modules(prepared.values["method"])),
-        ]
+    digests = [[tensor_digest(t) for t in s] for s in samples]
     code = code_digest("nla.statistics.collect")
-    return samples, StatisticsStore(prepared.cache, digest([made_from, code]))
+    return Calibration(samples, [state, digests, asked["fisher_windows"], code])
 
 
-def measure_inputs(prepared: PreparedRun, model: Model, samples: list[Sample], store: StatisticsStore) -> int:
-    """Collect what the method needs; the peak bytes."""
-    asked = prepared.values["statistics"]
-    kinds = prepared.method.needs.union(asked["collect"])
+def dense_statistics(prepared: PreparedRun, calibration: Calibration) -> StatisticsStore:
+    """Where the statistics of the dense model's inputs are."""
+    return StatisticsStore(prepared.cache, digest(calibration.made_from))
+
+
+def sequential_statistics(prepared: PreparedRun, calibration: Calibration) -> StatisticsStore:
+    """Where statistics of inputs behind compressed blocks are: what a block reads depends on the fits before it."""
+    budgets = [[matrix.spec.name, matrix.bits] for matrix in prepared.plan.matrices]
+    settings, seed = prepared.values["method"], prepared.values["seed"]
+    fits = [budgets, settings, seed, code_digest(*target_modules(settings))]
+    return StatisticsStore(prepared.cache, digest([calibration.made_from, fits]))
+
+
+def measure_inputs(prepared: PreparedRun, model: Model, calibration: Calibration) -> int:
+    """Collect what the method and the budget need of the dense model's inputs. Returns the peak bytes."""
+    asked, store = prepared.values["statistics"], dense_statistics(prepared, calibration)
+    kinds = prepared.dense_needs.union(asked["collect"])
     with prepared.cache.lock("statistics", store.made_from), PeakMemory(torch.device(prepared.device)) as memory:
-        collect(model, prepared.layers, kinds, samples, asked["fisher_windows"], store, asked["offload"])
+        layers, samples = prepared.plan.layers, calibration.samples
+        collect(model, layers, kinds, samples, asked["fisher_windows"], store, asked["offload"])
     return memory.peak_bytes

@@ -1,6 +1,6 @@
 """Measure the model as it is now."""
 
-from nla.compressed.terms import terms_of
+from nla.compressed.contents import matrix_terms
 from nla.harness.record import RunRecord
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest, tensor_digest
@@ -9,17 +9,18 @@ from nla.models.base import Model
 
 
 def state_of(prepared: PreparedRun, model: Model) -> str:
-    """Digest of everything a measurement of the model as it is now depends on, but for the data."""
-    terms = {name: [m.kernel.name, vars(m.kernel)] for name, m in terms_of(model.module).items()}
-    kernels = {type(m.kernel).__module__ for m in terms_of(model.module).values()}
-    code = code_digest(*sorted({"nla.compressed.layer", type(prepared.model).__module__, *kernels}))
+    """Digest of everything that the outputs of the model as it is now depend on."""
+    terms = matrix_terms(model.module)
+    kernels = {type(k).__module__ for term in terms.values() for m in term.modules() if (k := getattr(m, "kernel", None))}
+    parts = {type(m).__module__ for term in terms.values() for m in term.modules() if type(m).__module__.startswith("nla.")}
+    modules = {"nla.compressed.layer", type(prepared.model).__module__, *kernels, *parts}
     return digest(
         {
             "tensors": {name: tensor_digest(p) for name, p in model.module.state_dict().items()},
-            "terms": terms,
+            "terms": {name: term.config() for name, term in terms.items()},
             "architecture": prepared.model.configuration(prepared.cache),
             "device": prepared.device.partition(":")[0],
-            "code": code,
+            "code": code_digest(*sorted(modules)),
             "packages": computing_packages(),
         }
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nla.compressed.terms import save_terms
+from nla.compressed.contents import matrix_terms
 from nla.harness.estimate_retraining import MOMENTS
 from nla.harness.record import RetrainRecord, RunRecord, write_line
 from nla.harness.recording import kept_parameters
@@ -16,12 +16,13 @@ from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
 from nla.machine.provenance import code_digest, computing_packages, target_modules
 from nla.models.base import LanguageModel, Model
-from nla.retrain.dropping import drop_masked, load_retrained_terms
+from nla.retrain import dropping
 from nla.retrain.history import Row
 from nla.retrain.stages import checkpoint_keys
 from nla.retrain.trainable import prepare_terms
 from nla.stages.retrain_here import retrain_here
 from nla.stages.retrain_together import retrain_together
+from nla.terms.state import pack
 from nla.training.processes import OneProcess
 
 
@@ -60,7 +61,7 @@ class Retrained:
 
 def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
     """Digest of everything the result depends on, given the digests of both models' states."""
-    names = ("retrain", "budget", "ratio", "seed", "task")
+    names = ("retrain", "budget", "ratio", "bits", "seed", "task")
     return digest(
         {
             "states": [compressed, dense],
@@ -78,8 +79,7 @@ def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained |
     if entry is None:
         return None
     tensors, notes = entry
-    load_retrained_terms(model.module, tensors)
-    drop_masked(model.module)
+    dropping.load_retrained(model.module, tensors)
     for checkpoint_key in checkpoint_keys(key, len(prepared.retraining.train)):
         prepared.cache.remove("trainings", checkpoint_key)
     return Retrained(**notes)
@@ -90,7 +90,7 @@ def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row
     together = prepared.retraining.processes > 1
     with prepared.cache.lock("retrained", key):
         if together:
-            prepared.cache.store_tensors("compressed", key, save_terms(model.module), {})
+            prepared.cache.store_tensors("compressed", key, *pack(matrix_terms(model.module)))
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
         try:
             result = load_retrained(prepared, model, key)

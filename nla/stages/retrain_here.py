@@ -19,12 +19,12 @@ def retrain_here(prepared: PreparedRun, model: Model, key: str, show: Callable[[
         watch = watched_loss(model, data, settings.watch, settings.length, values["seed"])
     retrain(
         model,
-        prepared.layers,
+        prepared.plan.layers,
         settings,
         load_dense=lambda: prepared.model.load(prepared.device, values["dtype"], prepared.cache),
         watch=watch,
         budget=prepared.budget if isinstance(prepared.budget, Adaptive) else None,
-        final=int((1 - values["ratio"]) * sum(entry.spec.n_params for entry in prepared.plan)),
+        final=prepared.final_numbers,
         seed=values["seed"],
         cache=prepared.cache,
         key=key,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nla.compressed.terms import load_terms
+from nla.compressed.surgery import swap
 from nla.harness.request import PreparedRun, prepare
 from nla.machine.cache import write_atomically
 from nla.machine.errors import NonFiniteError, UserError
@@ -20,6 +20,7 @@ from nla.models.base import Model
 from nla.retrain.history import Row
 from nla.retrain.trainable import prepare_terms
 from nla.stages.retrain_here import retrain_here
+from nla.terms.state import unpack
 from nla.training.processes import SeveralProcesses
 
 ROW = "row of the history: "
@@ -78,7 +79,8 @@ def take_part(job: dict[str, Any]) -> None:
         model: Model = prepared.model.load(processes.device, prepared.values["dtype"], prepared.cache)
         entry = prepared.cache.load_tensors("compressed", job["key"])
         assert entry is not None
-        load_terms(model.module, entry[0], prepared.method.kernel, processes.device)
+        terms = unpack({name: tensor.to(processes.device) for name, tensor in entry[0].items()}, entry[1])
+        swap(model.module, terms)
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
         retrain_here(prepared, model, job["key"], say if processes.rank == 0 else lambda row: None, processes)
     except tuple(KINDS.values()) as error:

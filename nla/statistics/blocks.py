@@ -142,12 +142,12 @@ def rows(state: Tensor) -> int:
 
 
 class Inputs:
-    """While open, the inputs of some layers are caught, each once, under the first layer that reads it: (rows, in)."""
+    """A context in which the inputs of some layers are recorded: (rows, in), each once, by the first layer that reads it."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model, self.layers = model, layers
-        self.seen, self.hooks = threading.local(), ExitStack()
-        self.owner: dict[str, str] = {}  # layer -> the layer that stands for its input
+        self.local, self.hooks = threading.local(), ExitStack()
+        self.source: dict[str, str] = {}  # layer -> the first layer that reads the same input
 
     def __enter__(self) -> "Inputs":
         for name in self.layers:
@@ -161,17 +161,17 @@ class Inputs:
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].detach()
-            for other, tensor in self.seen.caught.items():
+            for other, tensor in self.local.caught.items():
                 if tensor is x or (tensor.data_ptr(), tensor.shape) == (x.data_ptr(), x.shape):
-                    self.owner[name] = other
+                    self.source[name] = other
                     return
-            self.owner[name] = name
-            self.seen.caught[name] = x
+            self.source[name] = name
+            self.local.caught[name] = x
 
         return catch
 
     def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The result of a forward, and what the layers read in it, by one thread."""
-        self.seen.caught = {}
+        self.local.caught = {}
         output = run()
-        return output, {name: x.flatten(0, -2) for name, x in self.seen.caught.items()}
+        return output, {name: x.flatten(0, -2) for name, x in self.local.caught.items()}

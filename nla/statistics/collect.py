@@ -13,7 +13,7 @@ from nla.statistics.blocks import Block, Inputs, Stream, chain
 from nla.statistics.fisher import fisher
 from nla.statistics.store import StatisticsStore
 
-PANEL = 256  # columns of a Gram matrix that one worker adds up at a time
+STRIPE = 256  # columns of a Gram matrix that one worker adds up at a time
 STREAMED = ("gram", "magnitude")  # what a forward through the blocks gives; `fisher` needs gradients
 
 
@@ -29,50 +29,69 @@ def collect(
     """Put what is missing of these statistics into the store, gradients from the first `fisher_samples` samples only."""
     streamed = kinds.intersection(STREAMED)
     if any(not store.has(kind, layer) for kind, layer in product(streamed, layers)):
-        for _ in stream_blocks(model, layers, streamed, samples, store, offload):
-            pass
+        stream = StatisticsStream(model, layers, streamed, samples, store, offload)
+        for block in stream.blocks():
+            stream.measure(block)
+            stream.advance(block, swapped=False)
     if "fisher" in kinds and any(not store.has("fisher", layer) for layer in layers):
         for layer, value in fisher(model, layers, samples[:fisher_samples]).items():
             store.store("fisher", layer, value)
 
 
-def stream_blocks(
-    model: Model,
-    layers: Sequence[str],
-    kinds: frozenset[str],
-    samples: Sequence[Sample],
-    store: StatisticsStore,
-    offload: bool,
-) -> Iterator[Block]:
-    """Collect block by block; each block is given out when its statistics are stored, before the next one is begun.
+class StatisticsStream:
+    """All samples on their way through a model, which stop in front of each block.
 
-    Whoever takes the block may put other layers into it: the next one then sees what those make of the samples.
+    Call `measure` and then `advance` for each of `blocks()`, in order. Between the two calls the layers of the block may be
+    swapped: the blocks behind it then read what the new layers make of the samples.
+
+    Args:
+        layers: whose inputs are measured.
+        kinds: statistics that are collected.
+        offload: keep what waits for the next block in a file instead of in memory.
     """
-    device = next(model.module.parameters()).device
-    blocks = chain(model, layers)
-    stream = Stream(model, blocks[0], samples, device, store.cache.root / "streams" if offload else None)
-    tokens = 0
-    with tqdm(blocks, "statistics", unit="block", dynamic_ncols=True) as bar:
-        for block in bar:
-            missing = frozenset(kind for kind, layer in product(kinds, block.layers) if not store.has(kind, layer))
-            before = [model.module.get_submodule(layer) for layer in block.layers]
-            outputs: list[Tensor] = []
-            if missing:
-                moments = Moments(missing)
-                with Inputs(model.module, block.layers) as inputs:
-                    for group in stream.groups():
-                        outputs += moments.add(stream, block, inputs, group)
-                tokens = moments.store(store)
-                store.store_owners(inputs.owner)
-            yield block
-            changed = any(model.module.get_submodule(n) is not m for n, m in zip(block.layers, before, strict=True))
-            if block is not blocks[-1]:
-                stream.states = outputs if outputs and not changed else stream.after(block)
-            bar.set_postfix_str(f"{tokens} rows", refresh=False)
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[str],
+        kinds: frozenset[str],
+        samples: Sequence[Sample],
+        store: StatisticsStore,
+        offload: bool,
+    ) -> None:
+        device = next(model.module.parameters()).device
+        self.module, self.kinds, self.store, self.chain = model.module, kinds, store, chain(model, layers)
+        self.stream = Stream(model, self.chain[0], samples, device, store.cache.root / "streams" if offload else None)
+        self.outputs: list[Tensor] = []
+        self.rows = 0
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks in order, with a progress bar."""
+        with tqdm(self.chain, "statistics", unit="block", dynamic_ncols=True) as bar:
+            for block in bar:
+                yield block
+                bar.set_postfix_str(f"{self.rows} rows", refresh=False)
+
+    def measure(self, block: Block) -> None:
+        """Store what is missing of the block's statistics."""
+        missing = frozenset(kind for kind, layer in product(self.kinds, block.layers) if not self.store.has(kind, layer))
+        self.outputs = []
+        if missing:
+            moments = Moments(missing)
+            with Inputs(self.module, block.layers) as inputs:
+                for group in self.stream.groups():
+                    self.outputs += moments.add(self.stream, block, inputs, group)
+            self.rows = moments.store(self.store)
+            self.store.store_sources(inputs.source)
+
+    def advance(self, block: Block, swapped: bool) -> None:
+        """Take the samples through the block as it is now. `swapped`: other layers were put into it after `measure`."""
+        if block is not self.chain[-1]:
+            self.stream.states = self.outputs if self.outputs and not swapped else self.stream.after(block)
 
 
 class Moments:
-    """Sums over tokens, in place: of x x^T (the upper triangle, panel by panel) and of |x|, for each input of one block."""
+    """Sums over tokens, in place: of x x^T (the upper triangle, stripe by stripe) and of |x|, for each input of one block."""
 
     def __init__(self, kinds: frozenset[str]) -> None:
         self.kinds = kinds
@@ -99,13 +118,13 @@ class Moments:
                     total += x.abs().sum(0)
             if "gram" in self.kinds:
                 gram = self.gram.setdefault(name, parts[0].new_zeros(size, size))
-                tasks += [(gram, parts, panel) for panel in panels(size)]
-        for _ in ordered_map(add_panel, tasks, stream.device):
+                tasks += [(gram, parts, stripe) for stripe in stripes(size)]
+        for _ in ordered_map(add_stripe, tasks, stream.device):
             pass
         return list(outputs)
 
     def store(self, store: StatisticsStore) -> int:
-        """Write all of a block's statistics; the number of rows that were seen."""
+        """Write all of a block's statistics; the number of rows that were read."""
         for name, total in self.magnitude.items():
             store.store("magnitude", name, total / self.rows[name])
         for name, gram in self.gram.items():
@@ -113,15 +132,15 @@ class Moments:
         return max(self.rows.values())
 
 
-def panels(size: int) -> list[slice]:
-    """range(size) in equal parts of at most PANEL."""
-    count = -(-size // PANEL)
+def stripes(size: int) -> list[slice]:
+    """range(size) in equal parts of at most STRIPE."""
+    count = -(-size // STRIPE)
     edges = [size * i // count for i in range(count + 1)]
     return [slice(*edge) for edge in pairwise(edges)]
 
 
-def add_panel(task: tuple[Tensor, list[Tensor], slice]) -> None:
-    """G[panel, panel.start:] += x[:, panel]^T x[:, panel.start:]: little more than half of the whole product."""
-    gram, parts, panel = task
+def add_stripe(task: tuple[Tensor, list[Tensor], slice]) -> None:
+    """G[stripe, stripe.start:] += x[:, stripe]^T x[:, stripe.start:]: little more than half of the whole product."""
+    gram, parts, stripe = task
     for x in parts:
-        gram[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :])
+        gram[stripe, stripe.start :].addmm_(x[:, stripe].T, x[:, stripe.start :])

@@ -42,7 +42,7 @@ class Gradients:
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model, self.layers = model, layers
-        self.seen, self.hooks = threading.local(), ExitStack()
+        self.local, self.hooks = threading.local(), ExitStack()
 
     def __enter__(self) -> "Gradients":
         for name in self.layers:
@@ -55,7 +55,7 @@ class Gradients:
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def catch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            x, found = arguments[0].detach().flatten(0, -2).float(), self.seen.found
+            x, found = arguments[0].detach().flatten(0, -2).float(), self.local.found
 
             def add(d_y: Tensor) -> None:
                 gradient = d_y.flatten(0, -2).T.float() @ x  # (out, in)
@@ -70,6 +70,6 @@ class Gradients:
     @torch.enable_grad()
     def of(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
         """The squared gradients of a loss, by one thread."""
-        self.seen.found = {}
+        self.local.found = {}
         loss().backward()
-        return self.seen.found
+        return self.local.found

@@ -17,22 +17,22 @@ class StatisticsStore:
 
     def __init__(self, cache: Cache, made_from: str) -> None:
         self.cache, self.made_from = cache, made_from
-        self.seen: set[str] = set()  # keys whose files were found whole by this object
+        self.verified: set[str] = set()  # keys whose files were found whole by this object
 
     def key(self, kind: str, layer: str) -> str:
         return digest([self.made_from, kind, layer])
 
-    def owner(self, kind: str, layer: str) -> str | None:
+    def source(self, kind: str, layer: str) -> str | None:
         """The layer that stands for all with the same input, if a pass has found it."""
-        return layer if kind == "fisher" else self.cache.load_json("statistics", self.key("owner", layer))
+        return layer if kind == "fisher" else self.cache.load_json("statistics", self.key("source", layer))
 
     def has(self, kind: str, layer: str) -> bool:
         """Whether it is there and undamaged."""
-        owner = self.owner(kind, layer)
-        key = "" if owner is None else self.key(kind, owner)
-        if key and key not in self.seen and self.cache.load_tensors("statistics", key) is not None:
-            self.seen.add(key)
-        return key in self.seen
+        source = self.source(kind, layer)
+        key = "" if source is None else self.key(kind, source)
+        if key and key not in self.verified and self.cache.load_tensors("statistics", key) is not None:
+            self.verified.add(key)
+        return key in self.verified
 
     def store(self, kind: str, layer: str, value: Tensor) -> None:
         """Write the statistic of the input that `layer` stands for.
@@ -44,16 +44,16 @@ class StatisticsStore:
             raise NonFiniteError(f"{layer}: the {kind} of its inputs over the calibration samples is not finite")
         self.cache.store_tensors("statistics", self.key(kind, layer), {kind: value.cpu()}, {"layer": layer})
 
-    def store_owners(self, owners: dict[str, str]) -> None:
-        for layer, owner in owners.items():
-            self.cache.store_json("statistics", self.key("owner", layer), owner)
+    def store_sources(self, sources: dict[str, str]) -> None:
+        for layer, source in sources.items():
+            self.cache.store_json("statistics", self.key("source", layer), source)
 
     def load(self, needs: frozenset[str], layer: str, device: torch.device) -> Statistics:
         """What a method needs to know of one layer; it must have been collected."""
         found = {}
         for kind in needs:
-            owner = self.owner(kind, layer)
-            entry = None if owner is None else self.cache.load_tensors("statistics", self.key(kind, owner))
+            source = self.source(kind, layer)
+            entry = None if source is None else self.cache.load_tensors("statistics", self.key(kind, source))
             if entry is None:
                 raise RuntimeError(f"the {kind} of {layer} left the cache while the run went on; start it again")
             found[kind] = entry[0][kind].to(device)

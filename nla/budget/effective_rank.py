@@ -1,0 +1,81 @@
+"""Shares by effective rank: matrices whose spectrum is flat keep a larger rank (D-Rank)."""
+
+import re
+
+from nla.budget.base import Budget, ModelView, Target
+from nla.budget.uniform import Uniform
+from nla.machine.errors import UserError
+from nla.matrix.spectrum import Spectrum
+from nla.models.select import LinearSpec
+
+
+class EffectiveRank(Budget):
+    """Rank of a matrix in proportion to sqrt(E / (out + in)), for factors of out + in numbers per rank.
+
+    E = exp(-sum p log p) is the effective rank, p the share of each singular value's square in their sum. The singular values
+    are those of the whitened weight W L, with L L^T the Gram matrix of the layer's inputs. No matrix gets more than its dense
+    size; what is left over goes to the others.
+
+    Args:
+        givers, takers: regular expressions searched in qualified names.
+        moved: fraction of the givers' bits that moves to the takers of the same block (D-Rank: from queries and keys to
+            values). 0: none.
+    """
+
+    needs = frozenset({"gram"})
+    looks = True
+
+    def __init__(self, givers: str, takers: str, moved: float) -> None:
+        if not isinstance(moved, int | float) or not 0 <= moved < 1:
+            raise UserError(f"budget.moved={moved} must be a fraction, from 0 and below 1")
+        self.givers, self.takers, self.moved = re.compile(givers), re.compile(takers), moved
+
+    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
+        """Equal shares, before spectra are known."""
+        return Uniform().allocate(specs, target)
+
+    def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
+        # share = rank * (out + in), in proportion to sqrt(E * (out + in))
+        ranks = {s.name: effective_rank(view.norms(s.name).outputs.spectrum) for s in specs}
+        weights = {s.name: (ranks[s.name] * (s.out_features + s.in_features)) ** 0.5 for s in specs}
+        most = {s.name: float(target.width * s.n_params) for s in specs}
+        found = in_proportion(weights, most, target.bits * sum(s.n_params for s in specs))
+        return {name: int(bits) for name, bits in self.move(found, most).items()}
+
+    def move(self, bits: dict[str, float], most: dict[str, float]) -> dict[str, float]:
+        """The bits after the givers of each block gave to its takers, as far as these have room."""
+        found = dict(bits)
+        for block in {name.rpartition(".")[0] for name in bits}:
+            names = [name for name in bits if name.rpartition(".")[0] == block]
+            givers = [name for name in names if self.givers.search(name)]
+            takers = [name for name in names if self.takers.search(name)]
+            room = sum(most[name] - bits[name] for name in takers)
+            given = sum(self.moved * bits[name] for name in givers)
+            if not room or not given:
+                continue
+            part = min(1.0, room / given)
+            for name in givers:
+                found[name] -= part * self.moved * bits[name]
+            for name in takers:
+                found[name] += part * given * (most[name] - bits[name]) / room
+        return found
+
+
+def effective_rank(spectrum: Spectrum) -> float:
+    """exp of the entropy of the squared singular values (Roy and Vetterli, 2007); 1 for a matrix of zeros."""
+    squares = spectrum.squares
+    p = squares / squares.sum().clamp(min=1e-300)
+    return float((-(p * p.clamp(min=1e-300).log()).sum()).exp())
+
+
+def in_proportion(weights: dict[str, float], most: dict[str, float], total: float) -> dict[str, float]:
+    """`total` shared out in proportion to the weights, nobody more than `most`; the others share what that leaves."""
+    found: dict[str, float] = {}
+    while True:
+        left = total - sum(found.values())
+        open_weights = {name: weight for name, weight in weights.items() if name not in found}
+        each = left / sum(open_weights.values()) if open_weights else 0.0
+        full = [name for name, weight in open_weights.items() if each * weight >= most[name]]
+        if not full:
+            return found | {name: each * weight for name, weight in open_weights.items()}
+        found |= {name: most[name] for name in full}

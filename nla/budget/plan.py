@@ -1,0 +1,101 @@
+"""The plan of a run: what every matrix may keep, and the terms that the method makes of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from nla.budget.base import Target
+from nla.machine.errors import UserError
+from nla.methods.base import Method
+from nla.models.select import LinearSpec
+from nla.terms.base import Term, shares
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A matrix and the term that it becomes, without numbers. `bits` is its share of the budget."""
+
+    spec: LinearSpec
+    term: Term
+    bits: int
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """Matrices that are compressed together."""
+
+    matrices: tuple[PlannedMatrix, ...]
+
+    @property
+    def bits(self) -> int:
+        """The budget of all of them."""
+        return sum(matrix.bits for matrix in self.matrices)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All matrices of a run, in the groups in which they are compressed."""
+
+    groups: tuple[PlannedGroup, ...]
+
+    @cached_property
+    def matrices(self) -> list[PlannedMatrix]:
+        return [matrix for group in self.groups for matrix in group.matrices]
+
+    @property
+    def layers(self) -> list[str]:
+        """Qualified names."""
+        return [matrix.spec.name for matrix in self.matrices]
+
+    @property
+    def selected(self) -> int:
+        """Numbers of the dense matrices."""
+        return sum(matrix.spec.n_params for matrix in self.matrices)
+
+    @cached_property
+    def kept(self) -> dict[str, int]:
+        """Numbers of each matrix's term."""
+        counts = [numbers for numbers, _ in shares([matrix.term for matrix in self.matrices])]
+        return dict(zip(self.layers, counts, strict=True))
+
+    def of_layers(self, layers: list[str]) -> "Plan":
+        """The groups whose matrices are all among these layers."""
+        return Plan(tuple(g for g in self.groups if all(m.spec.name in layers for m in g.matrices)))
+
+
+def make_plan(
+    specs: list[LinearSpec], target: Target, allocated: Mapping[str, int], method: Method, dtype: torch.dtype
+) -> Plan:
+    """The terms that a method makes of each group's bits.
+
+    Raises:
+        UserError: some matrix gets less than the smallest term.
+    """
+    groups = []
+    for group in method.groups(specs):
+        shapes = [(spec.out_features, spec.in_features) for spec in group]
+        bits = sum(allocated[spec.name] for spec in group)
+        terms = method.plan(shapes, bits, dtype)
+        for spec, term in zip(group, terms, strict=True):
+            if term.count() == 0:
+                least = method.least_bits(shapes, dtype)
+                raise UserError(starved(spec, target, allocated[spec.name], least, sum(s.n_params for s in group)))
+        matrices = [PlannedMatrix(s, t, allocated[s.name]) for s, t in zip(group, terms, strict=True)]
+        groups.append(PlannedGroup(tuple(matrices)))
+    return Plan(tuple(groups))
+
+
+def starved(spec: LinearSpec, target: Target, bits: int, least: int, n_params: int) -> str:
+    """Why a matrix gets nothing, and what to ask for instead."""
+    if target.asked.startswith("ratio"):
+        most = math.floor(1000 * (1 - least / target.width / n_params)) / 1000
+        remedy = f"use ratio={most} at most" if most > 0 else "exclude it with select.exclude"
+    else:
+        remedy = f"use bits={math.ceil(1000 * least / n_params) / 1000} at least"
+    return (
+        f"{target.asked} leaves {spec.name} ({spec.out_features}x{spec.in_features}) {bits // target.width} parameters, "
+        f"less than its smallest term of {least // target.width}; {remedy}"
+    )

@@ -1,0 +1,109 @@
+"""What a method reports of one compressed matrix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from nla.matrix.objective import Norms, Objective
+from nla.matrix.triplets import triplet_size
+from nla.solvers.squared_error import squared_error
+from nla.terms.base import Term, shares
+from nla.terms.kernel_term import KernelTerm
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative squared errors in one norm: of a term; of the best matrix of a rank; of the best that the term can be."""
+
+    own: float
+    equal: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One compressed matrix. Errors are relative squared errors, ||W' - W||^2 / ||W||^2.
+
+    Attributes:
+        term: W'.
+        n_params, bits: numbers and bits stored. A tensor that several matrices share counts for the first of them.
+        status: how the fit ended, as codes (`nla.solvers.base.in_words`).
+        losses: (step, error) as the fit went on, in the norm that the method minimises.
+        relative_error: of the term as stored.
+        svd_error: of truncated SVD with as many parameters.
+        floor: no matrix of a rank that the term can have is below it (Eckart-Young); 0 where the kernel does not bound rank.
+        optimum: the smallest error the kernel can reach at this size in the method's norm, where theory knows it.
+        weighted_error: ||(W' - W) X^T||^2 / ||W X^T||^2 over the calibration tokens X; None where no Gram matrix was needed.
+        svd_llm_error: of SVD-LLM with as many parameters, the smallest weighted error of its rank.
+        weighted_floor: as floor, of the weighted error.
+        flops: counted operations of the start and all steps.
+        seconds: wall time, one processor thread (or the GPU).
+        peak_bytes: see PeakMemory.
+    """
+
+    term: Term
+    n_params: int
+    bits: int
+    status: str
+    losses: list[tuple[int, float]]
+    relative_error: float
+    svd_error: float
+    floor: float
+    optimum: float | None
+    weighted_error: float | None
+    svd_llm_error: float | None
+    weighted_floor: float | None
+    steps: int
+    flops: int
+    seconds: float
+    peak_bytes: int
+
+
+def errors(objective: Objective, term: Term, equal: int) -> Errors:
+    """Errors of a term in the objective's norm, beside those of the best matrix of rank `equal`."""
+    error = float(squared_error_of(term, objective)) / objective.energy if objective.energy else 0.0
+    spectrum, bound = objective.spectrum, term.rank_bound()
+    return Errors(error, spectrum.tail(equal), 0.0 if bound is None else spectrum.tail(bound))
+
+
+def squared_error_of(term: Term, objective: Objective) -> torch.Tensor:
+    """||(W' - W) S||^2 in fp32, without W' in memory where the term is made of kernels."""
+    kernel_terms = [leaf for leaf in term.leaves() if isinstance(leaf, KernelTerm)]
+    if len(kernel_terms) < len(list(term.leaves())):
+        return objective.squared(term.dense() - objective.weight)[0]
+    kernels, triplets = [t.kernel for t in kernel_terms], [t.triplets for t in kernel_terms]
+    return squared_error(kernels, triplets, objective, torch.float32)[0]
+
+
+def equal_rank(out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> int:
+    """The rank of two factors and singular values that store as many bits in this type."""
+    return bits // (8 * dtype.itemsize) // triplet_size(out_features, in_features, 1)
+
+
+@torch.no_grad()
+def measured(norms: Norms, term: Term, scale: float, equal: int) -> dict[str, float | None]:
+    """The errors of a Fit, for a term of `scale` times the weight of the norms.
+
+    Args:
+        equal: rank of the SVD that it is compared with.
+    """
+    unit = as_float(term).scaled(1 / scale)
+    plain = errors(norms.plain, unit, equal)
+    found: dict[str, float | None] = {"relative_error": plain.own, "svd_error": plain.equal, "floor": plain.floor}
+    weighted = None if norms.statistics.gram is None else errors(norms.outputs, unit, equal)
+    names = ("weighted_error", "svd_llm_error", "weighted_floor")
+    if weighted is None:
+        return found | dict.fromkeys(names)
+    return found | dict(zip(names, (weighted.own, weighted.equal, weighted.floor), strict=True))
+
+
+def as_float(term: Term) -> Term:
+    """The term in fp32."""
+    return term.as_stored(torch.float32)
+
+
+def counted_once(fits: Sequence[Fit]) -> list[Fit]:
+    """The fits of a group, each tensor that several of them share counted for the first."""
+    counts = shares([fit.term for fit in fits])
+    return [replace(fit, n_params=numbers, bits=bits) for fit, (numbers, bits) in zip(fits, counts, strict=True)]

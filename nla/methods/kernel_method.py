@@ -1,0 +1,28 @@
+"""Methods whose term is made of triplets under one kernel."""
+
+from collections.abc import Sequence
+
+import torch
+
+from nla.kernels.base import Kernel
+from nla.matrix.triplets import triplet_size
+from nla.methods.base import MatrixMethod, Shape
+from nla.terms.kernel_term import KernelTerm
+
+
+class KernelMethod(MatrixMethod):
+    """As many triplets of one kernel as the bits buy."""
+
+    kernel: Kernel
+
+    def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> KernelTerm:
+        h, r = self.kernel.size(out_features, in_features, bits // (8 * dtype.itemsize))
+        return KernelTerm.empty(self.kernel, out_features, in_features, h, r, dtype)
+
+    def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
+        return sum(triplet_size(m, n, 1) for m, n in shapes) * 8 * dtype.itemsize
+
+
+def size(term: KernelTerm) -> tuple[int, int, int, int]:
+    """(out, in, h, r)"""
+    return term.out_features, term.in_features, term.triplets.h, term.triplets.r

@@ -1,0 +1,48 @@
+"""The constraints of a model's terms, by the names of what is trained."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nla.kernels.base import Constraint
+from nla.matrix.triplets import Triplets
+from nla.terms.kernel_term import PARTS, KernelTerm
+from nla.training.parameters import TrainedParameter
+
+
+class Constraints:
+    """The constraints of all terms whose numbers this process moves (see `nla.kernels.base.Constraint`).
+
+    Args:
+        terms: by qualified name.
+        own: the parameters that this process moves, by name.
+    """
+
+    def __init__(self, terms: Mapping[str, KernelTerm], own: Mapping[str, TrainedParameter]) -> None:
+        self.held: dict[str, tuple[Constraint, list[str]]] = {}
+        for name, term in terms.items():
+            trained = [part for part in PARTS if f"{name}.{part}" in own]
+            if trained:
+                moved = {part: own[f"{name}.{part}"].master for part in trained}
+                t = Triplets(*(moved[part] if part in moved else fixed(getattr(term, part)) for part in PARTS))
+                constraint = term.kernel.constraint(t, frozenset(trained))
+                if constraint is not None:
+                    self.held[name] = constraint, trained
+
+    @torch.no_grad()
+    def project(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take from the gradients, in place, what leads away from the surfaces."""
+        for name, (constraint, trained) in self.held.items():
+            constraint.project({part: gradients[f"{name}.{part}"] for part in trained})
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        """Move the triplets back to the surfaces, in place."""
+        for constraint, _ in self.held.values():
+            constraint.retract()
+
+
+def fixed(p: Tensor) -> Tensor:
+    """Numbers that are not trained, in the optimiser's type."""
+    return p.detach().to(torch.promote_types(p.dtype, torch.float32))

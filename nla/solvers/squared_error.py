@@ -1,0 +1,85 @@
+"""The squared error of a sum of kernel terms, and its gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nla.kernels.base import Kernel
+from nla.kernels.factored import FactoredKernel
+from nla.kernels.tiled import add_gradient, matrix_rows, panels
+from nla.matrix.objective import Objective
+from nla.matrix.triplets import Triplets
+
+
+def squared_error(
+    kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective, products: torch.dtype
+) -> tuple[Tensor, list[Triplets]]:
+    """||(W' - W) S||^2 for W' the sum over kernels of their matrices, and its gradient for A, B and mu of each.
+
+    Args:
+        products: the type in which the large matrix products of factored kernels are computed.
+    """
+    if all(isinstance(kernel, FactoredKernel) for kernel in kernels):
+        return of_factors(kernels, triplets, objective, products)
+    return of_tiles(kernels, triplets, objective)
+
+
+def of_factors(
+    kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective, products: torch.dtype
+) -> tuple[Tensor, list[Triplets]]:
+    # Three thin products, 6 * out * in * k operations: E = L (S^T R)^T - W S, dL = 2 E S^T R, dR = 2 S E^T L; and two with
+    # S, 4 * in^2 * k, where the norm is weighted. Only the element-wise way from triplets to L and R is left to autograd.
+    triplets = [t.map(lambda p: p.detach().requires_grad_()) for t in triplets]
+    with torch.enable_grad():
+        left, right = joined_factors(kernels, triplets)
+    with torch.no_grad():
+        low_left, low_right, target = left.to(products), objective.weigh(right.to(products)), objective.target
+        error = torch.addmm(target.to(products), low_left, low_right.T, beta=-1)
+        loss = torch.linalg.vector_norm(error, dtype=target.dtype).square()
+        d_left = (error @ low_right).to(target.dtype).mul_(2)
+        d_right = objective.weigh_back(error.T @ low_left).to(target.dtype).mul(2)
+    return loss, gradients(triplets, (left, right), (d_left, d_right))
+
+
+@torch.no_grad()
+def of_tiles(kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective) -> tuple[Tensor, list[Triplets]]:
+    thin = [i for i, kernel in enumerate(kernels) if isinstance(kernel, FactoredKernel)]
+    tiled = [i for i in range(len(kernels)) if i not in thin]
+    found = {i: triplets[i].map(torch.zeros_like) for i in tiled}
+    loss, left, right = objective.weight.new_zeros(()), None, None
+    if thin:
+        leaves = [triplets[i].map(lambda p: p.detach().requires_grad_()) for i in thin]
+        with torch.enable_grad():
+            left, right = joined_factors([kernels[i] for i in thin], leaves)
+        d_left, d_right = torch.zeros_like(left), torch.zeros_like(right)
+    for panel in panels(triplets[tiled[0]]):
+        matrix = matrix_rows(kernels[tiled[0]], triplets[tiled[0]], panel)
+        for i in tiled[1:]:
+            matrix = matrix + matrix_rows(kernels[i], triplets[i], panel)
+        if left is not None and right is not None:
+            matrix = torch.addmm(matrix, left[panel], right.T)
+        part, d_panel = objective.squared(matrix - objective.weight[panel])
+        loss += part
+        for i in tiled:
+            add_gradient(kernels[i], triplets[i], panel, d_panel, found[i])
+        if left is not None and right is not None:
+            d_left[panel] = d_panel @ right
+            d_right.addmm_(d_panel.T, left[panel])
+    if left is not None and right is not None:
+        found |= dict(zip(thin, gradients(leaves, (left, right), (d_left, d_right)), strict=True))
+    return loss, [found[i] for i in range(len(kernels))]
+
+
+def joined_factors(kernels: Sequence[Kernel], triplets: Sequence[Triplets]) -> tuple[Tensor, Tensor]:
+    """L (out, k) and R (in, k) whose product is the sum of the kernels' matrices."""
+    factors = [kernel.factors(t) for kernel, t in zip(kernels, triplets, strict=True) if isinstance(kernel, FactoredKernel)]
+    if len(factors) == 1:
+        return factors[0]
+    return torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors], 1)
+
+
+def gradients(triplets: Sequence[Triplets], outputs: tuple[Tensor, Tensor], d_outputs: tuple[Tensor, Tensor]) -> list[Triplets]:
+    """The gradient of each of the triplets, given that of the factors made from them."""
+    found = torch.autograd.grad(outputs, [p for t in triplets for p in t.tensors], d_outputs)
+    return [Triplets(*found[i : i + 3]) for i in range(0, len(found), 3)]

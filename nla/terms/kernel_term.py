@@ -1,0 +1,89 @@
+"""The paper's term: triplets under a kernel."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla.kernels.base import Kernel
+from nla.matrix.triplets import Triplets
+from nla.terms.base import Stored, Term, class_path
+
+PARTS = ("A", "B", "mu")
+
+
+class KernelTerm(Term):
+    """W'[i, j] = sum_l mu_l k(A[i, l], B[j, l]), with A, B and mu as trainable parameters.
+
+    A triplet with mu = 0 is masked: it has no part in the matrix, is not counted, and `as_stored` leaves it out.
+    """
+
+    A: nn.Parameter  # (out, h, r)
+    B: nn.Parameter  # (in, h, r)
+    mu: nn.Parameter  # (h,)
+
+    def __init__(self, kernel: Kernel, triplets: Triplets) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.out_features, self.in_features = triplets.out_features, triplets.in_features
+        self.hold(triplets)
+
+    @classmethod
+    def empty(  # type: ignore[override]
+        cls, kernel: Kernel, out_features: int, in_features: int, h: int, r: int, dtype: torch.dtype
+    ) -> "KernelTerm":
+        """A and B are on the meta device, where tensors have no numbers; mu is 1, so that all triplets count."""
+        A, B = (torch.empty(n, h, r, dtype=dtype, device="meta") for n in (out_features, in_features))
+        return cls(kernel, Triplets(A, B, torch.ones(h, dtype=dtype)))
+
+    def hold(self, triplets: Triplets) -> None:
+        """Take these triplets in place of those before."""
+        self.A, self.B, self.mu = (nn.Parameter(p.detach()) for p in triplets.tensors)
+
+    @property
+    def triplets(self) -> Triplets:
+        return Triplets(self.A, self.B, self.mu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel.apply(self.triplets, x)  # (..., in) -> (..., out)
+
+    def dense(self) -> Tensor:
+        return self.kernel.dense(self.triplets)  # (out, in)
+
+    def stored(self) -> list[Stored]:
+        t, h = self.triplets, int((self.mu != 0).sum())
+        numbers = (h * t.r * t.out_features, h * t.r * t.in_features, h)
+        return [Stored(p, n, n * 8 * p.element_size()) for p, n in zip(t.tensors, numbers, strict=True)]
+
+    def config(self) -> dict[str, Any]:
+        t = self.triplets
+        return {
+            "class": class_path(self),
+            "kernel": {"class": class_path(self.kernel), **self.kernel.settings()},
+            "out_features": t.out_features,
+            "in_features": t.in_features,
+            "h": t.h,
+            "r": t.r,
+            "dtype": str(t.mu.dtype).removeprefix("torch."),
+        }
+
+    def describe(self) -> str:
+        return f"{self.kernel.name} h={self.triplets.h} r={self.triplets.r}"
+
+    def forward_flops(self, tokens: int) -> int:
+        t = self.triplets
+        return self.kernel.forward_flops(t.out_features, t.in_features, t.h, t.r, tokens)
+
+    def rank_bound(self) -> int | None:
+        return self.kernel.rank_bound(self.triplets.h, self.triplets.r)
+
+    def scaled(self, factor: float) -> "KernelTerm":
+        return KernelTerm(self.kernel, self.triplets.scaled(factor))
+
+    def zero(self, like: Tensor) -> "KernelTerm":
+        A, B = (like.new_zeros(n, 0, self.triplets.r) for n in (self.out_features, self.in_features))
+        return KernelTerm(self.kernel, Triplets(A, B, like.new_zeros(0)))
+
+    def as_stored(self, dtype: torch.dtype) -> "KernelTerm":
+        t = self.kernel.canonical(self.triplets)
+        return KernelTerm(self.kernel, t.prune(t.mu != 0).map(lambda p: p.to(dtype)))
