@@ -1,5 +1,6 @@
 """`python -m analysis.execute [FOLDER]`: run every notebook, in place or into a folder, without a browser."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,13 +11,14 @@ NOTEBOOKS = Path(__file__).with_name("notebooks")
 
 
 def execute(notebook: Path, target: Path) -> None:
-    """Run one notebook from its own folder and write it with its outputs.
+    """Run one notebook from its own folder, with the code of this tree, and write it with its outputs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed; it names the cell.
     """
     content = nbformat.read(notebook, as_version=4)
-    NotebookClient(content, timeout=600, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    client = NotebookClient(content, timeout=600, resources={"metadata": {"path": str(notebook.parent)}})
+    client.execute(env=os.environ | {"PYTHONPATH": str(NOTEBOOKS.parent.parent)})
     for cell in content.cells:
         cell.metadata.pop("execution", None)  # the time of day is no result, nor are warnings with this machine's paths
         if "outputs" in cell:

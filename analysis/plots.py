@@ -1,9 +1,12 @@
-"""Figures, from the data frames of `analysis.records`."""
+"""Figures, from the data frames of `analysis.frames` and from records."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nla.harness.record import RetrainRecord
+from nla.harness.fits_table import FitRecord
 
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:
@@ -40,20 +43,21 @@ def loss_by_layer(fits: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":  # python -m analysis.plots: the README's figure, from the records in git
-    from analysis.records import ROOT, fits_frame, load_records
+    from analysis.frames import fits_frame
+    from analysis.records import IN_GIT, load_records
     from analysis.tables import of_layers
 
-    fits = of_layers(fits_frame(load_records([ROOT / "analysis" / "records"])), "smollm2_135m")
+    fits = of_layers(fits_frame(load_records([IN_GIT])), "smollm2_135m")
     figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "") & (fits["method"] == "nla")])
-    figure.savefig(ROOT / "analysis" / "loss_by_layer.png", dpi=110)
+    figure.savefig(IN_GIT.parent / "loss_by_layer.png", dpi=110)
 
 
-def retraining(record: RetrainRecord) -> Figure:
+def retraining(history: list[dict[str, Any]]) -> Figure:
     """Loss, with the held-out samples' on the left; budget and kept parameters by step on the right."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
-    steps = pd.DataFrame([row for row in record.history if "loss" in row])
-    watched = pd.DataFrame([row for row in record.history if "watched" in row])
+    steps = pd.DataFrame([row for row in history if "loss" in row])
+    watched = pd.DataFrame([row for row in history if "watched" in row])
     left.plot(steps["step"], steps["loss"], linewidth=1, label="training batches")
     if len(watched):
         left.plot(watched["step"], watched["watched"], "o-", markersize=3, label="held-out samples")
@@ -66,12 +70,12 @@ def retraining(record: RetrainRecord) -> Figure:
     return figure
 
 
-def kept_by_matrix(record: RetrainRecord) -> Figure:
+def kept_by_matrix(fits: Iterable[FitRecord]) -> Figure:
     """What is left of each matrix, as a fraction of the dense: kinds of matrix by layers."""
-    frame = pd.DataFrame([matrix.model_dump() for matrix in record.matrices])
+    frame = pd.DataFrame([{"name": fit.name, "kept": fit.kept_fraction} for fit in fits])
     frame["kind"] = frame["name"].str.replace(r"^.*\.\d+\.", "", regex=True)
     frame["layer"] = frame["name"].str.extract(r"^(.*\.\d+)\.", expand=False).fillna(frame["name"])
-    table = (1 - frame.set_index(["kind", "layer"])["ratio"]).unstack(sort=False)
+    table = frame.set_index(["kind", "layer"])["kept"].unstack(sort=False)
     figure = Figure(figsize=(max(5, 1.5 + 0.3 * len(table.columns)), 1.2 + 0.35 * len(table)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(table, aspect="auto", vmin=0, cmap="viridis")

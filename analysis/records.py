@@ -1,194 +1,158 @@
-"""Records of runs as data frames."""
+"""The records of finished runs: in git (analysis/records), and of this machine (outputs/runs).
 
-import re
+    python -m analysis.records add outputs/runs/*
+
+adds runs to those in git, or replaces them. The files there are `runs.jsonl` (a line per run: its record.json without the
+settings that change no figure), `fits.csv.gz` (a row per matrix and run, the columns of fits.csv behind the run's signature)
+and `steps.csv.gz` (about 50 steps of each retraining). They are in order of time, and equal runs always give equal bytes.
+"""
+
+import csv
+import gzip
+import io
+import sys
+import zlib
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import yaml
+from pydantic import ValidationError
 
-from nla.harness.record import RunRecord, read_record
+from analysis.settings import ROOT, run_settings
+from nla.harness.fits_table import COLUMNS, first_problem, parse_fits, table_text, to_cell, to_row
+from nla.harness.record import NOT_IN_SIGNATURE, SCHEMA, RunRecord, read_history, read_record
+from nla.machine.cache import write_atomically
+from nla.machine.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-PLACES = (ROOT / "analysis" / "records", ROOT / "outputs" / "runs")
-LAYER = r".*\.(\d+)\."  # the last number in a qualified name is the layer's; what follows is the kind of matrix
+IN_GIT = ROOT / "analysis" / "records"
+PLACES = (IN_GIT, ROOT / "outputs" / "runs")
+ROWS = 50  # of a retraining that are kept in git, about
 
 
 def load_records(places: Iterable[Path] = PLACES) -> list[RunRecord]:
-    """The finished runs below these folders, in order of model, method and ratio; of equal requests the latest."""
-    files = [file for place in places for file in place.rglob("*.json") if is_record(file)]
-    done = [record for record in map(read_record, files) if record.status == "done"]
+    """The finished runs in these folders, in order of model, method and ratio; of equal requests the latest."""
+    done = [record for place in places for record in read_place(place) if record.status == "done"]
     latest: dict[tuple, RunRecord] = {}
-    for record in sorted(done, key=lambda record: (record.finished or "", record.signature)):
+    for record in sorted(done, key=by_time):
         settings = run_settings(record)
         del settings["signature"]
-        latest[tuple(settings.values())] = record
+        latest[tuple((value is not None, value) for value in settings.values())] = record
     return [latest[key] for key in sorted(latest)]
 
 
-def is_record(file: Path) -> bool:
-    return file.name == "record.json" or file.parent.name == "records"
+def by_time(record: RunRecord) -> tuple[str, str]:
+    return record.finished or "", record.signature
 
 
-def run_settings(record: RunRecord) -> dict[str, Any]:
-    """The settings by which runs are compared; what else departs from conf/ is in `changed`."""
-    method = record.config["method"]["_target_"].rpartition(".")[2].lower()
-    kernels = {part.split()[0] for fit in record.fits for part in fit.terms.split(" + ")}
-    return {
-        "model": record.config["model"]["name"],
-        "method": method,
-        "kernel": "+".join(sorted(kernels)),
-        "ratio": record.config["ratio"],
-        "select": selection(record.config["select"]),
-        "tasks": "+".join(task_names(record.config)),
-        "changed": " ".join(changed_settings(record.config, stepped=any(fit.steps for fit in record.fits))),
-        "budget": " ".join([budget_name(record.config), *changed_budget(record.config["budget"])]),
-        "retraining": retraining_name(record.config),
-        "retrain_steps": record.config.get("retrain", {}).get("steps", 0),
-        "seed": record.config["seed"],
-        "matrices": len(record.fits),
-        "signature": record.signature,
-    }
+def read_place(place: Path) -> list[RunRecord]:
+    """The records of a folder: in the form they have in git, or a folder for each run."""
+    if (place / "runs.jsonl").exists():
+        return read_collection(place)
+    return [read_run(path.parent) for path in sorted(place.glob("*/record.json"))]
 
 
-def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
-    """`key=value` of the settings of method, task, statistics, seed, type and selection that are not those of conf/.
+def read_run(folder: Path) -> RunRecord:
+    """A run's record with its fits and its history."""
+    record = read_record(folder)
+    record.history = read_history(folder)
+    return record
 
-    How many steps a solver may take is left out where it had a closed form and took none.
+
+def read_collection(folder: Path) -> list[RunRecord]:
+    """The records in git, with their fits and what is kept of their histories.
+
+    Raises:
+        UserError: a file is damaged; it names the file, the line and the field.
     """
-    method = config["method"]
-    used = {"method": method} | {group: method[group] for group in ("kernel", "solver") if group in method}
-    pairs = [
-        (key, value, defaults.get(key))
-        for group, values in used.items()
-        for defaults in [next(d for d in group_defaults(group) if d.get("_target_") == values["_target_"])]
-        for key, value in values.items()
-        if key not in NOT_COMPARED
-    ]
-    usual = task_defaults(task_names(config))
-    pairs += [(key, value, usual.get(key)) for key, value in config["task"].items() if key != "_target_"]
-    top = read_yaml(ROOT / "conf" / "config.yaml")
-    pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
-    pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
-    pairs += [("budget", budget_name(config), "uniform")]
-    unused = () if stepped else ("steps",)
-    changed = [(key, value) for key, value, default in pairs if value != default and not isinstance(value, dict)]
-    return [f"{key}={value}" for key, value in changed if key not in unused or not value]
+    path = folder / "runs.jsonl"
+    records = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = RunRecord.model_validate_json(line)
+        except ValidationError as error:
+            raise UserError(f"{path}: line {number} is no record of schema {SCHEMA}: {first_problem(error)}") from error
+        records[record.signature] = record
+    table = folder / "fits.csv.gz"
+    for run, fit in parse_fits(read_gzip(table), table, ["signature", *COLUMNS]):
+        of_run(records, run["signature"], table).fits.append(fit)
+    table = folder / "steps.csv.gz"
+    for step in csv.DictReader(io.StringIO(read_gzip(table))):
+        record = of_run(records, step.pop("signature"), table)
+        record.history.append({name: to_number(cell) for name, cell in step.items() if cell})
+    return list(records.values())
 
 
-def retraining_name(config: dict[str, Any]) -> str:
-    """The file of conf/retrain that the settings are nearest to, the data, and `key=value` of what differs from the file."""
-    if "retrain" not in config:
-        return ""
-    folder = ROOT / "conf" / "retrain"
-    names = {path.stem: retrain_defaults(path.stem) for path in sorted(folder.glob("*.yaml"))}
-    changes = {
-        name: [f"{k}={v}" for k, v in config["retrain"].items() if k not in NOT_TRAINED_BY and v != usual.get(k)]
-        for name, usual in names.items()
-    }
-    nearest = min(changes, key=lambda name: len(changes[name]))
-    return " ".join([nearest, f"on {config['retrain']['data']['name']}", *changes[nearest]])
+def of_run(records: dict[str, RunRecord], signature: str, table: Path) -> RunRecord:
+    if signature not in records:
+        raise UserError(f"{table} has rows of run {signature}, which is not in runs.jsonl beside it")
+    return records[signature]
 
 
-def retrain_defaults(name: str) -> dict[str, Any]:
-    """A file of conf/retrain over those it is made from."""
-    content = dict(read_yaml(ROOT / "conf" / "retrain" / f"{name}.yaml"))
-    bases = [base for base in content.pop("defaults", []) if base != "_self_"]
-    return {key: value for base in bases for key, value in retrain_defaults(base).items()} | content
+def to_number(cell: str) -> int | float:
+    return int(cell) if cell.isdigit() else float(cell)
 
 
-def budget_name(config: dict[str, Any]) -> str:
-    return config["budget"]["_target_"].rpartition(".")[2].lower()
+def write_collection(records: Iterable[RunRecord], folder: Path) -> None:
+    """Write the records as they are kept in git."""
+    ordered = sorted(records, key=by_time)
+    lines = [without_noise(record).model_dump_json(by_alias=True) for record in ordered]
+    fits = [{"signature": record.signature, **to_row(fit)} for record in ordered for fit in record.fits]
+    steps = [{"signature": record.signature, **step} for record in ordered for step in map(to_cells, record.history)]
+    columns = list(dict.fromkeys(name for step in steps for name in step)) or ["signature"]
+    write_atomically(folder / "runs.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    write_gzip(folder / "fits.csv.gz", table_text(["signature", *COLUMNS], fits))
+    write_gzip(folder / "steps.csv.gz", table_text(columns, steps))
 
 
-def changed_budget(budget: dict[str, Any]) -> list[str]:
-    """`key=value` of the settings that are not those of conf/, and the kind of a schedule that is not cubic."""
-    usual = read_yaml(ROOT / "conf" / "budget" / f"{budget['_target_'].rpartition('.')[2].lower()}.yaml")
-    changed = [f"{key}={value}" for key, value in budget.items() if key != "schedule" and value != usual.get(key)]
-    if "schedule" in budget:
-        kind = budget["schedule"]["_target_"].rpartition(".")[2].lower()
-        usual = read_yaml(ROOT / "conf" / "schedule" / f"{kind}.yaml")
-        changed += [] if kind == "cubic" else [kind]
-        changed += [f"{key}={value}" for key, value in budget["schedule"].items() if value != usual.get(key)]
-    return changed
+def without_noise(record: RunRecord) -> RunRecord:
+    """The record without the settings that change no figure."""
+    config = {key: value for key, value in record.config.items() if key not in NOT_IN_SIGNATURE}
+    return record.model_copy(update={"config": config})
 
 
-ERRORS = ("relative_error", "svd_error", "floor", "weighted_error", "svd_llm_error", "weighted_floor")
+def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """About ROWS steps, evenly spaced, with the last and all that were watched."""
+    every = -(-len(rows) // ROWS)
+    return [row for i, row in enumerate(rows) if i % every == 0 or "watched" in row or i == len(rows) - 1]
 
 
-def selection(chosen: dict[str, Any]) -> str:
-    """The name of a selection in conf/select, or its regular expressions."""
-    for path in sorted((ROOT / "conf" / "select").glob("*.yaml")):
-        if read_yaml(path) == chosen:
-            return path.stem
-    return chosen["include"] + (f" without {chosen['exclude']}" if chosen["exclude"] else "")
+def to_cells(step: dict[str, Any]) -> dict[str, str]:
+    """The single numbers of a step, as cells of a table."""
+    return {name: to_cell(value) for name, value in step.items() if isinstance(value, int | float)}
 
 
-NOT_TRAINED_BY = ("_target_", "data", "steps", "spike", "checkpoint", "watch", "processes", "recompute")
-COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
-NOT_COMPARED = ("products", "degree", "optimiser")  # the machine's choice; part of a kernel's name; a node of its own
+def read_gzip(path: Path) -> str:
+    try:
+        return gzip.decompress(path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def task_names(config: dict[str, Any]) -> list[str]:
-    """The tasks of a run; before there were several, a run had perplexity only."""
-    names = [name for name, value in config["task"].items() if isinstance(value, dict) and name != "data"]
-    return names or ["language_modelling"]
+def write_gzip(path: Path, text: str) -> None:
+    """Write a compressed text; no time or name is in it, so that equal texts are equal files."""
+    write_atomically(path, gzip.compress(text.encode(), 9, mtime=0))
 
 
-def task_defaults(names: list[str]) -> dict[str, Any]:
-    """The settings that these tasks have in conf/task."""
-    files = [read_yaml(ROOT / "conf" / "task" / f"{name}.yaml") for name in names]
-    return {key: value for content in files for key, value in content.get("task", content).items()}
+def add(folders: Iterable[Path], collection: Path = IN_GIT) -> None:
+    """Add runs to those in git, and say which are not: unfinished ones, and those of code that was not committed."""
+    records = {record.signature: record for record in read_place(collection)}
+    for folder in folders:
+        record = read_run(folder)
+        if record.status != "done":
+            print(f"not added: {folder}: its status is {record.status}")
+        elif record.environment["dirty"] or not record.environment["commit"]:
+            print(f"not added: {folder}: the code that made it was not committed")
+        else:
+            record.history = thinned(record.history)
+            records[record.signature] = record
+            print(f"added: {folder}")
+    write_collection(records.values(), collection)
 
 
-def group_defaults(group: str) -> list[dict[str, Any]]:
-    """The yaml files of a configuration group."""
-    return [read_yaml(path) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
-
-
-@cache
-def read_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
-
-
-def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row per run: settings, parameters, mean errors, seconds, and `<stage>.<task>.<data>.<metric>` columns."""
-    rows = []
-    for record in records:
-        fits = fits_frame([record])
-        row = run_settings(record)
-        row |= record.parameters.model_dump(exclude={"ratio"}) if record.parameters else {}
-        row |= {key: fits[key].mean() for key in ERRORS}
-        row |= {"fit_seconds": fits["seconds"].sum(), "fit_peak_bytes": fits["peak_bytes"].max()}
-        if record.retraining:
-            row |= record.retraining.model_dump(include={"tokens", "samples", "trained"})
-            row |= {"retrain_seconds": record.retraining.seconds}
-        for stage, tasks in record.metrics.items():
-            for task, sets in tasks.items():
-                for data, figures in sets.items():
-                    row |= {f"{stage}.{task}.{data}.{metric}": value for metric, value in figures.items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row per matrix and run: settings, layer, kind of matrix, and every figure of the fit."""
-    rows = [
-        settings | fit.model_dump(exclude={"terms"}) | dict(re.findall(r"([hr])=(\d+)", fit.terms)[:2])
-        for record in records
-        for settings in [run_settings(record)]
-        for fit in record.fits
-    ]
-    frame = pd.DataFrame(rows)
-    if len(frame):
-        frame = frame.astype(dict.fromkeys(ERRORS, float))
-        frame["kind"] = frame["name"].str.replace(r"^.*\.\d+\.", "", regex=True)
-        within = frame.groupby(["signature", "kind"])
-        number = frame["name"].str.extract(LAYER, expand=False).astype("Int64")
-        staged = (
-            frame.assign(number=number).duplicated(["signature", "kind", "number"]).groupby(frame["signature"]).transform("any")
-        )
-        frame["layer"] = number.mask(staged, within.cumcount())  # Swin counts its blocks anew in each stage
-    return frame
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["add"] or len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        add(map(Path, sys.argv[2:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

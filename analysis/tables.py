@@ -1,4 +1,4 @@
-"""Tables of the notebooks, from the data frames of `analysis.records`. A cell is empty where nothing was run."""
+"""Tables of the notebooks, from the data frames of `analysis.frames`. A cell is empty where nothing was run."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def paper(table: str) -> pd.DataFrame:
 
 
 WHOLE = ["layers", "blocks"]  # selections that leave no layer of the stack out
-PAPERS_NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svdllm": "SVD-LLM", "pela": "PELA"}
+PAPERS_NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "pela": "PELA"}
 
 
 def method_name(row: pd.Series) -> str:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def attempt(cfg: DictConfig) -> None:
         checked = check_settings(cfg)
         from nla.pipeline import run
 
-        record = run(checked)
-        outcome["record"] = record and str(Path(cfg.outputs_dir) / "runs" / record.signature / "record.json")
+        record = run(checked, command_line(outcome["overrides"] if sweeping else sys.argv[1:]))
+        outcome["folder"] = record and str(Path(cfg.outputs_dir) / "runs" / record.name)
     except (UserError, NonFiniteError) as error:
         log.error("error: %s", error)
         outcome["error"], _exit_code = str(error), FAILED
@@ -55,6 +56,11 @@ def attempt(cfg: DictConfig) -> None:
         folder = Path(settings.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"job-{settings.job.num}.json").write_text(json.dumps(outcome))
+
+
+def command_line(arguments: list[str]) -> str:
+    """What one types for this job alone."""
+    return shlex.join(["python", "run.py", *arguments])
 
 
 class SweepTable(Callback):

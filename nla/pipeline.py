@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nla.compressed.contents import count_parameters
+from nla.compressed.contents import count_bits, count_parameters
 from nla.harness import terminal as report
-from nla.harness.record import RunRecord, read_record, signature
-from nla.harness.recording import kept_parameters, parameters, plan_record
+from nla.harness.record import MadeFrom, RunRecord, make_up, read_record, run_name, signature
+from nla.harness.recording import bits, kept_parameters, parameters
 from nla.harness.request import PreparedRun, prepare
 from nla.machine.cache import exclusive, write_atomically
 from nla.machine.errors import UserError
@@ -26,8 +26,11 @@ from nla.stages.fit import fit
 from nla.stages.retrain import key_of, retrain_and_drop
 
 
-def run(settings: dict[str, Any]) -> RunRecord | None:
+def run(settings: dict[str, Any], command: str | None = None) -> RunRecord | None:
     """Carry out a request of checked settings, or answer from the record of a finished run; None after a dry run.
+
+    Args:
+        command: the command line, for the record.
 
     Raises:
         UserError: the request cannot be met; nothing long was begun.
@@ -39,32 +42,35 @@ def run(settings: dict[str, Any]) -> RunRecord | None:
     if prepared.values["dry_run"]:
         report.show_plan(prepared)
         return None
-    name = signature(prepared.values, prepared.inputs)
-    folder = Path(prepared.values["outputs_dir"]) / "runs" / name
+    made_from = make_up(prepared.values, prepared.inputs)
+    name = signature(prepared.values, made_from)
+    folder = Path(prepared.values["outputs_dir"]) / "runs" / run_name(prepared.values, name)
     with exclusive(folder / ".lock"):
         if (folder / "record.json").exists():
-            record = read_record(folder / "record.json")
-            if record.status == "done":
+            record = read_record(folder)
+            if record.status == "done" and record.signature == name:
                 report.show_result(record, folder, "from the record; delete its folder to run again")
                 return record
         prepared.check_inputs()
-        return carry_out(prepared, name, folder)
+        return carry_out(prepared, name, made_from, command, folder)
 
 
-def carry_out(prepared: PreparedRun, name: str, folder: Path) -> RunRecord:
+def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: str | None, folder: Path) -> RunRecord:
     """All stages of a run that is not done."""
     record = RunRecord(
         signature=name,
         status="running",
-        config=prepared.values,
+        command=command,
+        started=now(),
+        made_from=made_from,
         environment=environment(prepared.device),
-        plan=plan_record(prepared.plan),
+        config=prepared.values,
     )
     record.write(folder)
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(prepared.values).encode())
     report.announce(prepared)
     try:
-        prepared.tracker.begin(record, Path(prepared.values["outputs_dir"]))
+        prepared.tracker.begin(record, prepared.plan, Path(prepared.values["outputs_dir"]))
         stages(prepared, record, folder)
         draw(record, folder)
         record.status = "done"
@@ -72,7 +78,7 @@ def carry_out(prepared: PreparedRun, name: str, folder: Path) -> RunRecord:
         record.status, record.error = "failed", str(error) or type(error).__name__
         raise
     finally:
-        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        record.finished = now()
         record.write(folder)
         prepared.tracker.finish(record, folder)
     report.show_result(record, folder)
@@ -84,7 +90,8 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
-    before, dense = count_parameters(model.module), state_of(prepared, model)
+    before, dense_bits = count_parameters(model.module), count_bits(model.module)
+    dense = state_of(prepared, model)
 
     with timed(record, "dense"):
         evaluate(prepared, record, model, "dense", dense)
@@ -94,9 +101,9 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
             record.peak_bytes["statistics"] = measure_inputs(prepared, model, calibration)
     with timed(record, "allocate"):
         prepared = allocated(prepared, model, calibration)
-        record.plan = plan_record(prepared.plan)
     with timed(record, "fit"):
         fit(prepared, record, model, calibration, folder)
+    record.write(folder)
     compressed = state_of(prepared, model)
     with timed(record, "compressed"):
         evaluate(prepared, record, model, "compressed", compressed)
@@ -106,6 +113,11 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         with timed(record, "retrained"):
             evaluate(prepared, record, model, "retrained", state_of(prepared, model))
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
+    record.bits = bits(prepared, dense_bits, model)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager

@@ -80,7 +80,15 @@ def settings(environment: dict[str, str] | None = None) -> dict:
 
 
 def records(outputs: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted((outputs / "runs").glob("*/record.json"))]
+    """The records of all runs, each with the rows of its table as `fits` and its steps as `history`."""
+    return [whole_record(path.parent) for path in sorted((outputs / "runs").glob("*/record.json"))]
+
+
+def whole_record(folder: Path) -> dict:
+    from nla.harness.record import read_history, read_record
+
+    fits = [vars(fit) for fit in read_record(folder).fits]
+    return json.loads((folder / "record.json").read_text()) | {"fits": fits, "history": read_history(folder)}
 
 
 def only_record(outputs: Path) -> dict:
@@ -88,10 +96,15 @@ def only_record(outputs: Path) -> dict:
     return record
 
 
+def only_folder(outputs: Path) -> Path:
+    (path,) = (outputs / "runs").glob("*/record.json")
+    return path.parent
+
+
 def figures(record: dict) -> dict:
     """A record without what may differ between two runs of the same request: times, threads, folders."""
     record = json.loads(json.dumps(record))
-    for key in ("seconds", "environment", "finished"):
+    for key in ("seconds", "environment", "command", "started", "finished"):
         del record[key]
     for key in ("outputs_dir", "cache_dir"):
         del record["config"][key]

@@ -6,19 +6,20 @@ import torch
 
 from analysis.benchmarks.forward import compare_forms
 from analysis.execute import NOTEBOOKS, execute
-from analysis.plots import kept_by_matrix, loss_by_layer
-from analysis.records import fits_frame, load_records, runs_frame
+from analysis.frames import fits_frame, runs_frame
+from analysis.plots import kept_by_matrix, loss_by_layer, retraining
+from analysis.records import IN_GIT, add, load_records, read_collection, write_collection
+from analysis.settings import nearest_option
 from analysis.tables import accuracy, adaptive_or_not, by_ratio, paper, perplexity_beside_paper, retrained
-from nla.harness.record import KeptRecord, RetrainRecord
+from nla.harness.fits_table import FitRecord
 from nla.kernels.piecewise import Piecewise
-from tests.conftest import ROOT
-
-RECORDS = ROOT / "analysis" / "records"
+from nla.machine.errors import UserError
+from tests.conftest import SHORT, only_folder
 
 
 @pytest.fixture(scope="module")
 def records():
-    return load_records([RECORDS])
+    return load_records([IN_GIT])
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,56 @@ def test_phase_leaves_three_quarters_of_svds_error_over_the_whole_recorded_model
     assert len(rows) == 210 and (rows["relative_error"] / rows["svd_error"]).mean() <= 0.75
 
 
+def test_the_records_in_git_are_small_and_are_written_again_byte_for_byte(tmp_path):
+    records = read_collection(IN_GIT)
+    write_collection(reversed(records), tmp_path)
+    files = sorted(path.name for path in IN_GIT.iterdir())
+    assert files == ["fits.csv.gz", "runs.jsonl", "steps.csv.gz"] == sorted(path.name for path in tmp_path.iterdir())
+    assert all((tmp_path / name).read_bytes() == (IN_GIT / name).read_bytes() for name in files)
+    assert sum((IN_GIT / name).stat().st_size for name in files) < 1_000_000
+
+
+def test_a_damaged_collection_is_named_with_its_line_and_field(tmp_path):
+    write_collection(read_collection(IN_GIT)[:2], tmp_path)
+    path = tmp_path / "runs.jsonl"
+    path.write_text(path.read_text().replace('"selected_before"', '"selected"', 1))
+    with pytest.raises(UserError, match=rf"{path}: line 1 is no record of schema 2: parameters\.selected_before"):
+        read_collection(tmp_path)
+
+
+def test_runs_are_added_to_those_in_git_once_and_only_finished_ones_of_committed_code(run_here, tmp_path, capsys):
+    record = run_here(*SHORT, "retrain.steps=4")
+    folder, collection = only_folder(tmp_path), tmp_path / "collection"
+    write_collection(read_collection(IN_GIT)[:2], collection)
+    for dirty, status, count in ((True, "done", 2), (False, "failed", 2), (False, "done", 3), (False, "done", 3)):
+        record.environment |= {"dirty": dirty, "commit": "1234567"}
+        record.status = status
+        record.write(folder)
+        add([folder], collection)
+        assert len(read_collection(collection)) == count
+    said = capsys.readouterr().out
+    assert said.count("not added") == 2 and "its status is failed" in said and "not committed" in said
+    added = read_collection(collection)[-1]
+    assert added.fits == record.fits and [row["step"] for row in added.history] == [0, 1, 2, 3, 4]
+    assert retraining(added.history).axes and added.metrics == record.metrics
+
+
+def test_settings_are_named_by_the_nearest_yaml_of_the_same_class():
+    assert nearest_option("method", {"_target_": "nla.methods.svd_llm.SVDLLM", "sequential": False}) == ("svd_llm", [])
+    spline = {"_target_": "nla.kernels.spline.Spline", "degree": 3, "r": 1, "min_h": 1}
+    assert nearest_option("kernel", spline) == ("spline", [("degree", 3)])
+    assert nearest_option("kernel", spline, {"degree"}) == ("spline", [])
+    assert nearest_option("budget", {"_target_": "their.module.Budget", "x": 1}) == ("module", [("x", 1)])
+
+
 def test_tables_of_a_model_that_nobody_retrained_are_empty(runs):
     assert retrained(runs, "llama7b", PERPLEXITY).empty and adaptive_or_not(runs, "llama7b", PERPLEXITY).empty
 
 
 def test_the_figure_of_what_is_left_has_a_column_per_layer_of_any_model():
     for names in (["model.decoder.layers.0.fc1", "model.decoder.layers.0.self_attn.k_proj"], ["layers.0.blocks.1.mlp.fc2"]):
-        matrices = [KeptRecord(name=n.replace("0", str(i)), fitted=9, kept=6, ratio=0.5) for n in names for i in range(3)]
-        record = RetrainRecord.model_construct(matrices=matrices)
-        axis = kept_by_matrix(record).axes[0]
+        fits = [FitRecord.model_construct(name=n.replace("0", str(i)), shape=(3, 4), kept=6) for n in names for i in range(3)]
+        axis = kept_by_matrix(fits).axes[0]
         assert len(axis.get_xticks()) == 3 and len(axis.get_yticks()) == len(names)
 
 

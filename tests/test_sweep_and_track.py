@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, only_record, records
+from tests.conftest import ROOT, TINY, only_folder, only_record, records
 
 SWEEP = ["-m", *TINY, "solver.steps=5"]
 
@@ -26,6 +26,8 @@ def test_a_sweep_survives_a_failing_job_shares_the_dense_baseline_and_ends_with_
     done = records(tmp_path)
     assert len(done) == 2 and {r["status"] for r in done} == {"done"}
     dense = [r["metrics"]["dense"] for r in done]
+    commands = [r["command"] for r in done]
+    assert all(c.startswith("python run.py model=tiny_llama") and c.count("kernel=") == 1 for c in commands)
     assert dense[0] == dense[1]  # to the last digit of tokens per second: measured once
     assert len(list((tmp_path / "cache" / "windows").glob("*.jsonl"))) == 3
 
@@ -43,14 +45,14 @@ def test_an_offline_run_read_back_holds_losses_errors_plan_figures_steps_and_per
     cli(*[a for a in TINY if a != "track=none"], "kernel=phase", "solver.steps=40", *retraining)
     record = only_record(tmp_path)
     text = json.dumps(inspect(tmp_path))
-    lines = (tmp_path / "runs" / record["signature"] / "fits.jsonl").read_text().splitlines()
+    lines = (only_folder(tmp_path) / "losses.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
         name = line["name"]
         assert f"loss/{name}" in text
         assert all(f"fit/{name}/{key}" in text for key in ("relative_error", "svd_error", "floor", "peak_bytes"))
         assert len(line["losses"]) >= 3
         assert all(repr(loss)[:12] in text for _, loss in line["losses"])
-    for row in record["retraining"]["history"][1:]:
+    for row in record["history"][1:]:
         assert all(repr(row[key])[:12] in text for key in ("loss", "lr", "norm", "kept"))
     for key in ("budget", "watched_perplexity", "importance/50%", f"kept/{record['fits'][0]['name']}"):
         assert f"retrain/{key}" in text
@@ -77,7 +79,7 @@ def test_an_absent_or_failing_tracker_never_loses_a_run(cli, tmp_path, module):
 
 def account(tmp_path, **environment: str) -> bool:
     """What a fresh process finds, in a home of its own."""
-    code = "from nla.track import has_account; print(has_account())"
+    code = "from nla.harness.track import has_account; print(has_account())"
     own = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")} | environment
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | own)
     return result.stdout.strip().endswith("True")

@@ -1,19 +1,17 @@
-"""From live objects to the record of a run: plan, fits, counts."""
+"""From live objects to the record of a run: fits, counts, bits."""
 
-from nla.budget.plan import Plan
-from nla.compressed.contents import matrix_counts
-from nla.harness.record import FitRecord, Parameters, PlanRecord
+from nla.compressed.contents import count_bits, matrix_counts
+from nla.harness.fits_table import FitRecord
+from nla.harness.record import Bits, Parameters
 from nla.harness.request import PreparedRun
 from nla.methods.fit import Fit
-from nla.models.base import DTYPES, Model
+from nla.models.base import Model
 
-
-def plan_record(plan: Plan) -> list[PlanRecord]:
-    return [PlanRecord(name=m.spec.name, bits=m.bits, terms=m.term.describe()) for m in plan.matrices]
+TAKEN_OVER = set(FitRecord.model_fields) - {"name", "shape", "terms", "fitted", "kept"}
 
 
 def fit_record(name: str, fit: Fit) -> FitRecord:
-    figures = {k: getattr(fit, k) for k in FitRecord.model_fields if k not in ("name", "shape", "terms")}
+    figures = {key: getattr(fit, key) for key in TAKEN_OVER}
     return FitRecord(name=name, shape=(fit.term.out_features, fit.term.in_features), terms=fit.term.describe(), **figures)
 
 
@@ -25,7 +23,6 @@ def kept_parameters(model: Model) -> dict[str, int]:
 def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[str, int]) -> Parameters:
     """Counts before and after; what is not selected, biases included, is the same in both."""
     selected, kept = prepared.plan.selected, sum(matrices.values())
-    size = DTYPES[prepared.values["dtype"]].itemsize
     return Parameters(
         selected_before=selected,
         selected_after=kept,
@@ -33,6 +30,14 @@ def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[st
         model_after=after,
         ratio=1 - kept / selected,
         model_ratio=1 - after / before,
-        bytes_before=before * size,
-        bytes_after=after * size,
+    )
+
+
+def bits(prepared: PreparedRun, before: int, model: Model) -> Bits:
+    """What the model takes at the end; `before` are the bits of the dense model."""
+    selected = sum(bits for _, bits in matrix_counts(model.module).values())
+    return Bits(
+        selected_per_weight=selected / prepared.plan.selected,
+        model_bytes_before=before // 8,
+        model_bytes_after=-(-count_bits(model.module) // 8),
     )

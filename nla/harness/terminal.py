@@ -3,7 +3,8 @@
 import logging
 import math
 import re
-from collections import defaultdict
+import textwrap
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,10 +14,11 @@ from tabulate import tabulate
 from nla.budget.plan import PlannedMatrix
 from nla.harness.estimate_fits import estimate
 from nla.harness.estimate_retraining import retraining_cost
-from nla.harness.record import RetrainRecord, RunRecord, read_record
+from nla.harness.record import RunRecord, read_record
 from nla.harness.request import PreparedRun
 from nla.matrix.triplets import triplet_size
 from nla.models.base import DTYPES
+from nla.solvers.base import in_words
 
 log = logging.getLogger(__name__)
 
@@ -136,21 +138,30 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
             *(mean(record, key) for key in ("weighted_error", "svd_llm_error", "weighted_floor")),
         )
     if record.retraining:
-        log.info("%s", told_of_retraining(record.retraining))
+        log.info("%s", told_of_retraining(record))
     seconds, flops = sum(f.seconds for f in record.fits), sum(f.flops for f in record.fits)
     log.info(
-        "fits: %d matrices, %s in %.0f s of one worker (%s/s)",
+        "fits: %d matrices, %s in %.0f s of one worker (%s/s)\n%s",
         len(record.fits),
         flop(flops),
         seconds,
         flop(flops / seconds) if seconds else flop(0),
+        told_of_endings(record),
     )
     log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
 
 
-def told_of_retraining(r: RetrainRecord) -> str:
+def told_of_endings(record: RunRecord) -> str:
+    """How many fits ended in which way."""
+    endings = Counter(re.sub(r"[+=]\S+", "", fit.status) for fit in record.fits)
+    lines = [f"{count} of {len(record.fits)}: {in_words(status)}" for status, count in endings.most_common()]
+    return textwrap.indent("\n".join(textwrap.fill(line, 72) for line in lines), 8 * " ")
+
+
+def told_of_retraining(record: RunRecord) -> str:
     """What retraining took, and what it left of the matrices."""
-    left = [1 - matrix.ratio for matrix in r.matrices]
+    r, left = record.retraining, [fit.kept_fraction for fit in record.fits]
+    assert r is not None
     what = f"{r.tokens:,} tokens" if r.tokens else f"{r.samples:,} samples"
     moments = (r.optimiser_bytes + r.importance_bytes) / r.dense_optimiser_bytes
     return (
@@ -169,8 +180,8 @@ def show_sweep(outcomes: list[dict[str, Any]]) -> None:
         if "error" in outcome:
             failures.append(f"failed: {label}: {outcome['error']}")
             rows.append([label, "failed", "", "", "", "", ""])
-        elif outcome["record"]:
-            record = read_record(Path(outcome["record"]))
+        elif outcome["folder"]:
+            record = read_record(Path(outcome["folder"]))
             stages = [stage_headline(record, stage) for stage in ("dense", "compressed", "retrained")]
             errors = [f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error")]
             weighted = record.fits[0].weighted_error is not None

@@ -1,4 +1,4 @@
-"""Experiment tracking. The jsonl and the record are always written; a tracker shows the same figures elsewhere."""
+"""Experiment tracking. The record is always written; a tracker shows the same figures elsewhere."""
 
 import logging
 import os
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nla.budget.importance import IMPORTANCE_QUANTILES
+from nla.budget.plan import Plan
+from nla.harness.fits_table import FitRecord
 from nla.harness.record import RunRecord
 from nla.machine.errors import require_choice
-from nla.methods.base import Fit
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +21,9 @@ class Tracker(Protocol):
     `outputs` is where a tracker may keep files of its own; `folder` is the run's, with its figure.
     """
 
-    def begin(self, record: RunRecord, outputs: Path) -> None: ...
+    def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None: ...
 
-    def fit(self, name: str, fit: Fit) -> None: ...
+    def fit(self, fit: FitRecord, losses: list[tuple[int, float]]) -> None: ...
 
     def metrics(self, stage: str, figures: dict[str, float]) -> None: ...
 
@@ -34,10 +35,10 @@ class Tracker(Protocol):
 class NoTracker:
     """`track=none`."""
 
-    def begin(self, record: RunRecord, outputs: Path) -> None:
+    def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None:
         pass
 
-    def fit(self, name: str, fit: Fit) -> None:
+    def fit(self, fit: FitRecord, losses: list[tuple[int, float]]) -> None:
         pass
 
     def metrics(self, stage: str, figures: dict[str, float]) -> None:
@@ -63,11 +64,11 @@ class WandbTracker:
         self.project, self.mode = project, mode
         self.run: Any = None
 
-    def begin(self, record: RunRecord, outputs: Path) -> None:
-        self._safely(self._begin, record, outputs)
+    def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None:
+        self._safely(self._begin, record, plan, outputs)
 
-    def fit(self, name: str, fit: Fit) -> None:
-        self._safely(self._fit, name, fit)
+    def fit(self, fit: FitRecord, losses: list[tuple[int, float]]) -> None:
+        self._safely(self._fit, fit, losses)
 
     def metrics(self, stage: str, figures: dict[str, float]) -> None:
         self._safely(self._metrics, stage, figures)
@@ -91,7 +92,7 @@ class WandbTracker:
                     self.run.finish(exit_code=1)
             self.run = None
 
-    def _begin(self, record: RunRecord, outputs: Path) -> None:
+    def _begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -102,8 +103,8 @@ class WandbTracker:
             try:
                 self.run = wandb.init(
                     project=self.project,
-                    name=record.signature,
-                    group=record.signature,  # a run that was killed and went on is two in W&B
+                    name=record.name,
+                    group=record.name,  # a run that was killed and went on is two in W&B
                     reinit="create_new",
                     dir=outputs,
                     mode=mode,
@@ -120,7 +121,7 @@ class WandbTracker:
         self.run.define_metric("loss/*", step_metric="fit/step")
         self.run.define_metric("retrain/step")
         self.run.define_metric("retrain/*", step_metric="retrain/step")
-        rows: list[Any] = [[p.name, p.bits, p.terms] for p in record.plan]
+        rows: list[Any] = [[m.spec.name, m.bits, m.term.describe()] for m in plan.matrices]
         self.run.log({"plan": wandb.Table(columns=["matrix", "bits", "terms"], data=rows)})
 
     def _mode(self) -> Any:
@@ -129,21 +130,11 @@ class WandbTracker:
             return "offline"
         return asked
 
-    def _fit(self, name: str, fit: Fit) -> None:
-        for step, loss in fit.losses:
-            self.run.log({"fit/step": step, f"loss/{name}": loss})
-        figures = {
-            "relative_error": fit.relative_error,
-            "svd_error": fit.svd_error,
-            "floor": fit.floor,
-            "weighted_error": fit.weighted_error,
-            "svd_llm_error": fit.svd_llm_error,
-            "weighted_floor": fit.weighted_floor,
-            "seconds": fit.seconds,
-            "peak_bytes": fit.peak_bytes,
-            "n_params": fit.n_params,
-        }
-        self.run.log({f"fit/{name}/{key}": value for key, value in figures.items() if value is not None})
+    def _fit(self, fit: FitRecord, losses: list[tuple[int, float]]) -> None:
+        for step, loss in losses:
+            self.run.log({"fit/step": step, f"loss/{fit.name}": loss})
+        figures = {key: value for key, value in fit.model_dump().items() if isinstance(value, int | float)}
+        self.run.log({f"fit/{fit.name}/{key}": value for key, value in figures.items()})
 
     def _metrics(self, stage: str, figures: dict[str, float]) -> None:
         self.run.log({f"{stage}/{key}": value for key, value in figures.items()})
@@ -161,6 +152,8 @@ class WandbTracker:
             self.run.log({figure.stem: wandb.Image(figure) for figure in sorted(folder.glob("*.png"))})
         if record.parameters is not None:
             self.run.summary.update({f"parameters/{k}": v for k, v in record.parameters.model_dump().items()})
+        if record.bits is not None:
+            self.run.summary.update({f"bits/{k}": v for k, v in record.bits.model_dump().items()})
         self.run.summary.update({f"peak_bytes/{stage}": value for stage, value in record.peak_bytes.items()})
         self.run.finish(exit_code=0 if record.status == "done" else 1)
 

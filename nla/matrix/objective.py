@@ -12,7 +12,7 @@ from nla.matrix.spectrum import Spectrum, WeightedSpectrum
 
 @dataclass(frozen=True)
 class Factor:
-    """S of the norm ||. S||: a diagonal (in,) or a matrix (in, in), fp64; `note` says if it had to be repaired."""
+    """S of the norm ||. S||: a diagonal (in,) or a matrix (in, in), fp64; `note` says if it had to be repaired, as a code."""
 
     S: Tensor
     note: str = ""
@@ -35,7 +35,7 @@ def whitening(gram: Tensor) -> Factor:
     values = torch.linalg.eigvalsh(G)
     shift = float(-values[0].clamp(max=0)) + max(1e-6, 1e-13 * len(G) * float(values[-1]))
     factor = torch.linalg.cholesky(G + shift * torch.eye(len(G), dtype=G.dtype, device=G.device))
-    return Factor(factor, f"the Gram matrix of the inputs was not positive definite; {shift:.1e} was added to its diagonal")
+    return Factor(factor, f"gram+{shift:.1e}")
 
 
 class Objective:

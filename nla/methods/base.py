@@ -129,7 +129,7 @@ class MatrixMethod(Method):
             term=stored,
             n_params=stored.count(),
             bits=stored.bits(),
-            status="; ".join(filter(None, (solution.status.value, objective.note))),
+            status=" ".join(filter(None, (solution.status.code, objective.note))),
             losses=solution.losses,
             optimum=solution.optimum,
             **measured(norms, stored, scale or 1.0, equal_rank(m, n, bits, weight.dtype)),  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class Fit:
     Attributes:
         term: W'.
         n_params, bits: numbers and bits stored. A tensor that several matrices share counts for the first of them.
-        status: how the fit ended, in sentences.
+        status: how the fit ended, as codes (`nla.solvers.base.in_words`).
         losses: (step, error) as the fit went on, in the norm that the method minimises.
         relative_error: of the term as stored.
         svd_error: of truncated SVD with as many parameters.

@@ -18,5 +18,5 @@ class FWSVD(SVD):
         fisher = norms.statistics.fisher
         assert fisher is not None
         if not bool(fisher.any()):
-            return norms.scaled(torch.ones_like(fisher), "the Fisher information is zero; all inputs count alike")
+            return norms.scaled(torch.ones_like(fisher), "fisher=0")
         return norms.scaled(fisher.double().sqrt())

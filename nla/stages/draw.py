@@ -8,9 +8,9 @@ from nla.harness.record import RunRecord
 def draw(record: RunRecord, folder: Path) -> None:
     """The figures that W&B shows too."""
     from analysis import plots
-    from analysis.records import fits_frame
+    from analysis.frames import fits_frame
 
     plots.loss_by_layer(fits_frame([record])).savefig(folder / "loss_by_layer.png", dpi=120)
     if record.retraining:
-        plots.retraining(record.retraining).savefig(folder / "retraining.png", dpi=120)
-        plots.kept_by_matrix(record.retraining).savefig(folder / "kept.png", dpi=120)
+        plots.retraining(record.history).savefig(folder / "retraining.png", dpi=120)
+        plots.kept_by_matrix(record.fits).savefig(folder / "kept.png", dpi=120)

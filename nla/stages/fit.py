@@ -16,15 +16,15 @@ from nla.statistics.collect import StatisticsStream
 
 
 def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Calibration, folder: Path) -> None:
-    """Fit and swap all planned matrices. Each fit is on disk and tracked as soon as it is there."""
+    """Fit and swap all planned matrices. The losses of each are on disk and tracked as soon as it is fitted."""
     fit_all = fit_block_by_block if prepared.method.sequential else fit_at_once
-    with (folder / "fits.jsonl").open("w") as lines, progress(prepared) as bar:
+    with (folder / "losses.jsonl").open("w") as lines, progress(prepared) as bar:
         for fits in fit_all(prepared, model, calibration, bar):
             for name, result in fits.items():
                 entry = fit_record(name, result)
                 record.fits.append(entry)
-                write_line(lines, entry.model_dump() | {"losses": result.losses})
-                prepared.tracker.fit(name, result)
+                write_line(lines, {"name": name, "losses": result.losses})
+                prepared.tracker.fit(entry, result.losses)
     record.peak_bytes["fit"] = max(f.peak_bytes for f in record.fits)
 
 

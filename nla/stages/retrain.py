@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from nla.compressed.contents import matrix_terms
 from nla.harness.estimate_retraining import MOMENTS
-from nla.harness.record import KeptRecord, RetrainRecord, RunRecord, write_line
+from nla.harness.record import RetrainRecord, RunRecord, write_line
 from nla.harness.recording import kept_parameters
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
@@ -38,10 +37,10 @@ def retrain_and_drop(prepared: PreparedRun, record: RunRecord, model: Model, fol
 
         result = retrained(prepared, model, key, show)
     record.peak_bytes["retrain"] = result.peak_bytes
-    record.retraining = retrain_record(prepared, model, result, fitted, kept_parameters(model))
-
-
-ROWS = 100  # of the history that a record keeps; the file steps.jsonl has all
+    record.retraining, record.history = retrain_record(prepared, model, result), result.rows
+    kept = kept_parameters(model)
+    for matrix in record.fits:
+        matrix.fitted, matrix.kept = fitted[matrix.name], kept[matrix.name]
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,10 @@ def on_the_cpu(module: nn.Module, device: str) -> Iterator[None]:
     module.to(device)
 
 
-def retrain_record(
-    prepared: PreparedRun, model: Model, result: Retrained, fitted: dict[str, int], kept: dict[str, int]
-) -> RetrainRecord:
-    """Counts, bytes, and the rows that fit a record; `fitted` and `kept` are parameters by matrix, before and after."""
+def retrain_record(prepared: PreparedRun, model: Model, result: Retrained) -> RetrainRecord:
+    """What the retraining took."""
     settings = prepared.retraining
     samples = settings.steps * settings.batch
-    sizes = {matrix.spec.name: matrix.spec.n_params for matrix in prepared.plan.matrices}
     return RetrainRecord(
         steps=settings.steps,
         samples=samples,
@@ -136,13 +132,4 @@ def retrain_record(
         importance_bytes=result.scored * MOMENTS,
         dense_optimiser_bytes=prepared.inventory.parameters * MOMENTS,
         seconds=sum(row.get("seconds", 0.0) for row in result.rows),
-        history=thinned(result.rows),
-        matrices=[KeptRecord(name=n, fitted=fitted[n], kept=kept[n], ratio=1 - kept[n] / size) for n, size in sizes.items()],
     )
-
-
-def thinned(rows: list[Row]) -> list[dict[str, Any]]:
-    """About ROWS rows, evenly spaced, with the last and all that were watched, without matrices."""
-    every = max(1, len(rows) // ROWS)
-    chosen = [row for i, row in enumerate(rows) if i % every == 0 or "watched" in row or i == len(rows) - 1]
-    return [{name: value for name, value in row.items() if name != "matrices"} for row in chosen]

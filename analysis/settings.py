@@ -1,0 +1,133 @@
+"""The settings of a run, named as a user would type them: by the options of conf/ and what differs from them."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nla.harness.fits_table import parse_terms
+from nla.harness.record import RunRecord, module_name
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompute"}
+COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
+NOT_COMPARED = {"products", "degree"}  # the machine's choice; part of a kernel's name
+Pair = tuple[str, Any]
+
+
+def run_settings(record: RunRecord) -> dict[str, Any]:
+    """The settings by which runs are compared; what else departs from conf/ is in `changed`."""
+    config = record.config
+    return {
+        "model": config["model"]["name"],
+        "method": nearest_option("method", config["method"])[0],
+        "kernel": "+".join(sorted({term.kernel for text in {fit.terms for fit in record.fits} for term in parse_terms(text)})),
+        "ratio": config["ratio"],
+        "bits": config.get("bits"),
+        "select": selection(config["select"]),
+        "tasks": "+".join(task_names(config)),
+        "changed": " ".join(changed_settings(config, stepped=any(fit.steps for fit in record.fits))),
+        "budget": " ".join(named_budget(config["budget"])),
+        "retraining": retraining_name(config),
+        "retrain_steps": config.get("retrain", {}).get("steps", 0),
+        "seed": config["seed"],
+        "matrices": len(record.fits),
+        "signature": record.signature,
+    }
+
+
+def nearest_option(group: str, settings: dict[str, Any], ignored: Iterable[str] = ()) -> tuple[str, list[Pair]]:
+    """The yaml of a group that these settings are nearest to, and the (key, value) pairs in which they differ from it.
+
+    It is one with the same `_target_`, and of several the one with the fewest differences. Where there is none, it is the name
+    of the module of the class, and every setting differs. Settings that are groups themselves are not compared.
+    """
+    own = {k: v for k, v in settings.items() if k not in ignored and k != "_target_" and not isinstance(v, dict)}
+    found = [
+        (name, [(key, value) for key, value in own.items() if value != usual.get(key)])
+        for name, usual in group_options(group).items()
+        if usual.get("_target_") == settings["_target_"]
+    ]
+    return min(found, key=lambda option: len(option[1]), default=(module_name(settings), list(own.items())))
+
+
+@cache
+def group_options(group: str) -> dict[str, dict[str, Any]]:
+    """The settings of every yaml of a group, by its name."""
+    return {path.stem: option(group, path.stem) for path in sorted((CONF / group).glob("*.yaml"))}
+
+
+def option(group: str, name: str) -> dict[str, Any]:
+    """A yaml of a group over those of the same group that it is made from."""
+    content = dict(read_yaml(CONF / group / f"{name}.yaml"))
+    bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    return {key: value for base in bases for key, value in option(group, base).items()} | content
+
+
+def as_typed(pairs: Iterable[Pair]) -> list[str]:
+    return [f"{key}={value}" for key, value in pairs]
+
+
+def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
+    """`key=value` of the settings of method, task, statistics, seed, type and selection that are not those of conf/.
+
+    How many steps a solver may take is left out where it had a closed form and took none.
+    """
+    method = config["method"]
+    used = {"method": method} | {group: method[group] for group in ("kernel", "solver") if group in method}
+    changed = [pair for group, values in used.items() for pair in nearest_option(group, values, NOT_COMPARED)[1]]
+    usual = task_defaults(task_names(config))
+    pairs = [(key, value, usual.get(key)) for key, value in config["task"].items() if not isinstance(value, dict)]
+    top = read_yaml(CONF / "config.yaml")
+    pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
+    pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
+    pairs += [("budget", nearest_option("budget", config["budget"])[0], "uniform")]
+    changed += [(key, value) for key, value, default in pairs if value != default]
+    unused = () if stepped else ("steps",)
+    return as_typed((key, value) for key, value in changed if key not in unused or not value)
+
+
+def retraining_name(config: dict[str, Any]) -> str:
+    """The file of conf/retrain that the settings are nearest to, the data, and `key=value` of what differs from the file."""
+    if "retrain" not in config:
+        return ""
+    name, changed = nearest_option("retrain", config["retrain"], NOT_TRAINED_BY)
+    return " ".join([name, f"on {config['retrain']['data']['name']}", *as_typed(changed)])
+
+
+def named_budget(budget: dict[str, Any]) -> list[str]:
+    """The budget's name, `key=value` of what differs from conf/, and the schedule if it is not cubic."""
+    name, changed = nearest_option("budget", budget)
+    words = [name, *as_typed(changed)]
+    if "schedule" in budget:
+        kind, changed = nearest_option("schedule", budget["schedule"])
+        words += [] if kind == "cubic" else [kind]
+        words += as_typed(changed)
+    return words
+
+
+def selection(chosen: dict[str, Any]) -> str:
+    """The name of a selection in conf/select, or its regular expressions."""
+    for name, usual in group_options("select").items():
+        if usual == chosen:
+            return name
+    return chosen["include"] + (f" without {chosen['exclude']}" if chosen["exclude"] else "")
+
+
+def task_names(config: dict[str, Any]) -> list[str]:
+    """The tasks of a run."""
+    return [name for name, value in config["task"].items() if isinstance(value, dict)]
+
+
+def task_defaults(names: list[str]) -> dict[str, Any]:
+    """The settings that these tasks have in conf/task."""
+    files = [read_yaml(CONF / "task" / f"{name}.yaml") for name in names]
+    return {key: value for content in files for key, value in content.get("task", content).items()}
+
+
+@cache
+def read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -1,0 +1,96 @@
+"""The record of a run: its name, its table, and what is said of a damaged one."""
+
+import shutil
+
+import pytest
+import torch
+
+from nla.harness.fits_table import parse_terms
+from nla.harness.record import read_record, run_name
+from nla.harness.request import resolve
+from nla.harness.settings import check_settings
+from nla.kernels.linear import Linear
+from nla.machine.errors import UserError
+from nla.pipeline import run
+from nla.solvers.base import Status, in_words
+from nla.terms.base import Sum
+from nla.terms.kernel_term import KernelTerm
+from tests.conftest import TINY, configuration, only_folder, only_record, options
+
+FAST = [*TINY, "solver.steps=10"]
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
+    config = resolve(check_settings(configuration(*TINY, f"method={method}", "ratio=0.50")))
+    del config["retrain"]  # as where nothing is retrained
+    kernel = f"-{config['method']['kernel']['_target_'].split('.')[-2]}" if "kernel" in config["method"] else ""
+    assert run_name(config, "0123456789abcdef") == f"tiny_llama-{method}{kernel}-0.5-01234567"
+    asked = config | {"ratio": None, "bits": 2.28, "model": {"name": "../a model/of: mine"}, "retrain": {}}
+    assert run_name(asked, "0123456789abcdef") == f"_a_model_of_mine-{method}{kernel}-2.28bits-retrained-01234567"
+
+
+def test_terms_are_read_back_from_their_text():
+    terms = Sum([KernelTerm.empty(Linear(), 8, 6, h, r, torch.float32) for h, r in ((43, 20), (0, 1))])
+    assert parse_terms(terms.describe()) == [("linear", 43, 20), ("linear", 0, 1)]
+    assert parse_terms("phase h=43 r=1 + grid bits=4") == [("phase", 43, 1), ("grid", 0, 0)]
+    for damaged in ("", "h=43 r=20", "linear h=43 + "):
+        with pytest.raises(ValueError, match="no sum of terms"):
+            parse_terms(damaged)
+
+
+def test_every_status_is_a_code_that_is_explained_in_words():
+    assert all(in_words(status.code) == status.value for status in Status)
+    assert in_words("optimal gram+1.1e-01").startswith(f"{Status.OPTIMAL.value}; the Gram matrix")
+
+
+DAMAGE = [
+    ("record.json", lambda text: text.replace('"environment"', '"surroundings"'), "environment: Field required"),
+    ("record.json", lambda text: text.replace('"selected_before": ', '"selected_before": 0.5'), r"parameters\.selected_before"),
+    ("record.json", lambda text: text[: len(text) // 2], "the file"),
+    ("fits.csv", None, "cannot be read"),
+    ("fits.csv", lambda text: text[: len(text) // 2], "row 7"),
+    ("fits.csv", lambda text: text[:-2], "row 14 is not whole"),
+    ("fits.csv", lambda text: text.replace("piecewise h", "h", 1), "row 1: terms: .* no sum of terms"),
+    ("fits.csv", lambda text: text.replace("svd_error", "svd"), "its columns are"),
+]
+
+
+@pytest.mark.parametrize("name, change, expected", DAMAGE, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_damaged_record_is_named_with_its_field(finished_run, tmp_path, name, change, expected):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    path = folder / name
+    if change:
+        path.write_text(change(path.read_text()))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=rf"{path} .*{expected}"):
+        read_record(folder)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("finished")
+    run(check_settings(configuration(*FAST, f"outputs_dir={outputs}")))
+    return only_folder(outputs)
+
+
+def test_a_failed_run_keeps_what_there_is_and_goes_on_in_its_folder(run_here, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr("nla.pipeline.draw", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here(*FAST)
+    record = only_record(tmp_path)
+    assert record["status"] == "failed" and record["error"] == "division by zero" and record["finished"]
+    assert len(record["fits"]) == 14 and record["command"] is None
+    run_here(*FAST)
+    assert only_record(tmp_path)["status"] == "done"
+
+
+def test_a_finished_run_answers_from_its_record(cli, tmp_path):
+    cli(*FAST)
+    path = next((tmp_path / "runs").glob("*/record.json"))
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    again = cli(*FAST, "track=none")
+    assert "from the record" in again.stdout
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
