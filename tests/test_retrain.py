@@ -175,8 +175,8 @@ def test_a_retraining_that_was_stopped_near_its_end_goes_on_to_the_same_weights(
     finish("quiet")
     batches = stages.batches
 
-    def stopped(request, model):
-        batch = batches(request, model)
+    def stopped(*arguments):
+        batch = batches(*arguments)
 
         def until(step: int):
             if step == 11:

@@ -23,6 +23,7 @@ from nla.methods.fit import Fit, measured, squared_error_of
 from nla.models.select import LinearSpec
 from nla.retrain.dropping import drop_masked
 from nla.retrain.trainable import chosen_parts, prepare_terms
+from nla.solvers.base import Status
 from nla.solvers.squared_error import squared_error
 from nla.stages.fit_groups import load_fits, store_fits
 from nla.terms.base import Stored, Sum, Term, class_path, shares
@@ -188,7 +189,7 @@ class SharedRight(Method):
             term.B = shared
             errors = measured(Norms(weight, Statistics()), term, 1.0, 1)
             figures = dict.fromkeys(("steps", "flops", "seconds", "peak_bytes", "n_params", "bits"), 0)
-            fits.append(Fit(term=term, status="", losses=[], optimum=None, **errors, **figures))
+            fits.append(Fit(term=term, status=Status.OPTIMAL.code, losses=[], optimum=None, **errors, **figures))
         return fits
 
 

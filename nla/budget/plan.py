@@ -74,28 +74,32 @@ def make_plan(
     Raises:
         UserError: some matrix gets less than the smallest term.
     """
-    groups = []
+    groups, starved = [], []
     for group in method.groups(specs):
         shapes = [(spec.out_features, spec.in_features) for spec in group]
-        bits = sum(allocated[spec.name] for spec in group)
-        terms = method.plan(shapes, bits, dtype)
-        for spec, term in zip(group, terms, strict=True):
-            if term.count() == 0:
-                least = method.least_bits(shapes, dtype)
-                raise UserError(starved(spec, target, allocated[spec.name], least, sum(s.n_params for s in group)))
+        terms = method.plan(shapes, sum(allocated[spec.name] for spec in group), dtype)
         matrices = [PlannedMatrix(s, t, allocated[s.name]) for s, t in zip(group, terms, strict=True)]
         groups.append(PlannedGroup(tuple(matrices)))
+        least, n_params = method.least_bits(shapes, dtype), sum(spec.n_params for spec in group)
+        starved += [(least / n_params, least, matrix) for matrix in matrices if matrix.term.count() == 0]
+    if starved:
+        raise UserError(why_starved(*max(starved, key=lambda row: row[0]), target))
     return Plan(tuple(groups))
 
 
-def starved(spec: LinearSpec, target: Target, bits: int, least: int, n_params: int) -> str:
-    """Why a matrix gets nothing, and what to ask for instead."""
+def why_starved(per_weight: float, least: int, matrix: PlannedMatrix, target: Target) -> str:
+    """Why a matrix gets nothing, and what to ask for instead.
+
+    Args:
+        per_weight, least: bits that the smallest terms of the matrix's group take, per weight and altogether.
+    """
     if target.asked.startswith("ratio"):
-        most = math.floor(1000 * (1 - least / target.width / n_params)) / 1000
+        most = math.floor(1000 * (1 - per_weight / target.width)) / 1000
         remedy = f"use ratio={most} at most" if most > 0 else "exclude it with select.exclude"
     else:
-        remedy = f"use bits={math.ceil(1000 * least / n_params) / 1000} at least"
+        remedy = f"use bits={math.ceil(1000 * per_weight) / 1000} at least"
+    spec = matrix.spec
     return (
-        f"{target.asked} leaves {spec.name} ({spec.out_features}x{spec.in_features}) {bits // target.width} parameters, "
+        f"{target.asked} leaves {spec.name} ({spec.out_features}x{spec.in_features}) {matrix.bits // target.width} parameters, "
         f"less than its smallest term of {least // target.width}; {remedy}"
     )

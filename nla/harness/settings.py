@@ -42,8 +42,12 @@ class Settings(BaseModel):
     """conf/config.yaml without Hydra's own part."""
 
     model_config = ConfigDict(extra="forbid")
-    ratio: Annotated[float, Field(gt=0, lt=1, description="the fraction of parameters that is removed")] | None
-    bits: Annotated[float, Field(gt=0, description="the average per weight of the selected layers")] | None
+    ratio: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None, Field(description="the fraction of parameters that is removed")
+    ]
+    bits: Annotated[
+        Annotated[float, Field(gt=0)] | None, Field(description="the average number of bits per weight of the selected layers")
+    ]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
