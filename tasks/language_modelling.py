@@ -39,6 +39,7 @@ class LanguageModelling(Task):
         require_integer("task.window", window, 2)
         require_integer("task.max_windows", 1 if max_windows is None else max_windows, 1)
         self.data, self.window, self.max_windows = data, window, max_windows
+        self.kept: tuple[LanguageModel, Tensor] | None = None
 
     def check(self, inventory: Inventory) -> None:
         super().check(inventory)
@@ -46,7 +47,12 @@ class LanguageModelling(Task):
             raise UserError(f"task.window={self.window} is longer than the {inventory.limit} tokens the model can read")
 
     def windows(self, model: LanguageModel) -> Tensor:
-        """All whole windows of the text: (windows, window)."""
+        """All whole windows of the text: (windows, window). Those of one model are kept, for it is measured again."""
+        if self.kept is None or self.kept[0] is not model:
+            self.kept = model, self.cut(model)
+        return self.kept[1]
+
+    def cut(self, model: LanguageModel) -> Tensor:
         tokens = model.encode(self.data.joined())
         count = len(tokens) // self.window
         if count == 0:
