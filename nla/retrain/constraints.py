@@ -1,4 +1,4 @@
-"""The constraints of a model's terms, by the names of what is trained."""
+"""Keeps triplets on the surfaces that their kernels prescribe for retraining."""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,13 @@ from nla.training.parameters import TrainedParameter
 
 
 class Constraints:
-    """The constraints of all terms whose numbers this process moves (see `nla.kernels.base.Constraint`).
+    """The constraints of all terms that this process trains (see `nla.kernels.base.Constraint`).
+
+    The piecewise kernel has one: its self-terms, sum_l mu_l |A_il|^2 and sum_l mu_l |B_jl|^2, stay as they were fitted.
 
     Args:
-        terms: by qualified name.
-        own: the parameters that this process moves, by name.
+        terms: the model's terms, by qualified name.
+        own: the parameters that this process updates, by name.
     """
 
     def __init__(self, terms: Mapping[str, KernelTerm], own: Mapping[str, TrainedParameter]) -> None:
@@ -32,17 +34,17 @@ class Constraints:
 
     @torch.no_grad()
     def project(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take from the gradients, in place, what leads away from the surfaces."""
+        """Remove from the gradients {parameter name: gradient}, in place, the parts that lead away from the surfaces."""
         for name, (constraint, trained) in self.held.items():
             constraint.project({part: gradients[f"{name}.{part}"] for part in trained})
 
     @torch.no_grad()
     def retract(self) -> None:
-        """Move the triplets back to the surfaces, in place."""
+        """Move the triplets back to the surfaces, in place, after an optimiser step."""
         for constraint, _ in self.held.values():
             constraint.retract()
 
 
 def fixed(p: Tensor) -> Tensor:
-    """Numbers that are not trained, in the optimiser's type."""
+    """A parameter that is not trained: detached, and in fp32 (or fp64) like those that the optimiser updates."""
     return p.detach().to(torch.promote_types(p.dtype, torch.float32))
