@@ -188,7 +188,7 @@ def summary(parts: list[dict[str, Any]], available: int, version: float) -> Figu
 
 
 def average(tasks: list[Figures]) -> Figures:
-    """Unweighted means over tasks, with their standard errors. The acc of a task without acc_norm takes its place.
+    """Unweighted means over tasks, with their standard errors. A task without acc_norm counts with its acc.
 
     Numbers of questions and seconds are sums. peak_bytes is the maximum.
     """

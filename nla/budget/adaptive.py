@@ -1,4 +1,4 @@
-"""The paper's adaptive budget: it starts with too many triplets, and masks the least important ones during retraining."""
+"""The paper's adaptive budget: it starts with more triplets than fit the target, and masks the least important."""
 
 from collections.abc import Sequence
 

@@ -59,7 +59,7 @@ class Budget(ABC):
 
     @abstractmethod
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """{matrix: bits}, from shapes alone. Their sum is at most the target's, unless the budget `tightens`."""
+        """{matrix: bits}, from shapes alone. The sum is at most the target's, unless the budget `tightens`."""
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
         """{matrix: bits}, from measurements of the model; by default those of `allocate`."""

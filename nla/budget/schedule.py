@@ -6,7 +6,7 @@ from nla.machine.errors import UserError, require_integer
 
 
 class Schedule(ABC):
-    """The budget b(t) in parameters: b0 until t_i, then falling to the final budget b_f at T - t_f, then constant.
+    """The budget b(t) in parameters: b0 until step t_i, then falling to the final budget b_f at step T - t_f, then constant.
 
     Args:
         b0: budget at the start, as a multiple of the final budget.

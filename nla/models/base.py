@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Sample(NamedTuple):
-    """A batch of inputs, often one: token ids (batch, tokens) or images (batch, channels, height, width); and the targets."""
+    """Inputs and targets. Inputs are token ids (batch, tokens) or images (batch, channels, height, width); often batch = 1."""
 
     inputs: Tensor
     targets: Tensor

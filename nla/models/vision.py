@@ -107,7 +107,7 @@ class TimmModel(ImageClassifier):
 
 
 def weights_file(path: Path) -> Path:
-    """The file itself or, in a folder, the only file of the first suffix of WEIGHTS that occurs.
+    """The file itself or, for a folder, the only weights file in it. Files of the first suffix in WEIGHTS come first.
 
     Raises:
         UserError: the path does not exist, or the folder has no or several such files.

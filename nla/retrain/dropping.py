@@ -54,6 +54,6 @@ def chosen(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def load_retrained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load retrained parameters into a prepared model, in place, and drop its masked triplets. They may have fewer triplets."""
+    """Load retrained parameters, which may have fewer triplets, into a prepared model, in place, and drop masked triplets."""
     replace_parameters(module, tensors)
     drop_masked(module)

@@ -16,7 +16,7 @@ from nla.models.base import Model, Sample
 from nla.retrain.settings import Retraining
 from nla.statistics.blocks import Block, chain
 
-ROWS = 16  # of logits that are compared at once
+ROWS = 16  # rows of logits that are compared at once
 
 
 class Distillation:

@@ -1,1 +1,1 @@
-"""A training loop that resumes after a crash, gives the same bits each time, and can run in several processes."""
+"""A training loop that resumes after a crash, is reproducible to the bit, and can run in several processes."""

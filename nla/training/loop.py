@@ -83,17 +83,19 @@ def train(
     """Train in place. Resumes from the last checkpoint under `key` or, without one, starts from `progress` or the beginning.
 
     Each micro-batch runs in a worker with one thread, and the gradients are averaged in order. So the result does not depend on
-    the number of threads.
+    the number of threads. Returns the progress at the end.
 
     Args:
         loss: micro-batch -> its mean loss, ().
         batch: step -> the micro-batches of that step. They must depend on the step alone.
         label: shown before the progress bar and in error messages.
+        observer: called at every step.
+        progress: the state of an earlier training that this one continues; None for a new training.
         until: stop when so many steps are done, and save a checkpoint; None to train to the end of the recipe.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite, or the loss exceeds `recipe.spike`; it names the step, the batch and
-            the last checkpoint.
+        NonFiniteError: a loss or gradient is not finite, or the loss jumps by more than `recipe.spike`; it names the step, the
+            batch and the last checkpoint.
     """
     observer, processes = observer or Observer(), processes or OneProcess()
     parameters, own = [t.parameter for t in trained], [t for t in trained if t.owner == processes.rank]
