@@ -98,7 +98,7 @@ class Published(Questions):
             loaded = manager.load([group, *own])["tasks"]
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError, TemplateError) as error:
             reason = (str(error).splitlines() or [repr(error)])[0]
-            raise UserError(f"the questions of data={self.name} cannot be had or read: {reason}") from error
+            raise UserError(f"the questions of data={self.name} cannot be loaded: {reason}") from error
         return {name: loaded[name] for name in self.names}
 
     def settings(self, name: str) -> dict[str, Any]:
@@ -116,8 +116,8 @@ class Published(Questions):
         for end in FORMATS:
             if (self.path / f"{name}{end}").is_file():
                 return self.path / f"{name}{end}"
-        there = {file.stem for file in self.path.glob("*") if file.suffix in FORMATS}
-        known = [task for task in there if task in SHIPPED or (self.path / f"{task}.yaml").is_file()]
+        present = {file.stem for file in self.path.glob("*") if file.suffix in FORMATS}
+        known = [task for task in present if task in SHIPPED or (self.path / f"{task}.yaml").is_file()]
         advice = f"set data.tasks=[{','.join(sorted(known))}]" if known else "use data=everyday"
         raise UserError(f"data.path={self.path} has no {name}.jsonl, .json or .parquet; add it, or {advice}")
 
@@ -183,7 +183,7 @@ def own_settings(file: Path) -> dict[str, Any]:
     if excess:
         raise UserError(
             f"{file}: {excess[0]} cannot be set; allowed: {', '.join(OWN_SETTINGS)} "
-            f"(questions come from {file.stem}.jsonl, what is measured is acc and acc_norm)"
+            f"(questions come from {file.stem}.jsonl, and the metrics are acc and acc_norm)"
         )
     if settings.get("task") != file.stem:
         raise UserError(f"{file}: task must be {file.stem}, as the file is called, not {settings.get('task')}")

@@ -94,5 +94,5 @@ def own_questions(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"test": Dataset.from_list(rows)}
 
     load: Callable[..., dict[str, Any]] = dataset
-    nothing = dict.fromkeys(["dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split"])
-    return nothing | {"custom_dataset": load, "test_split": "test", "fewshot_split": None, "num_fewshot": 0}
+    unset = dict.fromkeys(["dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split"])
+    return unset | {"custom_dataset": load, "test_split": "test", "fewshot_split": None, "num_fewshot": 0}
