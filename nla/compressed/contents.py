@@ -47,11 +47,11 @@ def count_bits(module: nn.Module) -> int:
 def replace_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put these numbers, of any shape, in the place of parameters. A parameter that is shared stays shared."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for attribute, parameter in owner.named_parameters(recurse=False):
-            places.setdefault(id(parameter), []).append((owner, attribute))
+    for holder in module.modules():
+        for attribute, parameter in holder.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((holder, attribute))
     for name, tensor in tensors.items():
         old = module.get_parameter(name)
         new = nn.Parameter(tensor.detach().to(old.device), requires_grad=old.requires_grad)
-        for owner, attribute in places[id(old)]:
-            setattr(owner, attribute, new)
+        for holder, attribute in places[id(old)]:
+            setattr(holder, attribute, new)

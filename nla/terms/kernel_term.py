@@ -9,7 +9,7 @@ from nla.kernels.base import Kernel
 from nla.matrix.triplets import Triplets
 from nla.terms.base import Stored, Term, class_path
 
-PARTS = ("A", "B", "mu")
+TENSORS = ("A", "B", "mu")
 
 
 class KernelTerm(Term):
