@@ -23,7 +23,7 @@ from nla.stages.calibrate import measure_inputs, sample
 from nla.stages.draw import draw
 from nla.stages.evaluate import evaluate, state_of
 from nla.stages.fit import fit
-from nla.stages.retrain import key_of, retrain_and_drop
+from nla.stages.retrain import key_of, retrain
 
 
 def run(settings: dict[str, Any], command: str | None = None) -> RunRecord | None:
@@ -109,7 +109,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         evaluate(prepared, record, model, "compressed", compressed)
     if prepared.retraining.steps:
         with timed(record, "retrain"):
-            retrain_and_drop(prepared, record, model, folder, key_of(prepared, compressed, dense))
+            retrain(prepared, record, model, folder, key_of(prepared, compressed, dense))
         with timed(record, "retrained"):
             evaluate(prepared, record, model, "retrained", state_of(prepared, model))
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))

@@ -35,7 +35,7 @@ def checkpoint_keys(key: str, stages: int) -> list[str]:
     return [digest([key, stage]) for stage in range(stages + 1)]
 
 
-def retrain(
+def train_in_stages(
     model: Model,
     layers: Sequence[str],
     settings: Retraining,

@@ -20,13 +20,13 @@ from nla.retrain import dropping
 from nla.retrain.history import Row
 from nla.retrain.stages import checkpoint_keys
 from nla.retrain.trainable import prepare_terms
-from nla.stages.retrain_here import retrain_here
-from nla.stages.retrain_together import retrain_together
+from nla.stages.train_here import train_here
+from nla.stages.train_together import train_together
 from nla.terms.state import pack
 from nla.training.processes import OneProcess
 
 
-def retrain_and_drop(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path, key: str) -> None:
+def retrain(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path, key: str) -> None:
     """Retrain, or take the result of a finished retraining; masked triplets are gone afterwards."""
     fitted = kept_parameters(model)
     with (folder / "steps.jsonl").open("w") as lines:
@@ -35,7 +35,7 @@ def retrain_and_drop(prepared: PreparedRun, record: RunRecord, model: Model, fol
             write_line(lines, row)
             prepared.tracker.step(row)
 
-        result = retrained(prepared, model, key, show)
+        result = train_or_load(prepared, model, key, show)
     record.peak_bytes["retrain"] = result.peak_bytes
     record.retraining, record.history = retrain_record(prepared, model, result), result.rows
     kept = kept_parameters(model)
@@ -85,7 +85,7 @@ def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained |
     return Retrained(**notes)
 
 
-def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:
+def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:
     """The model is the retrained one afterwards, its masked triplets dropped."""
     together = prepared.retraining.processes > 1
     with prepared.cache.lock("retrained", key):
@@ -100,9 +100,9 @@ def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row
                 return result
             if together:
                 with on_the_cpu(model.module, prepared.device):
-                    retrain_together(prepared, key, show)
+                    train_together(prepared, key, show)
             else:
-                retrain_here(prepared, model, key, show, OneProcess())
+                train_here(prepared, model, key, show, OneProcess())
             result = load_retrained(prepared, model, key)
             assert result is not None
             return result
