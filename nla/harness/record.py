@@ -53,7 +53,7 @@ class RetrainRecord(Strict):
 
 
 class MadeFrom(Strict):
-    """What the signature depends on beside `config`: digests of the inputs and of the code, and versions of packages."""
+    """The origin of a run's figures, part of the signature: digests of the inputs and of the code, and versions of packages."""
 
     inputs: dict[str, str]
     code: str

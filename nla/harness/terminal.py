@@ -154,13 +154,13 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
 
 def told_of_endings(record: RunRecord) -> str:
     """How many fits ended in which way and how many needed a repair, such as `ended: 11 optimal, 3 converged`."""
-    statuses = [re.sub(r"[+=]\S+", "", fit.status).split() for fit in record.fits]
+    statuses = [re.sub(r"[+=]\S+", "", fit.status).split() or ["unknown"] for fit in record.fits]
     endings = Counter(code for code, *_ in statuses)
     repairs = Counter(name for _, *names in statuses for name in names)
     hints = {Status.STEP_LIMIT.code: " (solver.steps=... goes on)"}
     line = "ended: " + ", ".join(f"{count} {code}{hints.get(code, '')}" for code, count in endings.most_common())
     if repairs:
-        line += "; repaired: " + ", ".join(f"{count} {REPAIRED[name]}" for name, count in repairs.most_common())
+        line += "; repaired: " + ", ".join(f"{count} {REPAIRED.get(name, name)}" for name, count in repairs.most_common())
     return textwrap.fill(line, 80, subsequent_indent=8 * " ")
 
 

@@ -2,8 +2,8 @@
 
 The smallest error. The kernel's matrix is s_out 1^T + 1 s_in^T + M with the self-terms s_out and s_in and rank M <= R = h*r.
 If the self-terms were free, the best M would be the rank-R SVD of the doubly centred weight (rows and columns of mean zero),
-and the error would be the tail of that SVD (Eckart-Young). No piecewise fit is below it. In a weighted norm ||D S|| the same
-holds for W S, centred against 1 from the left and against S^T 1 from the right.
+and the error would be the tail of that SVD (Eckart-Young). No piecewise fit is below it. In the norm ||(W' - W) S|| the
+same holds for W S, centred against 1 from the left and against S^T 1 from the right.
 
 How it is reached. M = -2 a b^T leaves R x R free parameters: A = a G and B = b G^-T D give the same M for every invertible G,
 with D = diag(signs of mu). Moving all rows of b by -e/2 adds only a row and a column term. With P = G D G^T the self-terms are

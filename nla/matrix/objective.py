@@ -12,7 +12,7 @@ from nla.matrix.spectrum import Spectrum, WeightedSpectrum
 
 @dataclass(frozen=True)
 class Factor:
-    """S of a weighted norm ||D S||: its diagonal (in,) or a matrix (in, in), fp64. `note` is the code of a repair, or empty."""
+    """S of the norm ||(W' - W) S||: a diagonal (in,) or a matrix (in, in), fp64. `note` is the code of a repair, or empty."""
 
     S: Tensor
     note: str = ""
@@ -23,7 +23,9 @@ class Factor:
 
 
 def whitening(gram: Tensor) -> Factor:
-    """The Cholesky factor L of a Gram matrix G = L L^T (in, in): ||D L||^2 is the squared error of the outputs (SVD-LLM).
+    """The Cholesky factor L of a Gram matrix G = L L^T, (in, in) (SVD-LLM).
+
+    ||(W' - W) L||^2 is the squared error of the layer's outputs, summed over tokens.
 
     A G that is not positive definite (fewer tokens than inputs, an input that is always zero) gets (-smallest eigenvalue +
     1e-6) added to its diagonal, or slightly more if rounding requires it.

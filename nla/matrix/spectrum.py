@@ -64,7 +64,7 @@ class Spectrum:
 
 
 class WeightedSpectrum(Spectrum):
-    """The singular spectrum of W S. It gives the best approximation of W in the norm ||D S||, which is U U^T W.
+    """The singular spectrum of W S. U U^T W is the best approximation of W in the norm ||(W' - W) S||.
 
     Proof: U U^T (W S) is the truncated SVD of W S (Eckart and Young, 1936), and it equals (U U^T W) S. So S is not inverted,
     and may be singular. `truncated` returns U, the singular values s of W S, and V = W^T U / s.
