@@ -1,4 +1,4 @@
-"""The retraining of a run: from the cache, in this process, or by several; and what its record says."""
+"""Retrain the compressed model in one or several processes, or load the result from the cache; and record it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from nla.training.processes import OneProcess
 
 
 def retrain(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path, key: str) -> None:
-    """Retrain, or take the result of a finished retraining; masked triplets are gone afterwards."""
+    """Retrain the model in place, drop masked triplets, and add the figures to the record."""
     fitted = kept_parameters(model)
     with (folder / "steps.jsonl").open("w") as lines:
 
@@ -45,12 +45,13 @@ def retrain(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path
 
 @dataclass(frozen=True)
 class Retrained:
-    """What a retraining leaves beside the weights.
+    """The figures of a finished retraining.
 
     Attributes:
-        rows: as in `nla.retrain.history`.
-        peak_bytes: of one micro-batch's gradient.
-        trained: parameters that the optimiser moved at once; scored: those whose importance was followed.
+        rows: its history, see `nla.retrain.history`.
+        peak_bytes: peak memory of computing the gradient of one micro-batch.
+        trained: number of parameters that the optimiser changed at once.
+        scored: number of parameters whose importance was tracked.
     """
 
     rows: list[Row]
@@ -60,7 +61,11 @@ class Retrained:
 
 
 def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
-    """Digest of everything the result depends on, given the digests of both models' states."""
+    """Cache key of a retraining: digest of all that its result depends on.
+
+    Args:
+        compressed, dense: digests of both models' states.
+    """
     names = ("retrain", "budget", "ratio", "bits", "seed", "task")
     return digest(
         {
@@ -74,7 +79,7 @@ def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
 
 
 def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained | None:
-    """Put the numbers of a finished retraining into the prepared model and drop its masked triplets; None if there is none."""
+    """Load a finished retraining from the cache into the prepared model, or return None if the cache has none."""
     entry = prepared.cache.load_tensors("retrained", key)
     if entry is None:
         return None
@@ -86,7 +91,7 @@ def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained |
 
 
 def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:
-    """The model is the retrained one afterwards, its masked triplets dropped."""
+    """Retrain the model in place, or load the result from the cache. Masked triplets are dropped."""
     together = prepared.retraining.processes > 1
     with prepared.cache.lock("retrained", key):
         if together:
@@ -112,7 +117,7 @@ def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[
 
 @contextmanager
 def on_the_cpu(module: nn.Module, device: str) -> Iterator[None]:
-    """Meanwhile the model leaves a GPU to others."""
+    """Context in which the model is on the CPU, so that other processes can use the GPU."""
     module.to("cpu")
     torch.cuda.empty_cache()
     yield
@@ -120,7 +125,7 @@ def on_the_cpu(module: nn.Module, device: str) -> Iterator[None]:
 
 
 def retrain_record(prepared: PreparedRun, model: Model, result: Retrained) -> RetrainRecord:
-    """What the retraining took."""
+    """The size and cost of a retraining, for the record."""
     settings = prepared.retraining
     samples = settings.steps * settings.batch
     return RetrainRecord(

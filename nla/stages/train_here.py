@@ -1,4 +1,4 @@
-"""Retrain in this process: from a run's settings to the arguments of `nla.retrain.stages.train_in_stages`."""
+"""Retrain in this process: call `nla.retrain.stages.train_in_stages` with the settings of a run."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from nla.training.processes import OneProcess
 
 
 def train_here(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None], processes: OneProcess) -> None:
-    """Train the model, whose terms are prepared. The result is in the cache under `key`."""
+    """Train the model, whose terms must be prepared, and store the result in the cache under `key`."""
     settings, values = prepared.retraining, prepared.values
     data = next((task.data for task in prepared.tasks if task.data.kind == model.reads), None)
     watch = None

@@ -1,4 +1,4 @@
-"""Several processes that train one model: started here, each is `python -m nla.stages.train_together FILE`."""
+"""Retrain one model in several processes. Each of them is started as `python -m nla.stages.train_together FILE`."""
 
 import ctypes
 import json
@@ -28,12 +28,13 @@ KINDS = {"UserError": UserError, "NonFiniteError": NonFiniteError}
 
 
 def train_together(prepared: PreparedRun, key: str, show: Callable[[Row], None]) -> None:
-    """Have `retrain.processes` processes retrain the model whose terms the cache holds as `compressed`; it has the result too.
+    """Start `retrain.processes` processes, which load the cache's `compressed` terms and store the retrained ones there.
 
-    The first of them prints each row of its history, for `show`.
+    The first process prints each row of its history, and `show` receives it.
 
     Raises:
-        UserError, NonFiniteError: what the first process raised.
+        UserError, NonFiniteError: the first process raised it.
+        RuntimeError: the processes failed in another way.
     """
     count = prepared.retraining.processes
     folder = prepared.cache.root / "launches"
@@ -66,13 +67,13 @@ def train_together(prepared: PreparedRun, key: str, show: Callable[[Row], None])
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when the one that started it dies, however it dies."""
+    """Ask Linux to kill this process when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def take_part(job: dict[str, Any]) -> None:
-    """One process: the same model from the same cache, and its share of every step."""
+    """Run one of the processes: load model and terms, and compute this process's share of every step."""
     processes = SeveralProcesses("cpu" if job["settings"]["device"] == "cpu" else "cuda")
     try:
         prepared = prepare(job["settings"] | {"device": processes.device})
