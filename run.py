@@ -5,21 +5,21 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from nla import jobs as sweep
+from nla import jobs
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    sweep.attempt(cfg)
+    jobs.attempt(cfg)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("interrupted; the same command continues from here")
     except SystemExit as stopped:
         if stopped.code:
-            sweep.explain_unknown_keys(sys.argv[1:])
+            jobs.explain_unknown_keys(sys.argv[1:])
         raise
-    sys.exit(sweep.exit_code())
+    sys.exit(jobs.exit_code())

@@ -1,1 +1,1 @@
-"""Records of runs as tables and figures."""
+"""Tables and figures from the records of runs."""

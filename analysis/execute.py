@@ -14,13 +14,13 @@ def execute(notebook: Path, target: Path) -> None:
     """Run one notebook from its own folder, with the code of this tree, and write it with its outputs.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed; it names the cell.
+        nbclient.exceptions.CellExecutionError: a cell failed. The message names the cell.
     """
     content = nbformat.read(notebook, as_version=4)
     client = NotebookClient(content, timeout=600, resources={"metadata": {"path": str(notebook.parent)}})
     client.execute(env=os.environ | {"PYTHONPATH": str(NOTEBOOKS.parent.parent)})
     for cell in content.cells:
-        cell.metadata.pop("execution", None)  # the time of day is no result, nor are warnings with this machine's paths
+        cell.metadata.pop("execution", None)  # times of day, and warnings with paths of this machine, are not results
         if "outputs" in cell:
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     nbformat.write(content, target)

@@ -9,7 +9,7 @@ from nla.harness.fits_table import parse_terms
 from nla.harness.record import RunRecord
 
 ERRORS = ("relative_error", "svd_error", "floor", "weighted_error", "svd_llm_error", "weighted_floor")
-LAYER = r".*\.(\d+)\."  # the last number in a qualified name is the layer's; what follows is the kind of matrix
+LAYER = r".*\.(\d+)\."  # the last number in a qualified name is that of the layer; the kind of matrix follows
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
 def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row per matrix and run: settings of the run, layer, kind of matrix, and every figure of the fit.
 
-    `h` and `r` are of the first term; `bits` are of the matrix, where a run's setting of that name is `asked_bits`.
+    `h` and `r` are those of the first term. `bits` is the size of the matrix; the setting `bits` of the run is `asked_bits`.
     """
     rows = []
     for record in records:
@@ -53,5 +53,5 @@ def fits_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         staged = (
             frame.assign(number=number).duplicated(["signature", "kind", "number"]).groupby(frame["signature"]).transform("any")
         )
-        frame["layer"] = number.mask(staged, within.cumcount())  # Swin counts its blocks anew in each stage
+        frame["layer"] = number.mask(staged, within.cumcount())  # Swin numbers its blocks from 0 in each stage
     return frame

@@ -1,4 +1,4 @@
-"""Figures, from the data frames of `analysis.frames` and from records."""
+"""Figures, drawn from the data frames of `analysis.frames` and from records."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -53,7 +53,7 @@ if __name__ == "__main__":  # python -m analysis.plots: the README's figure, fro
 
 
 def retraining(history: list[dict[str, Any]]) -> Figure:
-    """Loss, with the held-out samples' on the left; budget and kept parameters by step on the right."""
+    """Curves over the steps: training and held-out loss on the left, budget and kept parameters on the right."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     steps = pd.DataFrame([row for row in history if "loss" in row])
@@ -71,7 +71,7 @@ def retraining(history: list[dict[str, Any]]) -> Figure:
 
 
 def kept_by_matrix(fits: Iterable[FitRecord]) -> Figure:
-    """What is left of each matrix, as a fraction of the dense: kinds of matrix by layers."""
+    """Heat map of the fraction of its parameters that each matrix keeps: a row per kind of matrix, a column per layer."""
     frame = pd.DataFrame([{"name": fit.name, "kept": fit.kept_fraction} for fit in fits])
     frame["kind"] = frame["name"].str.replace(r"^.*\.\d+\.", "", regex=True)
     frame["layer"] = frame["name"].str.extract(r"^(.*\.\d+)\.", expand=False).fillna(frame["name"])

@@ -1,10 +1,10 @@
-"""The records of finished runs: in git (analysis/records), and of this machine (outputs/runs).
+"""Reads the records of finished runs, from git (analysis/records) and from this machine (outputs/runs).
 
     python -m analysis.records add outputs/runs/*
 
 adds runs to those in git, or replaces them. The files there are `runs.jsonl` (a line per run: its record.json without the
 settings that change no figure), `fits.csv.gz` (a row per matrix and run, the columns of fits.csv behind the run's signature)
-and `steps.csv.gz` (about 50 steps of each retraining). They are in order of time, and equal runs always give equal bytes.
+and `steps.csv.gz` (about 50 steps of each retraining). Runs are sorted by time, and equal runs always give equal bytes.
 """
 
 import csv
@@ -26,11 +26,11 @@ from nla.machine.errors import UserError
 
 IN_GIT = ROOT / "analysis" / "records"
 PLACES = (IN_GIT, ROOT / "outputs" / "runs")
-ROWS = 50  # of a retraining that are kept in git, about
+ROWS = 50  # about as many steps of each retraining are kept in git
 
 
 def load_records(places: Iterable[Path] = PLACES) -> list[RunRecord]:
-    """The finished runs in these folders, in order of model, method and ratio; of equal requests the latest."""
+    """The finished runs in these folders, sorted by model, method and ratio. Of runs with equal settings, only the latest."""
     done = [record for place in places for record in read_place(place) if record.status == "done"]
     latest: dict[tuple, RunRecord] = {}
     for record in sorted(done, key=by_time):
@@ -45,24 +45,24 @@ def by_time(record: RunRecord) -> tuple[str, str]:
 
 
 def read_place(place: Path) -> list[RunRecord]:
-    """The records of a folder: in the form they have in git, or a folder for each run."""
+    """The records in a folder, which has either the files that are kept in git, or one folder per run."""
     if (place / "runs.jsonl").exists():
         return read_collection(place)
     return [read_run(path.parent) for path in sorted(place.glob("*/record.json"))]
 
 
 def read_run(folder: Path) -> RunRecord:
-    """A run's record with its fits and its history."""
+    """The record of one run, with its fits and its history."""
     record = read_record(folder)
     record.history = read_history(folder)
     return record
 
 
 def read_collection(folder: Path) -> list[RunRecord]:
-    """The records in git, with their fits and what is kept of their histories.
+    """The records that are kept in git, with their fits and thinned histories.
 
     Raises:
-        UserError: a file is damaged; it names the file, the line and the field.
+        UserError: a file is damaged. The message names the file, the line and the field.
     """
     path = folder / "runs.jsonl"
     records = {}
@@ -93,7 +93,7 @@ def to_number(cell: str) -> int | float:
 
 
 def write_collection(records: Iterable[RunRecord], folder: Path) -> None:
-    """Write the records as they are kept in git."""
+    """Write the records into a folder, in the form that is kept in git."""
     ordered = sorted(records, key=by_time)
     lines = [without_noise(record).model_dump_json(by_alias=True) for record in ordered]
     fits = [{"signature": record.signature, **to_row(fit)} for record in ordered for fit in record.fits]
@@ -111,13 +111,13 @@ def without_noise(record: RunRecord) -> RunRecord:
 
 
 def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """About ROWS steps, evenly spaced, with the last and all that were watched."""
+    """About ROWS evenly spaced steps, the last step, and all steps with a held-out loss."""
     every = -(-len(rows) // ROWS)
     return [row for i, row in enumerate(rows) if i % every == 0 or "watched" in row or i == len(rows) - 1]
 
 
 def to_cells(step: dict[str, Any]) -> dict[str, str]:
-    """The single numbers of a step, as cells of a table."""
+    """The scalar figures of a step, as cells of a table."""
     return {name: to_cell(value) for name, value in step.items() if isinstance(value, int | float)}
 
 
@@ -129,12 +129,12 @@ def read_gzip(path: Path) -> str:
 
 
 def write_gzip(path: Path, text: str) -> None:
-    """Write a compressed text; no time or name is in it, so that equal texts are equal files."""
+    """Write a gzip file without time and name, so that equal texts give equal files."""
     write_atomically(path, gzip.compress(text.encode(), 9, mtime=0))
 
 
 def add(folders: Iterable[Path], collection: Path = IN_GIT) -> None:
-    """Add runs to those in git, and say which are not: unfinished ones, and those of code that was not committed."""
+    """Add runs to those in git. Unfinished runs, and runs of code that was not committed, are printed and not added."""
     records = {record.signature: record for record in read_place(collection)}
     for folder in folders:
         record = read_run(folder)

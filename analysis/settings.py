@@ -1,4 +1,4 @@
-"""The settings of a run, named as a user would type them: by the options of conf/ and what differs from them."""
+"""The settings of a run as a user would type them: options of conf/, and the values that differ from these options."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompute"}
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
-NOT_COMPARED = {"products", "degree"}  # the machine's choice; part of a kernel's name
+NOT_COMPARED = {"products", "degree"}  # the first depends on the machine; the second is part of a kernel's name
 Pair = tuple[str, Any]
 
 
 def run_settings(record: RunRecord) -> dict[str, Any]:
-    """The settings by which runs are compared; what else departs from conf/ is in `changed`."""
+    """The settings by which runs are compared. `changed` names all others that differ from conf/."""
     config = record.config
     return {
         "model": config["model"]["name"],
@@ -40,10 +40,10 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
 
 
 def nearest_option(group: str, settings: dict[str, Any], ignored: Iterable[str] = ()) -> tuple[str, list[Pair]]:
-    """The yaml of a group that these settings are nearest to, and the (key, value) pairs in which they differ from it.
+    """Name of the option of a group that is nearest to these settings, and the (key, value) pairs that differ from it.
 
-    It is one with the same `_target_`, and of several the one with the fewest differences. Where there is none, it is the name
-    of the module of the class, and every setting differs. Settings that are groups themselves are not compared.
+    The nearest option has the same `_target_` and the fewest differences. If no option has this `_target_`, the name is that
+    of the class's module, and every setting counts as different. Settings that are groups themselves are not compared.
     """
     own = {k: v for k, v in settings.items() if k not in ignored and k != "_target_" and not isinstance(v, dict)}
     found = [
@@ -56,12 +56,12 @@ def nearest_option(group: str, settings: dict[str, Any], ignored: Iterable[str] 
 
 @cache
 def group_options(group: str) -> dict[str, dict[str, Any]]:
-    """The settings of every yaml of a group, by its name."""
+    """The settings of every option of a group, by name."""
     return {path.stem: option(group, path.stem) for path in sorted((CONF / group).glob("*.yaml"))}
 
 
 def option(group: str, name: str) -> dict[str, Any]:
-    """A yaml of a group over those of the same group that it is made from."""
+    """The settings of an option, merged over those of the options of the same group that it inherits from."""
     content = dict(read_yaml(CONF / group / f"{name}.yaml"))
     bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     return {key: value for base in bases for key, value in option(group, base).items()} | content
@@ -72,9 +72,10 @@ def as_typed(pairs: Iterable[Pair]) -> list[str]:
 
 
 def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
-    """`key=value` of the settings of method, task, statistics, seed, type and selection that are not those of conf/.
+    """`key=value` of the settings of method, task, statistics, seed, type and budget that differ from conf/.
 
-    How many steps a solver may take is left out where it had a closed form and took none.
+    Args:
+        stepped: whether a fit took a step. If none did, solver.steps had no effect and is left out, unless it is 0.
     """
     method = config["method"]
     used = {"method": method} | {group: method[group] for group in ("kernel", "solver") if group in method}
@@ -91,7 +92,7 @@ def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
 
 
 def retraining_name(config: dict[str, Any]) -> str:
-    """The file of conf/retrain that the settings are nearest to, the data, and `key=value` of what differs from the file."""
+    """The nearest option of conf/retrain, the data, and `key=value` of settings that differ; empty without retraining."""
     if "retrain" not in config:
         return ""
     name, changed = nearest_option("retrain", config["retrain"], NOT_TRAINED_BY)
@@ -99,7 +100,7 @@ def retraining_name(config: dict[str, Any]) -> str:
 
 
 def named_budget(budget: dict[str, Any]) -> list[str]:
-    """The budget's name, `key=value` of what differs from conf/, and the schedule if it is not cubic."""
+    """The budget's name, `key=value` of settings that differ from conf/, and the schedule if it is not cubic."""
     name, changed = nearest_option("budget", budget)
     words = [name, *as_typed(changed)]
     if "schedule" in budget:

@@ -1,4 +1,4 @@
-"""Tables of the notebooks, from the data frames of `analysis.frames`. A cell is empty where nothing was run."""
+"""Tables of the notebooks, from the data frames of `analysis.frames`. A cell is empty if no run gives its figure."""
 
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,31 @@ def paper(table: str) -> pd.DataFrame:
     return pd.DataFrame(content[table]).assign(source=lambda rows: rows["source"].map(content["sources"]))
 
 
-WHOLE = ["layers", "blocks"]  # selections that leave no layer of the stack out
+WHOLE = ["layers", "blocks"]  # selections of all linear layers in the blocks of a model
 PAPERS_NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "pela": "PELA"}
 
 
 def method_name(row: pd.Series) -> str:
-    """`SVD-LLM`, or `NLA piecewise`: the papers' names, NLA with its kernel; and the settings that are not the defaults."""
+    """Name of a run's method, such as `SVD-LLM` or `NLA piecewise`, and its settings that differ from the defaults."""
     name = PAPERS_NAMES.get(row["method"]) or f"NLA {row['kernel']}"
     return name + (f" ({row['changed']})" if row["changed"] else "")
 
 
 def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.DataFrame:
-    """The rows of a model's runs without retraining, with this selection (default: whole models), named by method."""
+    """The rows of a model's runs without retraining and with this selection (default: all layers), named by method.
+
+    Raises:
+        ValueError: the frame has no runs.
+    """
     if frame.empty:
-        raise ValueError("there are no finished runs to show; run.py makes them, analysis/records has some")
+        raise ValueError("no finished runs to show; run.py makes them, and analysis/records has some")
     rows = frame[(frame["model"] == model) & frame["select"].isin(WHOLE if select is None else [select])]
     rows = rows[rows["retrain_steps"] == 0]
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 
 
 def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
-    """A metric (`language_modelling.sotu.perplexity`) by method and removed fraction, the dense model's as ratio 0."""
+    """A metric, such as `language_modelling.sotu.perplexity`, by method and removed fraction. Ratio 0 is the dense model."""
     rows = of_layers(runs, model)
     rows = rows[rows[f"compressed.{metric}"].notna()]
     table = rows.pivot(index="name_of_method", columns="ratio", values=f"compressed.{metric}")
@@ -44,11 +48,11 @@ def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
 
 
 def perplexity_beside_paper(runs: pd.DataFrame, model: str, stand_in: str, data: str) -> pd.DataFrame:
-    """The published LLaMA-7B rows (conversion only, each source its own column) beside what was measured.
+    """Published perplexities of LLaMA-7B without retraining, one column per source, beside measured ones.
 
-    `measured` and `difference` are of the same model and data as the published figure, and empty until somebody runs it;
-    `stand-in` is another model on other text, of the method with all its defaults (NLA: the paper's kernel), and never
-    subtracted from a published figure. `x dense` is a figure divided by its own dense model's.
+    `measured` and `difference` have the same model and data as the published figures, and are empty without such a run.
+    `stand-in` is another model on other text, with the defaults of each method (NLA: the paper's kernel). It is never
+    subtracted from a published figure. `x dense` is a figure divided by that of its own dense model.
     """
     published = pd.DataFrame(yaml.safe_load(PAPER.read_text())["perplexity"])
     published = published[~published["retrained"]]
@@ -66,7 +70,7 @@ def perplexity_beside_paper(runs: pd.DataFrame, model: str, stand_in: str, data:
 
 
 def papers_rows(runs: pd.DataFrame, model: str, data: str) -> pd.Series:
-    """Measured perplexity by (ratio, the paper's name of the method), of runs with every default; the dense as Original."""
+    """Measured perplexities of runs with default settings, by (ratio, method as the paper names it). `Original` is dense."""
     metric = f"language_modelling.{data}.perplexity"
     if f"compressed.{metric}" not in runs:
         return pd.Series(dtype=float)
@@ -81,9 +85,9 @@ def papers_rows(runs: pd.DataFrame, model: str, data: str) -> pd.Series:
 
 
 def retrained(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
-    """One row per retrained run: a metric of the dense, the compressed and the retrained model, and what retraining took.
+    """One row per retrained run: a metric of the dense, compressed and retrained model, and the steps, data and seconds.
 
-    With `budget` adaptive, compressed is the model before its budget was tightened.
+    With an adaptive budget, `compressed` is the model before retraining reduces it to its final size.
     """
     rows = runs[(runs["model"] == model) & (runs["retrain_steps"] > 0) & runs["select"].isin(WHOLE)]
     rows = rows.assign(method=[start_name(row) for _, row in rows.iterrows()])
@@ -96,7 +100,7 @@ def retrained(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
 
 
 def start_name(row: pd.Series) -> str:
-    """The method that a retraining starts from, with the settings beside budget and seed that are not the defaults."""
+    """Name of the method that was retrained, and its settings, except budget and seed, that differ from the defaults."""
     changed = [pair for pair in row["changed"].split() if pair.partition("=")[0] not in ("budget", "seed")]
     return method_name(pd.Series({**row, "changed": " ".join(changed)}))
 
@@ -115,7 +119,7 @@ def adaptive_or_not(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame
 
 
 def accuracy(runs: pd.DataFrame, model: str, prefix: str) -> pd.DataFrame:
-    """One row per run whose metrics begin with `prefix` (`commonsense.everyday`), dense first: every figure of the accuracy."""
+    """Metrics whose names begin with `prefix`, such as `commonsense.everyday`: the dense model, then one row per run."""
     rows = of_layers(runs, model).sort_values(["ratio", "name_of_method"])
     columns = [c for c in map(str, rows) if c.startswith(f"compressed.{prefix}")]
     rows = rows[rows[columns].notna().any(axis=1)]
@@ -127,7 +131,7 @@ def accuracy(runs: pd.DataFrame, model: str, prefix: str) -> pd.DataFrame:
 
 
 def error_by_method(fits: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Mean relative error by method and removed fraction, and its ratio to SVD's with as many parameters."""
+    """Mean errors by method and removed fraction. `to_svd` is the ratio to the error of SVD with as many parameters."""
     rows = of_layers(fits, model)
     rows = rows.assign(to_svd=rows["relative_error"] / rows["svd_error"])
     return rows.groupby(["ratio", "name_of_method"])[
@@ -136,7 +140,7 @@ def error_by_method(fits: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def error_by_kind(fits: pd.DataFrame, model: str, ratio: float) -> pd.DataFrame:
-    """Mean relative error by kind of matrix, a column per method, beside SVD's with as many parameters."""
+    """Mean relative error by kind of matrix: one column per method, and the floor of the piecewise kernel."""
     rows = of_layers(fits[fits["ratio"] == ratio], model)
     table = rows.pivot_table(index="kind", columns="name_of_method", values="relative_error", sort=False)
     floors = rows[rows["kernel"] == "piecewise"].groupby("kind")["floor"].mean()

@@ -1,1 +1,1 @@
-"""Adaptive nonlinear low-rank compression (NLA) of large models, and the baselines it is measured against."""
+"""Adaptive nonlinear low-rank compression (NLA) of large models, and the baselines with which it is compared."""

@@ -1,4 +1,4 @@
-"""One job or many: failures become one clear line, a sweep goes on after one and ends with a table of all."""
+"""Runs one job, or the jobs of a sweep. An error is one line; a sweep continues after it and ends with a table."""
 
 import difflib
 import json
@@ -28,12 +28,12 @@ _exit_code = 0
 
 
 def exit_code() -> int:
-    """0 if every job of this process succeeded."""
+    """Exit code of this process: 0 if every job succeeded, else 2."""
     return _exit_code
 
 
 def attempt(cfg: DictConfig) -> None:
-    """Run one job. What a user can mend is one line; in a sweep nothing stops the other jobs."""
+    """Run one job. An error that the user can correct is logged as one line. In a sweep, no error stops the other jobs."""
     global _exit_code
     settings = HydraConfig.get()
     sweeping = settings.mode == RunMode.MULTIRUN
@@ -50,7 +50,7 @@ def attempt(cfg: DictConfig) -> None:
     except Exception as error:
         if not sweeping:
             raise
-        log.exception("this job failed; the sweep goes on")
+        log.exception("this job failed; the sweep continues")
         outcome["error"], _exit_code = f"{type(error).__name__}: {error}", FAILED
     if sweeping:
         folder = Path(settings.sweep.dir)
@@ -59,12 +59,12 @@ def attempt(cfg: DictConfig) -> None:
 
 
 def command_line(arguments: list[str]) -> str:
-    """What one types for this job alone."""
+    """The command line that runs a job with these arguments alone."""
     return shlex.join(["python", "run.py", *arguments])
 
 
 class SweepTable(Callback):
-    """Hydra calls this in the process that launched the jobs, wherever those ran."""
+    """Hydra callback that logs the table of a sweep, in the process that launched the jobs."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         global _exit_code
@@ -73,14 +73,14 @@ class SweepTable(Callback):
         configure_log(config.hydra.job_logging)  # the jobs may have run, and logged, in other processes
         files = sorted(Path(config.hydra.sweep.dir).glob("job-*.json"), key=lambda p: int(p.stem.split("-")[1]))
         outcomes = [json.loads(file.read_text()) for file in files]
-        if len(outcomes) > 1:  # one row of an experiment has said what there is to say
+        if len(outcomes) > 1:  # a single job has already shown its result
             show_sweep(outcomes)
         if any("error" in outcome for outcome in outcomes):
             _exit_code = FAILED
 
 
 def explain_unknown_keys(arguments: list[str]) -> None:
-    """After Hydra refused a command line: for each setting that does not exist, print those that do."""
+    """Print, for each unknown setting of a command line that Hydra refused, the settings that exist."""
     keys = [a.partition("=")[0] for a in arguments if "=" in a and a[0] not in "+~-"]
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     chosen = [a for a in arguments if a.partition("=")[0] in groups and "," not in a]
@@ -89,7 +89,7 @@ def explain_unknown_keys(arguments: list[str]) -> None:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", overrides=chosen)
     except (HydraException, OmegaConfBaseException):
-        return  # a group's value is wrong, and Hydra has listed the allowed ones
+        return  # an option of a group is wrong, and Hydra has listed the allowed ones
     for key in keys:
         parent, _, name = key.rpartition(".")
         section = OmegaConf.select(cfg, parent) if parent else cfg

@@ -1,4 +1,4 @@
-"""One run: validate, sign, load, measure, learn about inputs, allocate, fit, swap, measure, retrain, measure again, record."""
+"""One run: check, load, evaluate, collect statistics, allocate the budget, fit, evaluate, retrain, evaluate, record."""
 
 import time
 from collections.abc import Iterator
@@ -23,20 +23,21 @@ from nla.stages.calibrate import measure_inputs, sample
 from nla.stages.draw import draw
 from nla.stages.evaluate import evaluate, state_of
 from nla.stages.fit import fit
-from nla.stages.retrain import key_of, retrain_and_drop
+from nla.stages.retrain import key_of, retrain
 
 
 def run(settings: dict[str, Any], command: str | None = None) -> RunRecord | None:
-    """Carry out a request of checked settings, or answer from the record of a finished run; None after a dry run.
+    """Carry out a request and return its record, or read the record of a finished run. A dry run returns None.
+
+    If a run fails or is interrupted, its record has the status `failed` and the reason. Finished parts stay in the cache.
 
     Args:
+        settings: checked settings, from `nla.harness.settings.check_settings`.
         command: the command line, for the record.
 
     Raises:
-        UserError: the request cannot be met; nothing long was begun.
-        NonFiniteError: a matrix or a loss is not finite.
-
-    Whatever ends a run early, its record says `failed` and why, and what was done stays in the cache.
+        UserError: the request cannot be met.
+        NonFiniteError: a weight, a fit or a loss is not finite.
     """
     prepared = prepare(settings)
     if prepared.values["dry_run"]:
@@ -56,7 +57,7 @@ def run(settings: dict[str, Any], command: str | None = None) -> RunRecord | Non
 
 
 def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: str | None, folder: Path) -> RunRecord:
-    """All stages of a run that is not done."""
+    """Carry out all stages of a run, and write its record."""
     record = RunRecord(
         signature=name,
         status="running",
@@ -109,7 +110,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         evaluate(prepared, record, model, "compressed", compressed)
     if prepared.retraining.steps:
         with timed(record, "retrain"):
-            retrain_and_drop(prepared, record, model, folder, key_of(prepared, compressed, dense))
+            retrain(prepared, record, model, folder, key_of(prepared, compressed, dense))
         with timed(record, "retrained"):
             evaluate(prepared, record, model, "retrained", state_of(prepared, model))
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))

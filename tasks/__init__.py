@@ -1,1 +1,1 @@
-"""What a model is measured on."""
+"""Tasks that measure a model, and their data sets."""

@@ -1,4 +1,4 @@
-"""The contract of a task, and of the data that tasks and calibration read."""
+"""The interface of a task, which measures a model on a data set."""
 
 from abc import ABC, abstractmethod
 from typing import Literal
@@ -14,14 +14,14 @@ Figures = dict[str, float]
 
 
 class Task(ABC):
-    """Measures a model on data."""
+    """A measurement of a model on a data set."""
 
     name: str
     data: Data
     reads: Literal["text", "images"]
 
     def check(self, inventory: Inventory) -> None:
-        """Raise UserError, in one sentence, if such a model cannot be measured by this task."""
+        """Raise UserError, with one sentence, if this task cannot measure such a model."""
         if inventory.reads != self.reads:
             fitting = "task=imagenet" if inventory.reads == "images" else "task=language_modelling or task=commonsense"
             raise UserError(
@@ -30,13 +30,15 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: Model, cache: Cache, state: str, label: str) -> dict[str, Figures]:
-        """{name of data: {metric: figure}}; the first metric is the one that tables show.
+        """Measure the model: {name of data: {metric: figure}}. Tables show the first metric.
 
-        `state` identifies weights, code and type of the model: what was measured in a state is not measured again. `label`
-        stands before the progress bar.
+        Args:
+            cache: stores partial results, which are not measured again.
+            state: identifies the weights, code and type of the model, as a part of the cache's keys.
+            label: shown before the progress bar.
         """
 
 
 def resident_bytes(module: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers."""
+    """Number of bytes of the model's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

@@ -23,7 +23,7 @@ from nla.models.base import LanguageModel
 from tasks.base import Figures, Task
 from tasks.data.questions import Questions
 
-SHARD = 128  # questions scored in one piece of work: what a killed run loses of each worker's
+SHARD = 128  # questions scored at once; a killed run loses at most so many for each worker
 
 
 class Shard(NamedTuple):
@@ -36,12 +36,13 @@ class Shard(NamedTuple):
 
 
 class Commonsense(Task):
-    """The choice with the largest summed log-likelihood after its question is the answer (acc); or the largest per
-    character (acc_norm). Templates, scoring and tokenisation are lm-eval's; the figures depend on no thread count.
+    """Accuracy on multiple-choice questions. The model's answer is the choice with the largest log-likelihood after the
+    question, summed over its tokens (acc) or divided by its characters (acc_norm). Templates, scoring and tokenisation are
+    lm-eval's. The number of threads does not change the figures.
 
     Args:
-        limit: only the first so many questions of each task, or all (null).
-        batch: choices that the model reads at once.
+        limit: measure only the first so many questions of each task; null for all.
+        batch: choices in one forward pass.
     """
 
     name = "commonsense"
@@ -54,7 +55,7 @@ class Commonsense(Task):
         self.data, self.limit, self.batch = data, limit, batch
 
     def evaluate(self, model: LanguageModel, cache: Cache, state: str, label: str) -> dict[str, Figures]:  # type: ignore[override]
-        """Figures as in `summary` of each task, and their `average`; each shard is kept as soon as it is scored."""
+        """Figures of each task as in `summary`, and their `average`. Each shard is stored as soon as it is scored."""
         prefix, figures = self.data.prefix, {}
         with quiet():
             tasks = self.data.tasks()
@@ -67,10 +68,10 @@ class Commonsense(Task):
         return figures | {self.data.average: average(list(figures.values()))}
 
     def shards(self, name: str, task: Any, state: str) -> list[Shard]:
-        """All questions of a task. A shard's key is made from every text that is scored, and the right answers.
+        """All questions of a task, in shards. The key of a shard is a digest of all texts to score and of the right answers.
 
         Raises:
-            UserError: no question names its right answer.
+            UserError: the questions do not fit the task, or none has a right answer among its choices.
         """
         try:
             task.build_all_requests(limit=self.limit, rank=0, world_size=1)
@@ -78,7 +79,7 @@ class Commonsense(Task):
             for request in task.instances:
                 about = [answer(task, request.doc), task.doc_to_choice(request.doc)]
                 texts.setdefault(request.doc_id, about).append(request.args)
-        except Exception as error:  # templates and functions of the task, on data that may lack what they read
+        except Exception as error:  # the task's templates and functions fail in many ways on data without their fields
             raise UserError(f"the questions of {name} are not as the task expects: {error!r}") from error
         if all(right is None for right, *_ in texts.values()):
             raise UserError(f"no question of {name} has a right answer among its choices; use a split with answers")
@@ -87,7 +88,7 @@ class Commonsense(Task):
         return [Shard(name, task, part, digest([made_from, [texts[i] for i in part]])) for part in parts]
 
     def score(self, model: LanguageModel, cache: Cache, shards: list[Shard], label: str) -> dict[str, Any]:
-        """{key: results as in `score_shard`}"""
+        """{key of a shard: results as in `score_shard`}, from the cache or by scoring."""
         known = {shard.key: cache.load_json("commonsense", shard.key) for shard in shards}
         missing = [shard for shard in shards if known[shard.key] is None]
         total, left = (sum(len(shard.questions) for shard in group) for group in (shards, missing))
@@ -108,7 +109,7 @@ class Commonsense(Task):
 
 
 def answer(task: Any, doc: dict[str, Any]) -> Any:
-    """The right choice of a question, by number or text; None where it is not among the choices."""
+    """The right choice of a question, as its number or text; None if it is not among the choices."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     choices = task.doc_to_choice(doc)
     right = gold if isinstance(gold, list) else [gold]
@@ -116,7 +117,7 @@ def answer(task: Any, doc: dict[str, Any]) -> Any:
 
 
 def harness_model(model: LanguageModel, batch: int) -> Any:
-    """The model as lm-eval wants it: as it is, where it is, with its own tokeniser and whatever that puts before a text."""
+    """The model as an lm-eval model: unchanged, on its device, with its tokeniser and the tokens that begin its texts."""
     from lm_eval.models.huggingface import HFLM
 
     class Loaded(HFLM):
@@ -125,7 +126,7 @@ def harness_model(model: LanguageModel, batch: int) -> Any:
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             begin, end = super()._encode_pair(context, continuation)
-            if len(begin) + len(end) > self.max_length + 1:  # lm-eval would cut the question's beginning off
+            if len(begin) + len(end) > self.max_length + 1:  # lm-eval would cut off the beginning of the question
                 raise UserError(
                     f"the question '{context[:40]}...' has {len(begin) + len(end)} tokens, "
                     f"more than the {self.max_length} that the model can read"
@@ -142,11 +143,11 @@ def harness_model(model: LanguageModel, batch: int) -> Any:
 
 @torch.inference_mode()
 def score_shard(harness: Any, shard: Shard) -> dict[str, Any]:
-    """Counts over the questions, seconds, peak bytes. Where a log-likelihood is not finite, the answer counts as wrong."""
+    """Counts over the questions, seconds and peak bytes. An answer whose log-likelihood is not finite counts as wrong."""
     import lm_eval
 
     begun = time.perf_counter()
-    task = copy.copy(shard.task)  # lm-eval keeps requests in it
+    task = copy.copy(shard.task)  # lm-eval stores requests in the task
     with PeakMemory(harness.device) as memory:
         asked = {"tasks": {shard.name: task}}
         results = lm_eval.evaluate(harness, asked, samples={shard.name: shard.questions}, log_samples=True)
@@ -165,9 +166,9 @@ def score_shard(harness: Any, shard: Shard) -> dict[str, Any]:
 
 
 def summary(parts: list[dict[str, Any]], available: int, version: float) -> Figures:
-    """acc and acc_norm (where the task defines it), fractions, with their standard errors; chance, the accuracy of guessing;
-    questions, questions_available; infinite_questions (not finite: wrong) and unanswerable_questions (the data's right answer
-    is not among the choices: wrong); the task's version; seconds of one worker; peak_bytes of one shard."""
+    """acc and, if the task defines it, acc_norm (fractions) with standard errors; chance (the accuracy of guessing); questions,
+    questions_available; infinite_questions (not finite) and unanswerable_questions (the right answer is not among the choices),
+    both counted as wrong; the task's version; seconds of one worker; peak_bytes of one shard."""
     questions = sum(part["questions"] for part in parts)
     figures: Figures = {}
     for metric in parts[0]["right"]:
@@ -187,9 +188,9 @@ def summary(parts: list[dict[str, Any]], available: int, version: float) -> Figu
 
 
 def average(tasks: list[Figures]) -> Figures:
-    """Means over tasks, whatever their size, with the standard errors of the means; a task without acc_norm counts with acc.
+    """Unweighted means over tasks, with their standard errors. A task without acc_norm counts with its acc.
 
-    Numbers of questions and seconds are sums, peak_bytes is the largest.
+    Numbers of questions and seconds are sums. peak_bytes is the maximum.
     """
     figures: Figures = {}
     for metric in ("acc", "acc_norm"):
@@ -208,8 +209,8 @@ def average(tasks: list[Figures]) -> Figures:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval without its bars and messages, with templates that cannot run Python, and without a trace in Python's `random`,
-    from which it draws names."""
+    """Context in which lm-eval shows no bars and messages, and renders templates in a sandbox that cannot run Python code. The
+    state of Python's `random`, from which lm-eval draws names, is restored at the end."""
     import datasets
     import lm_eval.api.task
     import lm_eval.utils

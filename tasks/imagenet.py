@@ -20,11 +20,11 @@ from tasks.data.images import Images, Items
 
 
 class ImageNet(Task):
-    """Top-1 and top-5 accuracy and cross entropy, in batches that are independent of each other.
+    """Top-1 and top-5 accuracy and cross entropy of an image classifier. Batches are independent of each other.
 
     Args:
         batch: images in a batch.
-        max_images: only the first so many, or all (null).
+        max_images: measure only the first so many images; null for all.
     """
 
     name = "imagenet"
@@ -45,10 +45,10 @@ class ImageNet(Task):
             )
 
     def evaluate(self, model: VisionModel, cache: Cache, state: str, label: str) -> dict[str, Figures]:  # type: ignore[override]
-        """Figures as in `summary`; each batch is kept as soon as it is scored.
+        """Figures as in `summary`. Each batch is stored as soon as it is scored.
 
         Raises:
-            NonFiniteError: names the batch and its images.
+            NonFiniteError: logits are not finite; it names the batch and its images.
         """
         items = self.data.items()
         parts = list(range(len(items))[: self.max_images])
@@ -62,7 +62,7 @@ class ImageNet(Task):
 
         with cache.lock("images", key):
             results = journal.read()
-            # the last batch of fewer images (max_images) may be smaller than it is now
+            # an earlier run with a smaller max_images may have stored a smaller last batch
             missing = [i for i, part in enumerate(batches) if results.get(i, {}).get("images") != len(part)]
             done = len(batches) - len(missing)
             with closing(ordered_map(score, missing, device)) as scored:
@@ -78,7 +78,7 @@ class ImageNet(Task):
 
 
 def opened(model: VisionModel, items: Items, part: list[int]) -> tuple[Tensor, Tensor]:
-    """Images as the model's inputs (batch, channels, height, width), on its device, and their labels (batch,)."""
+    """The images numbered `part` as model inputs (batch, channels, height, width), and their labels (batch,)."""
     device = next(model.module.parameters()).device
     images, labels = zip(*(items[i] for i in part), strict=True)
     return torch.stack([model.transform(image) for image in images]).to(device), torch.tensor(labels, device=device)
@@ -86,9 +86,13 @@ def opened(model: VisionModel, items: Items, part: list[int]) -> tuple[Tensor, T
 
 @torch.inference_mode()
 def score_batch(model: VisionModel, images: Tensor, labels: Tensor, where: str) -> dict[str, float]:
-    """Images whose label is the first, or among the first five; summed cross entropy (nats); seconds and peak bytes.
+    """Numbers of images with the label at the largest logit, and among the five largest; summed cross entropy (nats); seconds;
+    peak bytes.
 
-    Of equal logits the lower class comes first. With five classes or fewer every label is among the first five.
+    Of equal logits, the lower class comes first. With five classes or fewer, every label is among the first five.
+
+    Raises:
+        NonFiniteError: logits are not finite; it names `where`.
     """
     begun = time.perf_counter()
     with PeakMemory(images.device) as memory:
@@ -109,10 +113,10 @@ def score_batch(model: VisionModel, images: Tensor, labels: Tensor, where: str) 
 
 
 def flops(model: VisionModel, images: Tensor) -> int:
-    """Floating point operations of a forward, two for a multiply-add, as torch counts them.
+    """Floating-point operations of a forward pass, counted by torch. A multiply-add is two operations.
 
-    It sees matrix products, convolutions and attention; elementwise work (norms, activations, a tiled kernel's
-    reconstruction) is not in it.
+    Matrix products, convolutions and attention are counted. Elementwise operations (norms, activations, a tiled kernel's
+    reconstruction) are not.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.logits(images)
@@ -120,9 +124,9 @@ def flops(model: VisionModel, images: Tensor) -> int:
 
 
 def summary(results: list[dict[str, Any]], available: int, flops_per_image: int, resident: int) -> dict[str, float]:
-    """top1 and top5 (fractions), loss (nats per image), images, images_available; flops_per_image of the forward;
+    """top1 and top5 (fractions); loss (nats per image); images, images_available; flops_per_image of the forward pass;
     images_per_second and seconds of one worker (a thread, or the GPU) without opening the images; peak_bytes of one batch
-    beside its inputs; resident_bytes of the model."""
+    without its inputs; resident_bytes of the model."""
     images = sum(r["images"] for r in results)
     seconds = sum(r["seconds"] for r in results)
     return {

@@ -18,17 +18,18 @@ from nla.models.base import Inventory, LanguageModel
 from tasks.base import Figures, Task, resident_bytes
 from tasks.data.text import Text
 
-CHUNK = 256  # tokens whose log-probabilities are in fp32 at once
+CHUNK = 256  # tokens whose logits are converted to fp32 at once
 
 
 class LanguageModelling(Task):
-    """Documents joined, tokenised once, cut into disjoint windows; all but the first token of a window are scored.
+    """Perplexity on running text. The documents are joined, tokenised once, and cut into disjoint windows.
 
-    The tail that fills no window is dropped. A window whose loss is not finite makes the perplexity infinite.
+    All tokens of a window except the first are scored. The rest of the text, shorter than a window, is dropped. A window whose
+    loss is not finite makes the perplexity infinite.
 
     Args:
         window: tokens in a window.
-        max_windows: only the first so many, or all (null).
+        max_windows: measure only the first so many windows; null for all.
     """
 
     name = "language_modelling"
@@ -47,7 +48,11 @@ class LanguageModelling(Task):
             raise UserError(f"task.window={self.window} is longer than the {inventory.limit} tokens the model can read")
 
     def windows(self, model: LanguageModel) -> Tensor:
-        """All whole windows of the text: (windows, window). Those of one model are kept, for it is measured again."""
+        """All complete windows of the text: (windows, window) token ids, cut once for a model that is measured again.
+
+        Raises:
+            UserError: the text is shorter than one window.
+        """
         if self.kept is None or self.kept[0] is not model:
             self.kept = model, self.cut(model)
         return self.kept[1]
@@ -60,7 +65,7 @@ class LanguageModelling(Task):
         return tokens[: count * self.window].view(count, self.window)
 
     def evaluate(self, model: LanguageModel, cache: Cache, state: str, label: str) -> dict[str, Figures]:  # type: ignore[override]
-        """Figures as in `summary`, of whole windows; each window is kept as soon as it is scored."""
+        """Figures as in `summary`. Each window is stored as soon as it is scored."""
         windows = self.windows(model)
         key = digest([state, tensor_digest(windows)])
         chosen, journal = windows[: self.max_windows], cache.journal("windows", key)
@@ -85,7 +90,7 @@ class LanguageModelling(Task):
 
 @torch.inference_mode()
 def score_window(model: LanguageModel, tokens: Tensor) -> dict[str, float]:
-    """Summed negative log-likelihood (nats) of tokens[1:] given what is before them, seconds and peak bytes."""
+    """Summed negative log-likelihood (nats) of tokens[1:], each given the tokens before it; seconds; peak bytes."""
     begun = time.perf_counter()
     with PeakMemory(tokens.device) as memory:
         logits = model.logits(tokens[None])[0, :-1]  # (window - 1, vocabulary)
@@ -100,8 +105,8 @@ def score_window(model: LanguageModel, tokens: Tensor) -> dict[str, float]:
 
 
 def summary(results: list[dict[str, Any]], scored: int) -> dict[str, float]:
-    """perplexity; nll (nats per token); tokens scored; windows, infinite_windows; seconds and tokens_per_second of one
-    worker (a thread, or the GPU); peak_bytes of one window."""
+    """perplexity; nll (nats per token); tokens (scored); windows, infinite_windows (loss not finite); seconds and
+    tokens_per_second of one worker (a thread, or the GPU); peak_bytes of one window."""
     tokens = scored * len(results)
     nll = sum(r["nll"] for r in results) / tokens
     seconds = sum(r["seconds"] for r in results)

@@ -1,4 +1,4 @@
-"""The notebooks run, and show what the records in git hold."""
+"""Tests of the notebooks, tables and figures, and of the records in git."""
 
 import nbformat
 import pytest

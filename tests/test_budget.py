@@ -1,4 +1,4 @@
-"""Importance, schedules and masks: beside plain loops, beside peft's AdaLoRA, and where published allocators break."""
+"""Importance, schedules and masks, compared with plain loops and with peft's AdaLoRA; and their edge cases."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def random_triplets(out: int, inp: int, h: int, r: int, seed: int) -> Triplets:
 
 @settings(max_examples=20, deadline=None)
 @given(SIZES, st.floats(0, 0.99), st.floats(0, 0.99))
-def test_importance_is_that_of_a_loop_over_every_parameter(size, beta1, beta2):
+def test_importance_equals_a_loop_over_every_parameter(size, beta1, beta2):
     t, importance = random_triplets(*size, seed=0), None
     importance = Importance([t], beta1, beta2)
     smoothed = [[0.0] * p.numel() for p in t.tensors]
@@ -46,11 +46,11 @@ def test_importance_is_that_of_a_loop_over_every_parameter(size, beta1, beta2):
     product = [torch.tensor([a * b for a, b in zip(s, u, strict=True)]) for s, u in zip(smoothed, uncertainty, strict=True)]
     a, b, mu = (p.view(q.shape) for p, q in zip(product, t.tensors, strict=True))
     expected = mu + a.mean(dim=(0, 2)) + b.mean(dim=(0, 2))
-    torch.testing.assert_close(importance.scores()[0], expected, rtol=1e-4, atol=1e-6)  # fp32 of numbers about 1
+    torch.testing.assert_close(importance.scores()[0], expected, rtol=1e-4, atol=1e-6)  # fp32, numbers of size 1
 
 
 class AdaLora(nn.Module):
-    """One matrix under the names that peft looks for: A (r, in), E (r, 1), B (out, r)."""
+    """One matrix with the parameter names that peft expects: A (r, in), E (r, 1), B (out, r)."""
 
     def __init__(self, t: Triplets) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class AdaLora(nn.Module):
         self.lora_B["default"].grad = g.A[:, :, 0].clone()
 
 
-def test_importance_masks_and_budget_are_those_of_pefts_adalora():
+def test_importance_masks_and_budget_equal_those_of_pefts_adalora():
     sizes = [(6, 4, 5, 1), (6, 4, 5, 1), (6, 4, 5, 1)]
     triplets = [random_triplets(*size, seed=i) for i, size in enumerate(sizes)]
     model = nn.ModuleList(AdaLora(t) for t in triplets)
@@ -141,12 +141,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "told"), BAD)
-def test_a_schedule_that_cannot_be_names_its_value(change, told):
+def test_an_invalid_schedule_is_an_error_that_names_the_value(change, told):
     with pytest.raises(UserError, match=told):
         Cubic(**({"b0": 1.5, "t_i": 0.1, "t_f": 0.1, "interval": 1} | change))
 
 
-def test_a_warm_up_and_a_cool_down_that_leave_nothing_between_are_refused():
+def test_a_warm_up_and_a_cool_down_without_a_step_between_are_refused():
     with pytest.raises(UserError, match=r"schedule.t_i=0.56 and schedule.t_f=0.4 are 6 and 4 of retrain.steps=10"):
         Cubic(1.5, 0.56, 0.4, 1).phases(10)
 
@@ -169,7 +169,7 @@ def adaptive(**changes) -> Adaptive:
 
 
 def run(tightening: Tightening, steps: range, important) -> list[list[torch.Tensor]]:
-    """Steps without an optimiser: gradients of random size, times `important(step)` for each matrix; masks after each."""
+    """Run steps without an optimiser: random gradients times `important(step)` of each matrix. Returns all masks."""
     seen = []
     for step in steps:
         gradients = []
@@ -189,7 +189,7 @@ def two_matrices() -> list[Triplets]:
     return [random_triplets(8, 6, 10, 1, seed=0), random_triplets(5, 9, 10, 2, seed=1)]
 
 
-def test_the_budget_is_kept_at_every_step_and_nothing_is_masked_where_it_is_large_enough():
+def test_the_budget_holds_at_every_step_and_a_large_budget_masks_no_triplet():
     triplets = two_matrices()
     total = sum(t.count() for t in triplets)
     run(adaptive().tightening(triplets, total // 2, 20), range(20), lambda step: (1.0, 1.0))
@@ -218,7 +218,7 @@ def test_a_masked_triplet_comes_back_with_its_mu_before_the_cool_down_and_never_
     assert torch.equal(masks[-1][1], back)
 
 
-def test_a_tightening_that_is_restored_goes_on_to_the_same_masks():
+def test_a_restored_tightening_continues_with_the_same_masks():
     whole, halves = two_matrices(), two_matrices()
     final = whole[0].count()
     quiet = run(adaptive().tightening(whole, final, 12), range(12), lambda step: (1.0, 2.0))
@@ -241,7 +241,7 @@ def test_a_triplet_that_costs_more_competes_by_score_or_by_score_per_parameter()
     assert by_rank == {"score": 1, "score_per_parameter": 0}
 
 
-def test_matrices_begin_with_b0_times_their_share_but_never_more_than_the_dense_one():
+def test_matrices_begin_with_b0_times_their_share_but_at_most_their_dense_size():
     specs = [LinearSpec("a", 10, 20, False), LinearSpec("b", 30, 20, False)]
     assert adaptive().allocate(specs, Target(0.375 * 32, 32, "")) == {"a": 32 * 150, "b": 32 * 450}
     assert adaptive().allocate(specs, Target(0.8 * 16, 16, "")) == {"a": 16 * 200, "b": 16 * 600}

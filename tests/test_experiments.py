@@ -1,4 +1,4 @@
-"""The tables of the paper as experiments: every row is a request that can be met, and its small twin asks the same."""
+"""Tests of the experiments (tables of the paper): every row is a valid request, and its small twin sweeps the same."""
 
 import itertools
 

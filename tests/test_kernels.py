@@ -1,4 +1,4 @@
-"""Every kernel of conf/kernel: its formula, its forward, its gradients, its memory, its count."""
+"""Tests of every kernel of conf/kernel: formula, forward pass, gradients, memory and parameter count."""
 
 import math
 
@@ -24,7 +24,7 @@ def draw_triplets(kernel, m, n, h, r, seed=0, dtype=torch.float64) -> Triplets:
 
 
 class Laplacian(Kernel):
-    """W'[i, j] = sum_l mu_l exp(-||A_il - B_jl||_1): a kernel that defines nothing but its formula."""
+    """W'[i, j] = sum_l mu_l exp(-||A_il - B_jl||_1): a kernel that defines only its formula."""
 
     def entry(self, a, b):
         return (-(a - b).abs().sum(-1)).exp()
@@ -76,7 +76,7 @@ def test_squared_error_and_its_gradient_are_those_of_dense(name, size, seed, wei
 @settings(max_examples=25, deadline=None)
 @given(size=sizes, seed=st.integers(0, 99))
 def test_every_entry_of_dense_is_the_formula_of_its_two_rows(name, size, seed):
-    """A loop over rows and triplets that asks the kernel for its formula alone, and autograd through it."""
+    """The expected matrix is computed by a loop over rows and triplets that calls only `entry`; its gradient by autograd."""
     kernel, (m, n, h, _) = ALL[name], size
     t = draw_triplets(kernel, *size, seed)
     expected = torch.stack(
@@ -124,7 +124,7 @@ def test_b_splines_have_their_tabled_values_and_integer_shifts_add_up_to_one(deg
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_fitted_matrix_in_bf16_is_applied_as_precisely_as_a_linear_one(name):
-    """Inputs with a mean and an outlier channel, as activations have: self-terms must not cancel in bf16."""
+    """The inputs have a mean and an outlier channel, as activations have. Self-terms would lose their precision in bf16."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(96, 128, generator=generator)
     x = (torch.randn(64, 128, generator=generator) + 0.5) * torch.ones(128).index_fill(0, torch.tensor(3), 20.0)
@@ -202,7 +202,7 @@ def test_forward_and_backward_never_hold_a_dense_matrix(kernel):
 
 
 def test_piecewise_needs_at_most_15_percent_of_the_reconstructing_forms_memory():
-    """4096 x 4096 at 70 %, 512 tokens; beyond outputs and gradients, which any form must hold."""
+    """4096 x 4096 at 70 %, 512 tokens; without outputs and gradients, which every form needs."""
     kernel = ALL["piecewise"]
     m = n = 4096
     h, r = kernel.size(m, n, int(0.3 * m * n))

@@ -1,4 +1,4 @@
-"""Every method of conf/method: within its budget, with true errors, stored in the weight's type."""
+"""Tests of every method of conf/method: it keeps its budget, reports its true errors, and stores the weight's type."""
 
 import pytest
 import torch
@@ -25,14 +25,14 @@ def make_method(name: str):
 
 
 def known_inputs(size: int, tokens: int = 0, seed: int = 5) -> Statistics:
-    """Statistics of `tokens` random inputs of uneven sizes, and some Fisher information."""
+    """Statistics of `tokens` random inputs of different sizes, and random Fisher information."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens or 2 * size, size, generator=generator) * (0.1 + torch.rand(size, generator=generator))
     return Statistics(x.T @ x, x.abs().mean(0), torch.rand(size, generator=generator))
 
 
 def compress(method, weight, n_params, seed=0, statistics=None):
-    """The fit of one weight in the bits of so many numbers of its type."""
+    """The fit of one weight with a budget of n_params numbers of its type."""
     statistics = statistics or known_inputs(weight.shape[1])
     bits = n_params * 8 * weight.element_size()
     (fit,) = method.compress([weight], bits, [statistics], torch.Generator().manual_seed(seed))
@@ -126,14 +126,14 @@ def matrix_and_inputs(m, n, seed):
 
 
 def outputs_error(fit, weight, x) -> float:
-    """||(W' - W) x^T||^2 / ||W x^T||^2, with the inputs themselves."""
+    """||(W' - W) x^T||^2 / ||W x^T||^2, computed from the inputs x (tokens, in)."""
     return float(((dense(fit) - weight.double()) @ x.T).square().sum() / (weight.double() @ x.T).square().sum())
 
 
 @settings(max_examples=25, deadline=None)
 @given(m=st.integers(2, 20), n=st.integers(2, 20), tokens=st.integers(1, 60), rank=st.integers(1, 6), seed=st.integers(0, 99))
 def test_svd_llm_reaches_the_smallest_output_error_of_its_rank(m, n, tokens, rank, seed):
-    """Eckart-Young of W X^T, also where the inputs span less than all directions."""
+    """The smallest error follows from the SVD of W X^T (Eckart-Young), also if the inputs do not span all directions."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, generator=generator)
     x = torch.randn(tokens, n, generator=generator).double() * torch.logspace(0, -2, n)
@@ -141,7 +141,7 @@ def test_svd_llm_reaches_the_smallest_output_error_of_its_rank(m, n, tokens, ran
     s = torch.linalg.svdvals(weight.double() @ x.T)
     best = float(s[rank:].square().sum() / s.square().sum())
     assert outputs_error(fit, weight, x) == pytest.approx(best, rel=1e-2, abs=1e-5)
-    repair = 4e-6 * float(weight.square().sum() / s.square().sum())  # what the repair of a singular Gram matrix sees beside x
+    repair = 4e-6 * float(weight.square().sum() / s.square().sum())  # the error that repairing G may add
     assert fit.weighted_error == pytest.approx(best, rel=1e-2, abs=1e-5 + repair)
     assert fit.svd_llm_error == pytest.approx(fit.weighted_error, rel=1e-3, abs=1e-6) == fit.weighted_floor
 
@@ -157,7 +157,7 @@ def test_fwsvd_with_constant_fisher_information_and_asvd_with_alpha_0_are_svd(sh
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
 def test_fwsvd_and_asvd_are_svd_of_the_scaled_weight_scaled_back(shape):
-    """The published recipe, with the inverse that this code does without."""
+    """The expected result is computed by the published recipe, which inverts S; this code does not."""
     weight, statistics = matrix_and_inputs(*shape, 4)
     scales = {FWSVD(): statistics.fisher.sqrt(), ASVD(alpha=0.5): statistics.magnitude.sqrt() + 1e-6}
     for method, scale in scales.items():
@@ -183,7 +183,7 @@ def test_a_gram_matrix_that_is_not_positive_definite_is_repaired_and_says_so():
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     fit = compress(SVDLLM(False), weight, 3 * 15, statistics=Statistics(gram=x.T @ x))
     assert fit.status.startswith("optimal gram+") and "not positive definite" in in_words(fit.status)
-    assert outputs_error(fit, weight, x.double()) < 1e-5  # three tokens leave nothing beyond rank three
+    assert outputs_error(fit, weight, x.double()) < 1e-5  # outputs of three tokens have rank three
     assert compress(SVDLLM(False), weight, 3 * 15).status == "optimal"
 
 

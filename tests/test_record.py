@@ -1,18 +1,19 @@
-"""The record of a run: its name, its table, and what is said of a damaged one."""
+"""Tests of the record of a run: its name, its table, how its fits ended, and errors about damaged files."""
 
 import shutil
 
 import pytest
 import torch
 
-from nla.harness.fits_table import parse_terms
-from nla.harness.record import read_record, run_name
+from nla.harness.fits_table import FitRecord, parse_terms
+from nla.harness.record import RunRecord, read_record, run_name
 from nla.harness.request import resolve
 from nla.harness.settings import check_settings
+from nla.harness.terminal import told_of_endings
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.pipeline import run
-from nla.solvers.base import Status, in_words
+from nla.solvers.base import REPAIRS, Status, in_words
 from nla.terms.base import Sum
 from nla.terms.kernel_term import KernelTerm
 from tests.conftest import TINY, configuration, only_folder, only_record, options
@@ -23,7 +24,7 @@ FAST = [*TINY, "solver.steps=10"]
 @pytest.mark.parametrize("method", options("method"))
 def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
     config = resolve(check_settings(configuration(*TINY, f"method={method}", "ratio=0.50")))
-    del config["retrain"]  # as where nothing is retrained
+    del config["retrain"]  # as in a run without retraining
     kernel = f"-{config['method']['kernel']['_target_'].split('.')[-2]}" if "kernel" in config["method"] else ""
     assert run_name(config, "0123456789abcdef") == f"tiny_llama-{method}{kernel}-0.5-01234567"
     asked = config | {"ratio": None, "bits": 2.28, "model": {"name": "../a model/of: mine"}, "retrain": {}}
@@ -42,6 +43,21 @@ def test_terms_are_read_back_from_their_text():
 def test_every_status_is_a_code_that_is_explained_in_words():
     assert all(in_words(status.code) == status.value for status in Status)
     assert in_words("optimal gram+1.1e-01").startswith(f"{Status.OPTIMAL.value}; the Gram matrix")
+
+
+def ended(**counts: int) -> str:
+    """The terminal's text for fits with these numbers of each status; `__` stands for a space."""
+    statuses = [status.replace("__", " ") for status, count in counts.items() for _ in range(count)]
+    return told_of_endings(RunRecord.model_construct(fits=[FitRecord.model_construct(status=s) for s in statuses]))
+
+
+def test_how_fits_ended_takes_one_line_or_two_of_80_columns():
+    assert ended(optimal=11, step_limit=3) == "ended: 11 optimal, 3 step_limit (solver.steps=... goes on)"
+    assert ended(**{"optimal": 3, "optimal__fisher=0": 1}) == "ended: 4 optimal; repaired: 1 Fisher information (zero)"
+    assert ended(**{"": 2}) == "ended: 2 unknown"  # as for a new method that gives no status
+    for name in REPAIRS:
+        lines = ended(**{f"{status.code}__{name}+1.1e-01": 999 for status in Status}).splitlines()
+        assert len(lines) == 2 and all(len(line) <= 80 for line in lines)
 
 
 DAMAGE = [

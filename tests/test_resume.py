@@ -1,4 +1,4 @@
-"""Runs that are killed, caches that are damaged, runs side by side: the record is always that of a quiet run."""
+"""Killed runs, damaged caches and concurrent runs: the record equals that of an undisturbed (quiet) run."""
 
 import os
 import shutil
@@ -14,15 +14,15 @@ from nla.machine.cache import Cache, Journal
 from tests import forked
 from tests.conftest import TINY, figures, only_record, within
 
-# random starts and many steps: each matrix takes long enough to be interrupted in it
+# random starts and many steps, so that the fit of a matrix takes long enough to be interrupted
 SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=250", "solver.tolerance=0"]
 
-pytestmark = pytest.mark.xdist_group("resume")  # one quiet run for all
+pytestmark = pytest.mark.xdist_group("resume")  # all tests share one quiet run
 
 
 @pytest.fixture(scope="module")
 def quiet_outputs(tmp_path_factory) -> Path:
-    """The outputs of an undisturbed run."""
+    """The output folder of an undisturbed run."""
     outputs = tmp_path_factory.mktemp("quiet")
     finish(outputs)
     return outputs
@@ -30,7 +30,7 @@ def quiet_outputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def quiet(quiet_outputs) -> dict:
-    """Its record."""
+    """The figures of the undisturbed run's record."""
     return figures(only_record(quiet_outputs))
 
 
@@ -62,7 +62,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_record(quiet, tmp_path, 
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/fits/*.safetensors")}
     finish(tmp_path)
     assert figures(only_record(tmp_path)) == quiet
-    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())  # nothing was fitted twice
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())  # no matrix was fitted twice
 
 
 def damage(path: Path, how: str) -> None:
@@ -85,7 +85,7 @@ def test_damaged_cache_files_are_named_and_made_again(quiet, quiet_outputs, tmp_
     assert figures(only_record(tmp_path)) == quiet
 
 
-def test_two_runs_at_once_on_one_cache_do_no_harm(quiet, tmp_path):
+def test_two_concurrent_runs_with_one_cache_give_the_same_record(quiet, tmp_path):
     first, second = start(tmp_path), start(tmp_path)
     first.join()
     second.join()
@@ -93,7 +93,7 @@ def test_two_runs_at_once_on_one_cache_do_no_harm(quiet, tmp_path):
     assert figures(only_record(tmp_path)) == quiet
 
 
-def test_a_journal_survives_half_a_line(tmp_path):
+def test_a_journal_skips_an_incomplete_line(tmp_path):
     journal = Journal(tmp_path / "parts.jsonl")
     journal.append(0, {"nll": 1.5})
     with journal.path.open("a") as file:

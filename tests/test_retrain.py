@@ -1,4 +1,4 @@
-"""Runs that retrain: what they leave, and that nothing on the way changes the result."""
+"""Runs that retrain: their records and weights. Kills and the number of processes do not change the result."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def weights_of(outputs) -> dict[str, torch.Tensor]:
 
 
 def timeless(record: dict) -> dict:
-    """Figures without the seconds of steps."""
+    """The figures of a record, without the seconds of steps."""
     record = figures(record)
     del record["retraining"]["seconds"]
     for row in record["history"]:
@@ -38,7 +38,7 @@ def timeless(record: dict) -> dict:
 
 
 def kill_when(outputs, arguments: list[str], reached) -> None:
-    """`kill -9` the run as soon as it is so far."""
+    """Start a run, and `kill -9` it as soon as reached() is true."""
     process = forked.start(within(outputs, *arguments))
     while process.is_alive() and not reached():
         time.sleep(0.005)
@@ -106,7 +106,7 @@ def test_a_retraining_killed_at_any_moment_goes_on_to_the_same_weights(adaptive_
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(13))
 
 
-def test_two_processes_share_what_is_kept_and_train_what_one_trains_though_they_are_killed(tmp_path, cli):
+def test_two_processes_divide_the_state_and_train_the_weights_of_one_process_even_if_killed(tmp_path, cli):
     arguments = [*SHORT, "retrain.steps=6", "budget=adaptive", "retrain.watch=0", "retrain.checkpoint=2", "schedule.interval=1"]
     cli(*arguments, f"outputs_dir={tmp_path / 'one'}")
     two, cache = tmp_path / "two", Cache(tmp_path / "two" / "cache")
@@ -124,7 +124,7 @@ def test_two_processes_share_what_is_kept_and_train_what_one_trains_though_they_
     assert record["status"] == "done" and [row["step"] for row in rows_of(two)] == list(range(1, 7))
 
 
-def test_an_error_in_several_processes_is_the_users_one_line(tmp_path, cli):
+def test_an_error_in_several_processes_is_shown_as_one_line(tmp_path, cli):
     result = cli(*SHORT, "retrain.steps=3", "retrain.processes=2", "retrain.lr=1e6", "retrain.spike=0.1", check=False)
     last = result.stdout.splitlines()[-1]
     assert result.returncode == 2 and last.startswith("error: retrain triplets+norms: step 1, batch 1") and "the loss" in last
@@ -190,6 +190,6 @@ def test_a_retraining_that_was_stopped_near_its_end_goes_on_to_the_same_weights(
     assert [row["step"] for row in rows_of(tmp_path / "stopped")] == list(range(1, 13))
 
 
-def test_the_optimiser_keeps_less_than_the_dense_models(run_here):
+def test_the_optimiser_state_is_smaller_than_the_dense_models(run_here):
     record = run_here(*SHORT, "retrain.steps=1", "retrain.watch=0")
     assert record.retraining.optimiser_bytes < record.retraining.dense_optimiser_bytes

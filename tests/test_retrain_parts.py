@@ -1,4 +1,4 @@
-"""What a retraining is made of: its parts, its losses, what is dropped on the way, what is refused."""
+"""The parts of a retraining: trained parameters, losses, dropped triplets, and settings that are refused."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_dropping_masked_triplets_changes_no_output(kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, dtype):
+def test_dropping_masked_triplets_does_not_change_the_rest_of_a_training(tmp_path, dtype):
     recipe = Recipe(steps=20, lr=0.05, warmup=2, weight_decay=0.0, clip=1e9)
     x, y = torch.randn(2, 32, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
     batch = [Sample(x, y)]
@@ -77,18 +77,18 @@ def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, d
         masters = Triplets(*(t.master for t in moved))
         masks = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score").tightening([masters], 3 * 19, recipe.steps)
 
-        def leg(moved, masks, key, progress=None, until=None):
+        def train_until(moved, masks, key, progress=None, until=None):
             history = History(Constraints({}, {}), dict.fromkeys(terms, ""), masks, 57, 57, None, recipe, lambda row: None)
             loss = lambda s: (layer(s.inputs) - s.targets).float().square().mean()  # noqa: E731
             return train(moved, loss, lambda step: batch, recipe, Cache(tmp_path), key, "test", history, None, progress, until)
 
-        progress = leg(moved, masks, name, until=masks.cool_down if dropped else None)
+        progress = train_until(moved, masks, name, until=masks.cool_down if dropped else None)
         if dropped:
             before, mask = masters.map(torch.clone), masks.masks[0]
             moved = drop_from_training(terms, masks.masks, moved, progress)
             assert all(torch.equal(t.master, left) for t, left in zip(moved, before.prune(mask).tensors, strict=True))
             assert [t.master.numel() for t in moved] == [27, 27, 3] == [m["exp_avg"].numel() for m in progress.moments.values()]
-            leg(moved, None, f"{name}.after", progress)
+            train_until(moved, None, f"{name}.after", progress)
         else:
             drop_masked(layer)
         return layer.term.dense().detach()
@@ -99,7 +99,7 @@ def test_a_training_goes_on_without_its_masked_triplets_as_with_them(tmp_path, d
     )
 
 
-def test_the_rate_of_a_tensor_depends_on_no_thread_count():
+def test_the_rate_of_a_tensor_does_not_depend_on_the_thread_count():
     sizes = [torch.randn(n, 1, generator=torch.Generator().manual_seed(n)) for n in range(60_000, 130_000, 1_777)]
     try:
         torch.set_num_threads(2)
@@ -110,7 +110,7 @@ def test_the_rate_of_a_tensor_depends_on_no_thread_count():
     assert two[0] == pytest.approx(float(sizes[0].square().mean().sqrt()), rel=1e-5)
 
 
-def test_balanced_triplets_are_of_the_same_matrix(kernel):
+def test_balancing_triplets_does_not_change_their_matrix(kernel):
     t = kernel.random_start(13, 9, 6, kernel.r, torch.Generator().manual_seed(0))
     t = Triplets(t.A * 3, t.B / 7, t.mu.clone())
     t.mu[2] = 0
@@ -122,7 +122,7 @@ def test_balanced_linear_triplets_have_factors_of_one_size():
     assert torch.allclose(t.A.norm(dim=(0, 2)), t.B.norm(dim=(0, 2))) and set(t.mu.tolist()) <= {-1.0, 1.0}
 
 
-def test_a_linear_term_begins_at_zero_and_is_paid_for_by_the_matrix(tmp_path):
+def test_a_linear_term_begins_at_zero_and_is_paid_from_the_budget_of_its_matrix(tmp_path):
     request, model = compressed(tmp_path, "retrain=lora", "retrain.steps=2", "retrain.linear_term=2")
     plain = request_of(tmp_path, *SHORT)
     for e, p in zip(request.plan.matrices, plain.plan.matrices, strict=True):
@@ -133,7 +133,7 @@ def test_a_linear_term_begins_at_zero_and_is_paid_for_by_the_matrix(tmp_path):
     assert {t.name.partition(".term.terms.")[2] for t in chosen_parts(model.module, ["linear_term"])} == {"1.A", "1.B", "1.mu"}
 
 
-def test_what_is_trained_is_what_was_named(tmp_path):
+def test_only_the_named_parts_are_trained(tmp_path):
     _, model = compressed(tmp_path)
     kinds = {"A": ("A",), "triplets": ("A", "B", "mu"), "norms": ("weight",)}
     for part, endings in kinds.items():
@@ -146,7 +146,7 @@ def test_what_is_trained_is_what_was_named(tmp_path):
         chosen_parts(model.module, ["biases"])
 
 
-def test_recomputing_blocks_gives_the_same_gradient_and_leaves_no_trace(tmp_path):
+def test_recomputing_blocks_gives_the_same_gradient_and_restores_their_forward(tmp_path):
     request, model = compressed(tmp_path)
     parameters = [t.parameter for t in chosen_parts(model.module, ["triplets", "norms"])]
     with PeakMemory(torch.device("cpu")) as whole:
@@ -158,7 +158,7 @@ def test_recomputing_blocks_gives_the_same_gradient_and_leaves_no_trace(tmp_path
     assert not any("forward" in vars(m) for m in model.module.modules())
 
 
-def test_a_model_distilled_from_itself_has_its_own_loss(tmp_path):
+def test_distillation_from_an_equal_model_adds_no_loss(tmp_path):
     request = request_of(tmp_path, *SHORT, "retrain.steps=2", "retrain.logits=1", "retrain.features=1")
     model, dense = (request.model.load("cpu", "float32", request.cache) for _ in range(2))
     loss = Distillation(model, dense, request.plan.layers, request.retraining)
@@ -240,6 +240,6 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("arguments", "told"), ERRORS, ids=[" ".join(arguments) for arguments, _ in ERRORS])
-def test_a_retraining_that_cannot_be_is_refused_at_once(tmp_path, arguments, told):
+def test_impossible_settings_are_refused_before_the_run(tmp_path, arguments, told):
     with pytest.raises(UserError, match=told.replace("[", r"\[")):
         request_of(tmp_path, *TINY, *arguments)

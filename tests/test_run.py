@@ -1,4 +1,4 @@
-"""`python run.py` as a user types it: results, records, errors."""
+"""Tests of `python run.py` from the user's side: results, records and error messages."""
 
 import json
 import subprocess
@@ -121,7 +121,7 @@ def test_every_kernel_runs_end_to_end(run_here, tmp_path, kernel):
 
 
 def replaced(arguments: list[str], *by: str) -> list[str]:
-    """Arguments with those of the same setting replaced."""
+    """The arguments, in which `by` replaces those of the same settings."""
     settings = {b.partition("=")[0] for b in by}
     return [a for a in arguments if a.partition("=")[0] not in settings] + list(by)
 
@@ -196,7 +196,7 @@ def test_text_shorter_than_a_window_fails_with_its_length_and_a_failed_record(ru
 
 
 def test_another_architecture_with_the_same_weights_is_measured_again(run_here, tmp_path):
-    """Head counts change no shape: only the configuration tells."""
+    """The number of heads does not change the shape of a weight, so only the configuration shows the difference."""
     for heads in (4, 2):
         run_here(*replaced(FAST, "model=tiny_opt"), f"model.architecture.num_attention_heads={heads}")
     four, two = (r["metrics"]["dense"]["language_modelling"]["sotu"] for r in records(tmp_path))

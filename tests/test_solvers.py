@@ -1,4 +1,4 @@
-"""Fits: against Eckart-Young, against the theory of the piecewise kernel, on real weights, and bit for bit."""
+"""Tests of fits: against Eckart-Young and the theory of the piecewise kernel, on real weights, and bit for bit."""
 
 import functools
 from contextlib import ExitStack
@@ -83,7 +83,7 @@ def test_no_piecewise_matrix_is_closer_than_the_tail_of_the_doubly_centred_weigh
 
 @pytest.mark.parametrize("h, r", [(20, 1), (10, 2), (5, 4), (2, 10)])
 def test_the_piecewise_optimum_is_reached_in_closed_form_where_the_gauge_has_room(h, r):
-    weight = random_weight(60, 80) + 0.5  # a mean that SVD would spend a direction on
+    weight = random_weight(60, 80) + 0.5  # a mean, which costs SVD one rank
     solution = fit(Piecewise(), weight, h, r)
     error = relative_error(Piecewise(), solution.triplets, weight)
     assert solution.status is Status.OPTIMAL and solution.steps == 0
@@ -92,7 +92,7 @@ def test_the_piecewise_optimum_is_reached_in_closed_form_where_the_gauge_has_roo
 
 
 def weighted_tail(weight, S, rank: int, left=None, right=None) -> float:
-    """Relative energy of W S beyond `rank`, off the unit vectors `left` (out,) and `right` (in,), by torch's own SVD."""
+    """Relative energy of W S beyond `rank`, after projecting out the unit vectors `left` (out,) and `right` (in,)."""
     seen = weight.double() @ S
     rest = seen if left is None else seen - torch.outer(left, left @ seen)
     rest = rest if right is None else rest - torch.outer(rest @ right, right)
@@ -111,7 +111,7 @@ def test_in_a_weighted_norm_too_the_piecewise_kernel_reaches_the_tail_of_the_cen
 
 
 def test_inputs_that_are_nearly_of_low_rank_leave_the_piecewise_kernel_at_its_optimum():
-    """As behind a ReLU or early in training: most directions of the inputs hardly ever occur."""
+    """Inputs are like this after a ReLU or early in training: most of their directions hardly ever occur."""
     x = random_weight(400, 80, 1) @ torch.diag(torch.logspace(0, -4, 80)) @ random_weight(80, 80, 2)
     weight, factor = random_weight(60, 80), whitening(x.T @ x)
     solution = fit(Piecewise(), weight, 20, factor=factor, steps=0)
@@ -122,7 +122,7 @@ def test_inputs_that_are_nearly_of_low_rank_leave_the_piecewise_kernel_at_its_op
 
 
 def test_inputs_of_very_different_size_leave_the_piecewise_kernel_at_its_optimum_with_factors_alike_in_size():
-    """As in a language model's first layers: what undoes the weighting would make B a hundred times smaller than A."""
+    """Inputs are like this in a language model's first layers. S^-1 would make B a hundred times smaller than A."""
     x = random_weight(400, 80, 1) @ torch.diag(torch.logspace(-1, 2, 80)) @ torch.linalg.qr(random_weight(80, 80, 2))[0]
     weight, factor = random_weight(60, 80), whitening(x.T @ x)
     solution = fit(Piecewise(), weight, 40, factor=factor, steps=0)
@@ -133,7 +133,7 @@ def test_inputs_of_very_different_size_leave_the_piecewise_kernel_at_its_optimum
 
 
 def test_inputs_that_always_add_up_to_zero_do_no_harm_to_the_piecewise_kernel():
-    """Behind a LayerNorm G 1 = 0: what s_out is cannot be seen, and must not blow up."""
+    """After a LayerNorm, G 1 = 0. The error then does not depend on s_out, which must still stay bounded."""
     x = random_weight(200, 24)
     x = x - x.mean(1, keepdim=True)
     weight = random_weight(20, 24)

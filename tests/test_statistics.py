@@ -1,4 +1,4 @@
-"""Statistics of inputs: against plain hooks, whatever the chain of blocks, the threads, the order; and within their memory."""
+"""Statistics of layer inputs, compared with plain hooks for all models, thread counts and sample orders; and their memory."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ TINY_MODELS = [name for name in options("model") if name.startswith("tiny")]
 
 
 def tiny(name: str, tmp_path, count: int = 5, include: str = r"\blayers\."):
-    """A model, the layers chosen in it, and samples that fill no batch evenly."""
+    """A model, the names of the chosen layers, and samples whose number is no multiple of a batch."""
     values = configuration(f"model={name}")
     model = instantiate(values.model, _convert_="all").load("cpu", "float32", Cache(tmp_path))
     samples = training_set("calibration", instantiate(values.statistics.data), model.reads).samples(model, count, 40, seed=1)
@@ -39,7 +39,7 @@ def collected(model, layers, samples, folder, offload=False) -> StatisticsStore:
 
 
 def hooked(model, layers, samples) -> dict[str, torch.Tensor]:
-    """Every input of every layer, in fp64, from plain forwards of one sample each."""
+    """{layer: its inputs (rows, in) in fp64}, from plain forward passes of one sample each."""
     caught: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     handles = [
         model.module.get_submodule(name).register_forward_pre_hook(
@@ -139,8 +139,8 @@ def test_fisher_information_is_the_squared_gradient_of_each_sample_summed_over_o
     assert all(p.requires_grad for p in model.module.parameters())
 
 
-def test_a_later_block_sees_what_was_put_into_an_earlier_one(run_here, tmp_path):
-    """Sequential SVD-LLM: the second block's optimum is that of inputs behind the compressed first block."""
+def test_a_later_block_reads_the_outputs_of_an_earlier_compressed_block(run_here, tmp_path):
+    """In sequential SVD-LLM, the inputs of the second block come from the compressed first block, and change its optimum."""
     arguments = ["model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "method=svd_llm"]
     arguments += ["statistics.windows=8", "statistics.length=32"]
     fits = {}
@@ -166,7 +166,7 @@ def test_the_seed_the_windows_and_their_length_make_other_statistics_and_other_r
     changes = [[], ["seed=1"], ["statistics.windows=9"], ["statistics.length=16"], ["statistics.offload=true"]]
     small = ["statistics.windows=8", "statistics.length=32"]
     found = {run_here(*arguments, *(s for s in small if s.split("=")[0] not in "".join(c)), *c).signature for c in changes}
-    assert len(found) == 4  # where the states wait changes no figure
+    assert len(found) == 4  # statistics.offload changes no figure
 
 
 def test_samples_are_windows_of_the_training_speeches_only(tmp_path):

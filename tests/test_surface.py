@@ -1,4 +1,8 @@
-"""Self-terms stay as they were fitted, and gradients know it: against autograd."""
+"""Retraining of the piecewise kernel keeps the fitted self-terms; the projected gradients are compared with autograd.
+
+Self-terms are the sums sum_l mu_l |A_il|^2 and sum_l mu_l |B_jl|^2 of a matrix. The surface is the set of triplets with the
+fitted self-terms.
+"""
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ PARTS = ("A", "B", "mu")
 
 
 def on_surface(kernel=None, h: int = 6):
-    """A term of h triplets, its surface, and the fitted self-terms."""
+    """A term with h triplets, its constraint surface, and its fitted self-terms (out,) and (in,)."""
     kernel = kernel or Piecewise(r=2)
     term = KernelTerm(kernel, kernel.random_start(13, 9, h, 2, torch.Generator().manual_seed(0)))
     own = {f"t.{part}": TrainedParameter(f"t.{part}", getattr(term, part)) for part in PARTS}
@@ -35,8 +39,8 @@ def test_a_loss_of_self_terms_alone_has_no_gradient_on_the_surface():
     assert all(float(g.abs().max()) < 1e-4 for g in found.values())
 
 
-def test_the_gradient_on_the_surface_is_that_of_the_way_back_to_it():
-    """mu is free and A makes up for it: the gradient of mu -> loss(A drawn back, mu), by autograd through one Newton step."""
+def test_the_projected_gradient_is_that_of_a_step_drawn_back_to_the_surface():
+    """Compared with autograd of mu -> loss(A drawn back, mu), through the Newton step by which A compensates mu."""
     term, surface, (fitted, _) = on_surface()
     weights = torch.randn(13, 6, 2, generator=torch.Generator().manual_seed(1))
     found = gradients(term, (term.A * weights).sum() + (term.mu**3).sum() + 0 * term.B.sum())
@@ -51,7 +55,7 @@ def test_the_gradient_on_the_surface_is_that_of_the_way_back_to_it():
     assert float((found["t.A"] * normal).sum((1, 2)).abs().max()) < 1e-4
 
 
-def test_a_step_is_drawn_back_though_triplets_are_masked():
+def test_a_step_is_drawn_back_to_the_surface_even_with_masked_triplets():
     term, surface, fitted = on_surface(h=40)
     with torch.no_grad():
         for part in PARTS:
@@ -67,7 +71,7 @@ def test_a_step_is_drawn_back_though_triplets_are_masked():
 
 
 @pytest.mark.parametrize("left", [[0], [0, 2, 4], [1, 3]])
-def test_triplets_of_one_sign_keep_rows_whose_self_terms_they_cannot_have(left):
+def test_rows_whose_self_terms_are_out_of_reach_stay_unchanged(left):
     term, surface, _ = on_surface(h=24)
     with torch.no_grad():
         term.mu.copy_(alternating_signs(24, term.mu))
@@ -83,7 +87,7 @@ def test_triplets_of_one_sign_keep_rows_whose_self_terms_they_cannot_have(left):
         assert bool(out_of_reach.any()) and torch.equal(factor.square().sum((1, 2))[out_of_reach], size[out_of_reach])
 
 
-def test_other_kernels_are_trained_freely():
+def test_other_kernels_are_trained_without_a_constraint():
     term, surface, _ = on_surface(Linear(r=2))
     found = gradients(term, term.dense().square().sum())
     before = {name: g.clone() for name, g in found.items()}

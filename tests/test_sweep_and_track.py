@@ -1,4 +1,4 @@
-"""Sweeps with their table, and what Weights & Biases is told."""
+"""Tests of sweeps and their table, and of the figures that Weights & Biases receives."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_a_sweep_survives_a_failing_job_shares_the_dense_baseline_and_ends_with_
 
 
 def inspect(outputs: Path) -> list[dict]:
-    """The records of an offline run, by W&B's own reader."""
+    """The records of an offline run, read by W&B's own reader."""
     (run,) = outputs.glob("wandb/offline-run-*")
     wandb = Path(sys.executable).with_name("wandb")
     result = subprocess.run([wandb, "leet", "inspect", "--json", run], capture_output=True, text=True, check=True)
@@ -78,7 +78,7 @@ def test_an_absent_or_failing_tracker_never_loses_a_run(cli, tmp_path, module):
 
 
 def account(tmp_path, **environment: str) -> bool:
-    """What a fresh process finds, in a home of its own."""
+    """Whether a new process with its own home directory finds an account."""
     code = "from nla.harness.track import has_account; print(has_account())"
     own = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")} | environment
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | own)

@@ -1,4 +1,4 @@
-"""Terms: forward, count, bits, checkpoints; a term of a new kind; and factors that several matrices share."""
+"""Tests of terms: forward pass, count, bits and checkpoints; a new kind of term; and factors shared by several matrices."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_the_squared_error_of_a_sum_and_its_gradient_are_those_of_its_dense_matr
 
 
 class Diagonal(Term):
-    """A term of a kind of its own: a diagonal matrix."""
+    """A new kind of term: a diagonal matrix."""
 
     def __init__(self, diagonal: torch.Tensor) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_a_term_of_a_new_kind_stands_in_a_model_is_counted_measured_and_trained(
 
 
 class SharedRight(Method):
-    """Queries, keys and values of a layer get one right factor: the best for the three stacked (a test of the contract)."""
+    """A method for tests: queries, keys and values of a layer share one right factor, the best for the three stacked."""
 
     shares_factors = True
 
@@ -229,7 +229,7 @@ def test_a_factor_that_three_matrices_share_is_counted_once_and_stays_shared(att
         (attention[n].term.dense() - w).square().sum()
         for n, w in zip(("q_proj", "k_proj", "v_proj"), stacked.float().split([16, 8, 8]), strict=True)
     )
-    assert float(lost) == pytest.approx(float(tail), rel=1e-4)  # Eckart-Young of the three together
+    assert float(lost) == pytest.approx(float(tail), rel=1e-4)  # Eckart-Young for the three stacked
     counts = matrix_counts(attention)
     assert [counts[n][0] for n in ("q_proj", "k_proj", "v_proj")] == [h * (16 + 12 + 1), h * (8 + 1), h * (8 + 1)]
     assert count_parameters(attention) == sum(numbers for numbers, _ in counts.values())

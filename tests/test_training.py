@@ -1,4 +1,4 @@
-"""Models that the harness trains itself: one recipe, one result, whatever happens on the way."""
+"""The training loop and the models that the harness trains. Kills and the thread count do not change the result."""
 
 import math
 
@@ -34,7 +34,7 @@ def network() -> nn.Module:
 
 
 def batch(step: int) -> list[Sample]:
-    """Which of three coordinates is the largest: learnable in a few steps."""
+    """Random points, labelled by the largest of three coordinates: learnable in a few steps."""
     x = torch.randn(24, 4, generator=torch.Generator().manual_seed(step))
     return [Sample(part, part[:, :3].argmax(1)) for part in x.split(8)]
 
@@ -61,7 +61,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_a_training_learns_and_depends_on_no_thread_count(tmp_path):
+def test_a_training_learns_and_does_not_depend_on_the_thread_count(tmp_path):
     one, two = trained(Cache(tmp_path / "one")), trained(Cache(tmp_path / "two"), threads=2)
     assert same(one, two)
     x, y = torch.cat([s.inputs for s in batch(99)]), torch.cat([s.targets for s in batch(99)])
@@ -181,7 +181,7 @@ def test_a_checkpoint_in_place_of_a_damaged_one_of_the_same_step_is_kept(tmp_pat
     assert file.exists() and checkpoints.restore() == Progress(4, smoothed=2.5)
 
 
-def test_what_is_removed_from_the_cache_leaves_no_draft_of_a_killed_writer(tmp_path):
+def test_removing_a_cache_entry_also_removes_the_drafts_of_killed_writers(tmp_path):
     cache = Cache(tmp_path)
     for key in ("ab.1", "abc"):
         cache.store_json("trainings", key, 1)

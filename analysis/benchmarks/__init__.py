@@ -1,1 +1,1 @@
-"""`python -m analysis.benchmarks.<name>`: measurements that no run makes."""
+"""Measurements that are not part of a run."""

@@ -1,4 +1,4 @@
-"""Peak memory and time of a compressed layer's forward, beside the form that reconstructs the matrix first."""
+"""Peak memory and time of a compressed layer, compared with a layer that reconstructs its matrix first."""
 
 import statistics
 import time
@@ -21,8 +21,8 @@ def compare_forms(
 ) -> pd.DataFrame:
     """Rows `apply` (no reconstruction), `reconstruct` (x @ dense().T) and `dense` (a plain linear layer), fp32.
 
-    Bytes are what is alive beyond the inputs; `training_extra_bytes` leaves out outputs and gradients too, which any form must
-    hold. Seconds are medians; the forms take turns, so that a drift of the machine's speed meets all.
+    Bytes are peak memory without the inputs. `training_extra_bytes` is also without outputs and gradients, which every form
+    needs. Times are medians in milliseconds. The forms take turns, so that a drift of the machine's speed affects all.
     """
     generator = torch.Generator().manual_seed(0)
     h, r = kernel.size(m, n, int((1 - ratio) * m * n))
@@ -72,7 +72,7 @@ def training(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], d_y: Ten
 
 
 def peak(work: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes that `work` had alive at most."""
+    """Peak memory of `work` in bytes."""
     with PeakMemory(DEVICE) as memory:
         work(*arguments)
     return memory.peak_bytes

@@ -1,8 +1,9 @@
-"""`python -m analysis.benchmarks.retrain_step [STEPS]`: a retraining step beside a plain transformers step of equal products.
+"""`python -m analysis.benchmarks.retrain_step [STEPS]`: time of a retraining step and of a plain transformers step.
 
-SmolLM2's shapes with random weights, half of the parameters removed, 4 windows of 512 tokens. The plain model has two
-nn.Linear in the place of each matrix, is trained on all windows as one batch with AdamW and a clipped gradient, and has the
-same parameters frozen. Both take turns in one process; medians without the first step.
+Both models have SmolLM2's shapes, random weights and half of the parameters removed. A step has 4 windows of 512 tokens. The
+plain model has two nn.Linear in the place of each matrix, so that its matrix products are equal. It is trained on all windows
+as one batch, with AdamW and a clipped gradient, and the same parameters are frozen. Both take turns in one process. Times are
+medians without the first step.
 """
 
 import json
@@ -70,7 +71,7 @@ def factors_for(dense: nn.Linear) -> nn.Module:
 
 
 def plain_step(module: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tensor) -> None:
-    """What a user of transformers would write."""
+    """A training step as a user of transformers would write it."""
     module(input_ids=tokens, labels=tokens).loss.backward()
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimiser.step()
@@ -78,7 +79,7 @@ def plain_step(module: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tens
 
 
 class Clock(History):
-    """Notes when each step ends."""
+    """A history that also notes the time at which each step ends."""
 
     def after_step(self, done: int, figures: dict[str, float]) -> None:
         super().after_step(done, figures)
@@ -90,7 +91,7 @@ ended: list[float] = []
 
 
 def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[str, float]:
-    """Median seconds of a step of both, and their ratio."""
+    """Median seconds of a step of each model, and their ratio."""
     begun.clear(), ended.clear()
     plain = model_with(factors_for).train()
     for name, p in plain.named_parameters():

@@ -1,6 +1,6 @@
-"""`python -m analysis.benchmarks.statistics_memory [SCALE [BLOCKS]]`: peak bytes of the statistics of LLaMA-7B-shaped blocks.
+"""`python -m analysis.benchmarks.statistics_memory [SCALE [BLOCKS]]`: peak memory of collecting Gram matrices, in bytes.
 
-Random weights, fp32; SCALE shrinks the width (1: 4096 and 11008), BLOCKS is how many blocks the model has.
+The model has BLOCKS blocks of LLaMA-7B's shape with random weights in fp32. SCALE shrinks their width (1: 4096 and 11008).
 """
 
 import json
@@ -21,7 +21,7 @@ WINDOW = 512
 
 
 def measure(scale: float, blocks: int, cache: Cache) -> dict[str, int]:
-    """peak_bytes beyond the weights; gram_bytes and group_bytes (inputs of its layers) of one block; all_gram_bytes."""
+    """Bytes: the peak without the weights; the Gram matrices and the layer inputs of one block; all Gram matrices."""
     width, inner = int(4096 * scale), int(11008 * scale)
     architecture = {
         "model_type": "llama",

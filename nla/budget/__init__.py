@@ -1,1 +1,1 @@
-"""How the parameters that are kept are shared among the matrices. `conf/budget/` names the ways."""
+"""Budgets: how many bits each matrix may keep. `conf/budget/` holds the presets."""

@@ -1,4 +1,4 @@
-"""The paper's budget: more triplets than may be kept at first, and the least important masked as retraining goes on."""
+"""The paper's adaptive budget: it starts with more triplets than fit the target, and masks the least important."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,17 @@ from nla.training.processes import OneProcess
 
 
 class Adaptive(Budget):
-    """Every matrix begins with b0 times its uniform share; the whole model ends within the ratio.
+    """Every matrix begins with b0 times its uniform share. Retraining reduces the model to the target (NLA; AdaLoRA).
+
+    A triplet is one summand mu_l k(A[:, l], B[:, l]) of a matrix. All triplets of the model compete for one total.
 
     Args:
-        schedule: b(t).
-        beta1, beta2: smoothing of sensitivity and of uncertainty.
-        rank: triplets are compared by `score`, or by `score_per_parameter`: those of larger matrices cost more of the budget.
+        schedule: the budget b(t).
+        beta1, beta2: smoothing of the sensitivity and of its uncertainty (see `nla.budget.importance.Importance`).
+        rank: compare triplets by `score` or by `score_per_parameter`. Triplets of larger matrices have more parameters.
+
+    Raises:
+        UserError: an argument is out of range; it names the setting.
     """
 
     tightens = True
@@ -33,7 +38,7 @@ class Adaptive(Budget):
         self.schedule, self.beta1, self.beta2, self.rank = schedule, beta1, beta2, rank
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """b0 times the uniform share, but never more than the dense matrix has."""
+        """{matrix: bits at the start}: b0 times the uniform share, but at most the dense matrix."""
         bits = min(target.width, self.schedule.b0 * target.bits)
         return {s.name: int(bits * s.n_params) for s in specs}
 
@@ -59,18 +64,21 @@ class Adaptive(Budget):
         processes: OneProcess | None = None,
         owners: Sequence[int] | None = None,
     ) -> "Tightening":
+        """The masks of one retraining; the arguments are those of `Tightening`."""
         return Tightening(self, triplets, final, steps, processes or OneProcess(), owners or [0] * len(triplets))
 
 
 class Tightening:
-    """The masks of one retraining. A masked triplet has mu = 0; the mu it had waits, and comes back with it.
+    """The masks of the triplets during one retraining. A masked triplet has mu = 0.
 
-    Its own dL/dmu goes on being known, so that it may become important again before the cool-down.
+    The last mu of a masked triplet is stored, and restored if the triplet is chosen again. This may happen until the cool-down,
+    because the importance of masked triplets is still updated from dL/dmu.
 
     Args:
-        triplets: what is trained, one container per term, masked in place.
-        final: b_f, parameters.
-        owners: the process that follows the importance of each term, and moves its numbers; masks are known to all.
+        triplets: the numbers that the optimiser updates, one container per term. mu is masked in place.
+        final: the final budget b_f, in parameters.
+        steps: number of steps of the retraining.
+        owners: for each term, rank of the process that trains it and scores its importance. Every process has all masks.
     """
 
     def __init__(
@@ -94,16 +102,16 @@ class Tightening:
 
     @property
     def cool_down(self) -> int:
-        """The step after which no mask changes any more."""
+        """Number of steps after which the masks no longer change."""
         return self.schedule.phases(self.steps)[1]
 
     def budget(self, done: int) -> int:
-        """The budget in force after `done` steps."""
+        """The budget, in parameters, that the masks obey after `done` steps."""
         return self.schedule.in_force(done, self.steps, self.start, self.final)
 
     @torch.no_grad()
     def after_gradient(self, done: int, gradients: Sequence[Triplets]) -> None:
-        """Learn from the gradient (of the own terms) of the step after `done`, at the values it was taken at."""
+        """Update the importance from the gradients of this process's terms, taken after `done` steps."""
         if done < self.cool_down:
             mus = self.whole()
             values = [Triplets(self.triplets[i].A, self.triplets[i].B, mus[i]) for i in self.own]
@@ -111,7 +119,7 @@ class Tightening:
 
     @torch.no_grad()
     def after_step(self, done: int) -> Tensor | None:
-        """Mask what the optimiser moved; where it is time to choose anew, what triplets were ranked by: (count,)"""
+        """Mask the triplets after an optimiser step. Returns their ranking (count,) if they were chosen again, else None."""
         mus, ranking = self.whole(), None
         if self.schedule.chooses(done, self.steps):
             ranking = self.ranking()
@@ -123,25 +131,25 @@ class Tightening:
         return ranking
 
     def whole(self) -> dict[int, Tensor]:
-        """mu of all own triplets, masked or not."""
+        """{term: mu (h,)} of this process's terms, with the stored values of masked triplets."""
         return {i: torch.where(self.masks[i], self.triplets[i].mu, self.waiting[i]) for i in self.own}
 
     def ranking(self) -> Tensor:
-        """What triplets of the whole model are compared by: (count,), on the CPU."""
-        device = self.triplets[0].mu.device  # parts of the model may be on others
+        """The scores by which all triplets of the model are compared: (count,), on the CPU."""
+        device = self.triplets[0].mu.device  # other terms may be on other devices
         scores = [torch.zeros(t.h, device=device) for t in self.triplets]
         for i, found in zip(self.own, self.importance.scores(), strict=True):
             scores[i] = found.to(device)
         together = torch.cat(scores)
-        self.processes.sum(together)  # each has the others' as zeros
+        self.processes.sum(together)  # each process has zeros for the terms of the others
         return together.cpu() / self.costs if self.rank == "score_per_parameter" else together.cpu()
 
     def kept(self) -> list[int]:
-        """Parameters of each term that are not masked."""
+        """Number of parameters of each term's triplets that are not masked."""
         return [int(mask.sum()) * size for mask, size in zip(self.masks, self.sizes, strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the next steps depend on."""
+        """All tensors that later steps depend on, for a checkpoint."""
         named = {f"{i}.mask": mask for i, mask in enumerate(self.masks)}
         for i, smoothed, uncertainty in zip(self.own, self.importance.smoothed, self.importance.uncertainty, strict=True):
             named[f"{i}.waiting"] = self.waiting[i]
@@ -150,5 +158,6 @@ class Tightening:
         return named
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load the state that tensors() returned."""
         for name, target in self.tensors().items():
             target.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""The contract of a budget: how many bits each matrix may keep."""
+"""The interface of a budget, which decides how many bits each matrix may keep."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from nla.models.select import LinearSpec
 
 @dataclass(frozen=True)
 class Target:
-    """What a budget shares out.
+    """The size that the selected layers may have after compression.
 
     Attributes:
-        bits: average per weight of the selected layers.
-        width: bits of a number of the model's type.
-        asked: the setting that it comes from, `ratio=0.7` or `bits=2.0`.
+        bits: average bits per weight of the selected layers.
+        width: bits per number of the model's type.
+        asked: the setting that the target comes from, such as `ratio=0.7` or `bits=2.0`.
     """
 
     bits: float
@@ -25,31 +25,31 @@ class Target:
 
     @property
     def kept(self) -> float:
-        """The kept fraction of the numbers, where numbers are stored in the model's type."""
+        """The kept fraction of the parameters, if parameters are stored in the model's type."""
         return self.bits / self.width
 
 
 class ModelView(Protocol):
-    """What a budget that looks at the model may ask for. Whatever takes long is kept on disk."""
+    """Measurements of the model that a budget may ask for. Slow ones are cached on disk."""
 
     def norms(self, name: str) -> Norms:
-        """A matrix, its spectra, and the statistics of its inputs that the budget `needs`."""
+        """A matrix, its singular values, and the statistics of its inputs that the budget `needs`."""
 
     def fit(self, name: str, bits: int) -> Fit | None:
-        """The method's fit of one matrix in so many bits, with its errors; None where they buy nothing."""
+        """The method's fit of one matrix in `bits` bits, with its errors; None if that is less than the smallest term."""
 
     def loss(self, name: str, bits: int) -> float:
-        """The model's mean loss on calibration samples with this matrix alone compressed to so many bits."""
+        """The model's mean loss (nats) on calibration samples if only this matrix is compressed, to `bits` bits."""
 
 
 class Budget(ABC):
-    """Shares out the bits of a target.
+    """Divides the bits of a target among the matrices.
 
     Attributes:
         needs: statistics of inputs that look() reads.
-        looks: shares depend on more than shapes, and are known only after look().
-        samples: calibration samples on which losses are measured.
-        tightens: shares are what retraining begins with; it ends within the target.
+        looks: the shares depend on more than shapes, and only look() gives the final ones.
+        samples: number of calibration samples for `ModelView.loss`.
+        tightens: the shares are those at the start of retraining, which ends within the target.
     """
 
     needs: frozenset[str] = frozenset()
@@ -59,11 +59,11 @@ class Budget(ABC):
 
     @abstractmethod
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """Bits per matrix name, from shapes alone; together at most the target's."""
+        """{matrix: bits}, from shapes alone. The sum is at most the target's, unless the budget `tightens`."""
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
-        """The same, with the model at hand."""
+        """{matrix: bits}, from measurements of the model; by default those of `allocate`."""
         return self.allocate(specs, target)
 
     def check_retraining(self, steps: int, train: list[list[str]]) -> None:  # noqa: B027 (most budgets go with any)
-        """Raise UserError if this budget does not go with a retraining of so many steps and these stages of parts."""
+        """Raise UserError if the budget cannot be used with `steps` retraining steps and these stages (see `Retraining`)."""

@@ -1,4 +1,4 @@
-"""Shares by effective rank: matrices whose spectrum is flat keep a larger rank (D-Rank)."""
+"""Shares by effective rank: matrices with a flat spectrum keep a larger rank (D-Rank, Mi et al., 2025)."""
 
 import re
 
@@ -10,16 +10,16 @@ from nla.models.select import LinearSpec
 
 
 class EffectiveRank(Budget):
-    """Rank of a matrix in proportion to sqrt(E / (out + in)), for factors of out + in numbers per rank.
+    """The rank of a matrix is in proportion to sqrt(E / (out + in)). Each rank costs out + in numbers.
 
-    E = exp(-sum p log p) is the effective rank, p the share of each singular value's square in their sum. The singular values
-    are those of the whitened weight W L, with L L^T the Gram matrix of the layer's inputs. No matrix gets more than its dense
-    size; what is left over goes to the others.
+    E = exp(-sum p log p) is the effective rank, where p are the squared singular values divided by their sum. The singular
+    values are those of the whitened weight W L, where L L^T is the Gram matrix of the layer's inputs (the sum of x x^T). No
+    matrix gets more than its dense size; the rest goes to the others.
 
     Args:
-        givers, takers: regular expressions searched in qualified names.
-        moved: fraction of the givers' bits that moves to the takers of the same block (D-Rank: from queries and keys to
-            values). 0: none.
+        givers, takers: regular expressions that are searched in qualified names.
+        moved: fraction of the givers' bits that moves to the takers of the same block; 0 for none. D-Rank moves bits from
+            queries and keys to values.
     """
 
     needs = frozenset({"gram"})
@@ -31,7 +31,7 @@ class EffectiveRank(Budget):
         self.givers, self.takers, self.moved = re.compile(givers), re.compile(takers), moved
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """Equal shares, before spectra are known."""
+        """Uniform shares, used until the spectra are known."""
         return Uniform().allocate(specs, target)
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
@@ -43,7 +43,7 @@ class EffectiveRank(Budget):
         return {name: int(bits) for name, bits in self.move(found, most).items()}
 
     def move(self, bits: dict[str, float], most: dict[str, float]) -> dict[str, float]:
-        """The bits after the givers of each block gave to its takers, as far as these have room."""
+        """{matrix: bits} after each block's givers gave to its takers. No taker gets more than `most`."""
         found = dict(bits)
         for block in {name.rpartition(".")[0] for name in bits}:
             names = [name for name in bits if name.rpartition(".")[0] == block]
@@ -62,14 +62,14 @@ class EffectiveRank(Budget):
 
 
 def effective_rank(spectrum: Spectrum) -> float:
-    """exp of the entropy of the squared singular values (Roy and Vetterli, 2007); 1 for a matrix of zeros."""
+    """exp of the entropy of the normalised squared singular values (Roy and Vetterli, 2007); 1 for a matrix of zeros."""
     squares = spectrum.squares
     p = squares / squares.sum().clamp(min=1e-300)
     return float((-(p * p.clamp(min=1e-300).log()).sum()).exp())
 
 
 def in_proportion(weights: dict[str, float], most: dict[str, float], total: float) -> dict[str, float]:
-    """`total` shared out in proportion to the weights, nobody more than `most`; the others share what that leaves."""
+    """`total` divided in proportion to the weights, but at most `most` for each. The others share the remainder."""
     found: dict[str, float] = {}
     while True:
         left = total - sum(found.values())

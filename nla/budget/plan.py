@@ -1,4 +1,4 @@
-"""The plan of a run: what every matrix may keep, and the terms that the method makes of it."""
+"""The plan of a run: the bits that every matrix may keep, and the terms that the method makes of them."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from nla.terms.base import Term, shares
 
 @dataclass(frozen=True)
 class PlannedMatrix:
-    """A matrix and the term that it becomes, without numbers. `bits` is its share of the budget."""
+    """A matrix, the term that will replace it (without numbers), and its share of the budget in bits."""
 
     spec: LinearSpec
     term: Term
@@ -31,7 +31,7 @@ class PlannedGroup:
 
     @property
     def bits(self) -> int:
-        """The budget of all of them."""
+        """The sum of the matrices' shares."""
         return sum(matrix.bits for matrix in self.matrices)
 
 
@@ -47,32 +47,37 @@ class Plan:
 
     @property
     def layers(self) -> list[str]:
-        """Qualified names."""
+        """Qualified names of all matrices."""
         return [matrix.spec.name for matrix in self.matrices]
 
     @property
     def selected(self) -> int:
-        """Numbers of the dense matrices."""
+        """Number of parameters of the dense matrices."""
         return sum(matrix.spec.n_params for matrix in self.matrices)
 
     @cached_property
     def kept(self) -> dict[str, int]:
-        """Numbers of each matrix's term."""
+        """{matrix: numbers that its term stores}. Shared numbers count for the first matrix only."""
         counts = [numbers for numbers, _ in shares([matrix.term for matrix in self.matrices])]
         return dict(zip(self.layers, counts, strict=True))
 
     def of_layers(self, layers: list[str]) -> "Plan":
-        """The groups whose matrices are all among these layers."""
+        """The plan of those groups whose matrices are all in `layers`."""
         return Plan(tuple(g for g in self.groups if all(m.spec.name in layers for m in g.matrices)))
 
 
 def make_plan(
     specs: list[LinearSpec], target: Target, allocated: Mapping[str, int], method: Method, dtype: torch.dtype
 ) -> Plan:
-    """The terms that a method makes of each group's bits.
+    """The plan: groups of matrices, and the terms that the method makes of their bits.
+
+    Args:
+        target: named in the error message.
+        allocated: {matrix: bits}.
+        dtype: the model's type.
 
     Raises:
-        UserError: some matrix gets less than the smallest term.
+        UserError: a matrix gets fewer bits than the smallest term takes; it names the matrix and a setting that works.
     """
     groups, starved = [], []
     for group in method.groups(specs):
@@ -88,7 +93,7 @@ def make_plan(
 
 
 def why_starved(per_weight: float, least: int, matrix: PlannedMatrix, target: Target) -> str:
-    """Why a matrix gets nothing, and what to ask for instead.
+    """The error message for a matrix whose bits buy no term, with a setting that works.
 
     Args:
         per_weight, least: bits that the smallest terms of the matrix's group take, per weight and altogether.

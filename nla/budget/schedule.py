@@ -1,4 +1,4 @@
-"""How the budget of a retraining tightens, step by step. `conf/schedule/` names the ways."""
+"""Schedules: how the budget of a retraining tightens with the steps. `conf/schedule/` holds the presets."""
 
 from abc import ABC, abstractmethod
 
@@ -6,12 +6,15 @@ from nla.machine.errors import UserError, require_integer
 
 
 class Schedule(ABC):
-    """b(t), in parameters: b0 until t_i, then down to the final budget b_f, which is reached at T - t_f and kept.
+    """The budget b(t) in parameters: b0 until step t_i, then falling to the final budget b_f at step T - t_f, then constant.
 
     Args:
-        b0: the budget at the start, as a multiple of the final one.
-        t_i, t_f: the warm-up and the cool-down, as fractions of the T steps of a retraining.
-        interval: steps between two choices of the triplets that are kept; the last choice is always made at T - t_f.
+        b0: budget at the start, as a multiple of the final budget.
+        t_i, t_f: lengths of the warm-up and the cool-down, as fractions of the T steps of a retraining.
+        interval: steps between two choices of the kept triplets. The last choice is always made at T - t_f.
+
+    Raises:
+        UserError: an argument is out of range; it names the setting.
     """
 
     def __init__(self, b0: float, t_i: float, t_f: float, interval: int) -> None:
@@ -27,13 +30,13 @@ class Schedule(ABC):
 
     @abstractmethod
     def remaining(self, p: float) -> float:
-        """What is left of b0 - b_f after a fraction p of the tightening, 0 < p < 1."""
+        """The remaining fraction of b0 - b_f after a fraction p of the tightening, 0 < p < 1."""
 
     def phases(self, steps: int) -> tuple[int, int]:
-        """The step after which the budget tightens, and the one after which it is final.
+        """The number of steps after which the budget begins to fall, and the number after which it is final.
 
         Raises:
-            UserError: nothing is left between warm-up and cool-down.
+            UserError: no step remains between warm-up and cool-down.
         """
         begin, end = round(self.t_i * steps), steps - round(self.t_f * steps)
         if begin >= end:
@@ -44,7 +47,7 @@ class Schedule(ABC):
         return begin, end
 
     def budget(self, done: int, steps: int, start: int, final: int) -> int:
-        """b(t) in parameters after `done` of `steps` steps, from `start` to `final`."""
+        """b(t) in parameters after `done` of `steps` steps, where b(t) falls from `start` to `final`."""
         begin, end = self.phases(steps)
         if done <= begin:
             return start
@@ -53,7 +56,7 @@ class Schedule(ABC):
         return final + int((start - final) * self.remaining((done - begin) / (end - begin)))
 
     def in_force(self, done: int, steps: int, start: int, final: int) -> int:
-        """The budget of the last choice of triplets: b(t) as a staircase of `interval` steps."""
+        """b(t) at the last choice of triplets, which the masks obey until the next: a staircase of `interval` steps."""
         begin, end = self.phases(steps)
         if done >= end:
             return final
@@ -61,27 +64,27 @@ class Schedule(ABC):
         return self.budget(last, steps, start, final) if last > begin else start
 
     def chooses(self, done: int, steps: int) -> bool:
-        """Whether the kept triplets are chosen anew after `done` steps."""
+        """Whether the kept triplets are chosen again after `done` steps."""
         begin, end = self.phases(steps)
         return begin < done <= end and (done % self.interval == 0 or done == end)
 
 
 class Constant(Schedule):
-    """All at once: b_f as soon as the warm-up is over."""
+    """b(t) = b_f immediately after the warm-up."""
 
     def remaining(self, p: float) -> float:
         return 0.0
 
 
 class Linear(Schedule):
-    """b_f + (b0 - b_f)(1 - p)"""
+    """b(t) = b_f + (b0 - b_f)(1 - p) with p as in `Cubic`."""
 
     def remaining(self, p: float) -> float:
         return 1 - p
 
 
 class Cubic(Schedule):
-    """b_f + (b0 - b_f)(1 - p)^3 with p = (t - t_i) / (T - t_f - t_i)  (NLA; AdaLoRA, Zhang et al., 2023)."""
+    """b(t) = b_f + (b0 - b_f)(1 - p)^3 with p = (t - t_i) / (T - t_f - t_i) (NLA; AdaLoRA, Zhang et al., 2023)."""
 
     def remaining(self, p: float) -> float:
         return (1 - p) ** 3

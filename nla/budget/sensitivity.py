@@ -1,4 +1,4 @@
-"""Shares by sensitivity: matrices whose compression hurts little are compressed more (ASVD's search, Yuan et al., 2023)."""
+"""Shares by sensitivity: a matrix keeps more if its compression raises the loss more (ASVD's search, Yuan et al., 2023)."""
 
 from nla.budget.base import Budget, ModelView, Target
 from nla.budget.uniform import Uniform
@@ -10,11 +10,14 @@ class Sensitivity(Budget):
     """More bits for the matrices whose compression alone raises the model's loss most.
 
     Each matrix alone is compressed to each candidate size, and the loss on calibration samples is measured. Every matrix then
-    gets the smallest candidate whose loss is below a bound. The bound is the lowest for which the whole fits the target.
+    gets the smallest candidate whose loss is below a common bound. The bound is the lowest for which all fit the target.
 
     Args:
-        candidates: kept fractions of a matrix.
-        samples: calibration samples that the loss is measured on.
+        candidates: fractions of a matrix that may be kept.
+        samples: number of calibration samples that the loss is measured on.
+
+    Raises:
+        UserError: an argument is out of range; it names the setting.
     """
 
     looks = True
@@ -26,7 +29,7 @@ class Sensitivity(Budget):
         self.candidates, self.samples = sorted(candidates), samples
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """Equal shares, before anything is measured."""
+        """Uniform shares, used until the losses are measured. Raises UserError if all candidates exceed the target."""
         if self.candidates[0] > target.kept:
             raise UserError(
                 f"budget.candidates={self.candidates} keep more than {target.asked} leaves; "
@@ -48,5 +51,5 @@ class Sensitivity(Budget):
 
     @staticmethod
     def smallest(options: list[int], losses: list[float], bound: float) -> int:
-        """The smallest option with a loss below the bound; the largest where none is."""
+        """The smallest option (bits) whose loss is below the bound, or the largest option if no loss is."""
         return next((bits for bits, loss in zip(options, losses, strict=True) if loss < bound), options[-1])

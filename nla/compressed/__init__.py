@@ -1,1 +1,1 @@
-"""What stands in a model in the place of a dense linear layer."""
+"""Compressed linear layers, and functions that put them into a model and count their parameters."""

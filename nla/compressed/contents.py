@@ -1,4 +1,4 @@
-"""What a compressed model holds: its terms, their counts, and how parameters are replaced by others."""
+"""The terms of a compressed model, counts of its parameters and bits, and replacement of parameters."""
 
 from collections.abc import Mapping
 
@@ -15,43 +15,43 @@ def matrix_terms(module: nn.Module) -> dict[str, Term]:
 
 
 def kernel_terms(module: nn.Module) -> dict[str, KernelTerm]:
-    """Every set of triplets in the model, by its qualified name. A sum has several."""
+    """Every KernelTerm of the model, by its qualified name. A Sum may contain several."""
     return {name: m for name, m in module.named_modules() if isinstance(m, KernelTerm)}
 
 
 def matrix_of(term_name: str, matrices: Mapping[str, Term]) -> str:
-    """The matrix that a term, by its qualified name, belongs to."""
+    """Name of the matrix to which the term with this qualified name belongs."""
     return next(name for name in matrices if f"{term_name}.".startswith(f"{name}.term."))
 
 
 def matrix_counts(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Numbers and bits of every compressed matrix. What several matrices share counts for the first of them."""
+    """(numbers, bits) of every compressed matrix, by name. A tensor shared by several counts for the first of them."""
     terms = matrix_terms(module)
     return dict(zip(terms, shares(list(terms.values())), strict=True))
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Parameters of a model as counted everywhere: tied ones once, of triplets those with mu != 0."""
+    """Number of parameters of a model. Tied parameters count once, and masked triplets (mu = 0) do not count."""
     in_terms = {id(p) for term in matrix_terms(module).values() for p in term.parameters()}
     others = sum(p.numel() for p in module.parameters() if id(p) not in in_terms)
     return others + sum(numbers for numbers, _ in matrix_counts(module).values())
 
 
 def count_bits(module: nn.Module) -> int:
-    """Bits that storing the parameters of a model takes, counted in the same way."""
+    """Bits that storing the parameters of a model takes, counted as in count_parameters()."""
     in_terms = {id(p) for term in matrix_terms(module).values() for p in term.parameters()}
     others = sum(8 * p.numel() * p.element_size() for p in module.parameters() if id(p) not in in_terms)
     return others + sum(bits for _, bits in matrix_counts(module).values())
 
 
 def replace_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put these numbers, of any shape, in the place of parameters. A parameter that is shared stays shared."""
+    """Replace parameters, by name, by these tensors, whose shapes may differ. A shared parameter stays shared."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for attribute, parameter in owner.named_parameters(recurse=False):
-            places.setdefault(id(parameter), []).append((owner, attribute))
+    for holder in module.modules():
+        for attribute, parameter in holder.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((holder, attribute))
     for name, tensor in tensors.items():
         old = module.get_parameter(name)
         new = nn.Parameter(tensor.detach().to(old.device), requires_grad=old.requires_grad)
-        for owner, attribute in places[id(old)]:
-            setattr(owner, attribute, new)
+        for holder, attribute in places[id(old)]:
+            setattr(holder, attribute, new)

@@ -1,4 +1,4 @@
-"""The layer that stands in for a dense linear layer."""
+"""The layer that replaces a dense linear layer."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from nla.terms.base import Term
 
 
 class CompressedLinear(nn.Module):
-    """y = x W'^T + the dense layer's bias, where W' is a term."""
+    """y = x W'^T + bias, where W' is the matrix of a term and the bias is that of the dense layer."""
 
     def __init__(self, term: Term, bias: Tensor | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Replace layers of a model by their qualified names."""
+"""Replacement of a model's layers by qualified name."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from nla.terms.base import Term
 
 
 def swap(model: nn.Module, terms: Mapping[str, Term]) -> None:
-    """Put a CompressedLinear in the place of every dense linear layer that has a term (on the same device)."""
+    """Replace each named dense linear layer by a CompressedLinear of its term, which must be on the same device."""
     for name, term in terms.items():
         dense = get_linear(model, name)
         layer = CompressedLinear(term, dense.bias)
@@ -17,14 +17,14 @@ def swap(model: nn.Module, terms: Mapping[str, Term]) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Put the dense layer of the same matrix in the place of every CompressedLinear."""
+    """Replace every CompressedLinear by the dense layer of the same matrix."""
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             model.set_submodule(name, module.dense())
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:
-    """The dense linear layer of this name."""
+    """The dense linear layer with this qualified name."""
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module

@@ -1,1 +1,1 @@
-"""The books of a run: what was asked, what it will cost, what came out, and where it is shown."""
+"""The request of a run, its estimated cost, its record, and its output to the terminal and to trackers."""

@@ -1,4 +1,4 @@
-"""What the fits of a run cost, counted from shapes, and how long that takes on this machine, from a short measurement."""
+"""The cost of a run's fits: operations, counted from shapes, and the speed of this machine, from a short measurement."""
 
 import time
 from collections.abc import Callable
@@ -16,14 +16,18 @@ from nla.solvers.squared_error import squared_error
 from nla.terms.kernel_term import KernelTerm
 
 LARGEST = 512  # side of the largest matrix that is measured
-TOKENS = 512  # a forward's cost per token is counted at this many
+TOKENS = 512  # tokens for which a forward pass is counted, to get its cost per token
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations (FLOP), forward per token and in the selected layers only; rates in FLOP/s of all workers together.
+    """Operations in FLOP, and rates in FLOP/s of all workers together; a rate is 0 if it was not measured.
 
-    A rate is 0 where nothing was measured.
+    Attributes:
+        dense_forward, forward: of the selected layers per token, before and after compression.
+        starts: of the starts of all fits.
+        step: of one step of all fits.
+        steps: largest number of steps.
     """
 
     dense_forward: float
@@ -36,7 +40,7 @@ class Cost:
 
 
 def estimate(prepared: PreparedRun) -> Cost:
-    """Operations of fits and forward, and the rates at which a small matrix is started and stepped here."""
+    """Operations of fits and forward passes, and the speed of fitting a small matrix on this machine."""
     method, terms = prepared.method, [matrix.term for matrix in prepared.plan.matrices]
     start_rate, step_rate = measured_rates(prepared, method) if isinstance(method, MatrixMethod) else (0.0, 0.0)
     return Cost(
@@ -51,7 +55,7 @@ def estimate(prepared: PreparedRun) -> Cost:
 
 
 def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, float]:
-    """FLOP/s of a start and of a step, one matrix per worker, for a random matrix like the first planned but not larger."""
+    """FLOP/s of a start and of a step: one random matrix per worker, shaped like the first planned one, at most LARGEST."""
     device, planned = torch.device(prepared.device), prepared.plan.matrices[0]
     m, n = min(planned.spec.out_features, LARGEST), min(planned.spec.in_features, LARGEST)
     bits = max(int(planned.bits / planned.spec.n_params * m * n), method.least_bits([(m, n)], torch.float32))
@@ -83,7 +87,7 @@ def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, 
 
 
 def rate(work: Callable[[int], None], times: int, device: torch.device) -> float:
-    """How often per second the workers together do the work, after doing it once."""
+    """How often all workers together do the work per second, after one warm-up call."""
     work(0)
     begun = time.perf_counter()
     for _ in ordered_map(work, range(times), device):

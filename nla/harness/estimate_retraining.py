@@ -1,4 +1,4 @@
-"""What a retraining costs, counted on the model's architecture without weights."""
+"""The cost of a retraining, counted on the model's architecture without weights."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ from nla.harness.request import PreparedRun
 from nla.matrix.triplets import triplet_size
 from nla.terms.kernel_term import KernelTerm
 
-FP32, MOMENTS = 4, 8  # bytes of a number, and of the two that AdamW (or importance) keeps of it
+FP32, MOMENTS = 4, 8  # bytes of a number, and of the two averages that AdamW (or importance) keeps for it
 
 
 @dataclass(frozen=True)
 class RetrainingCost:
-    """Operations (FLOP) of all steps; bytes of one process beside activations, where processes have equal shares.
+    """Operations in FLOP, and bytes of one process without activations, if all processes have equal shares.
 
     Attributes:
-        forward: of one sample through the compressed model, as the retraining finds it.
-        flops: of all samples: the forward, twice as much for the gradient, the forward again where blocks are recomputed, and
-            the dense model's forward where it is learnt from. From the cool-down on without the triplets that are gone.
-        gradient_bytes: that of a micro-batch in the model's type, and the sum of the own part in fp32.
+        forward: operations of one sample through the compressed model, before retraining drops triplets.
+        flops: operations of all samples: a forward pass, twice as much for the gradient, another forward pass if blocks are
+            recomputed, and one of the dense model if it is a teacher. Dropped triplets do not count from the cool-down on.
+        gradient_bytes: gradient of a micro-batch in the model's type, and the process's share of its sum in fp32.
     """
 
     samples: int
@@ -39,7 +39,8 @@ class RetrainingCost:
 def retraining_cost(prepared: PreparedRun) -> RetrainingCost:
     """The cost of the request's retraining.
 
-    Operations are an upper bound: gradients of frozen weights are counted as if they were made. Norms and biases are not.
+    Operations are an upper bound: they include gradients of frozen weights, which are not computed. Norms and biases are not
+    counted.
     """
     settings, matrices = prepared.retraining, prepared.plan.matrices
     dense, rows = dense_forward(prepared)
@@ -71,7 +72,7 @@ def retraining_cost(prepared: PreparedRun) -> RetrainingCost:
 
 
 def mean_kept(prepared: PreparedRun) -> float:
-    """The fraction of the triplets that a step computes with, mean over the steps."""
+    """The fraction of the triplets that a step computes with, averaged over all steps."""
     if not isinstance(prepared.budget, Adaptive):
         return 1.0
     steps = prepared.retraining.steps
@@ -81,7 +82,7 @@ def mean_kept(prepared: PreparedRun) -> float:
 
 
 def moved(matrix: PlannedMatrix, parts: set[str], linear_term: int) -> int:
-    """Parameters of a matrix's terms that these parts of `retrain.train` name."""
+    """Number of parameters of one matrix that retraining changes, given these parts of `retrain.train`."""
     m, n = matrix.spec.out_features, matrix.spec.in_features
     terms = [leaf for leaf in matrix.term.leaves() if isinstance(leaf, KernelTerm)]
     sizes = {"A": m * linear_term, "B": n * linear_term, "mu": linear_term}
@@ -95,7 +96,7 @@ def moved(matrix: PlannedMatrix, parts: set[str], linear_term: int) -> int:
 
 
 def dense_forward(prepared: PreparedRun) -> tuple[float, dict[str, int]]:
-    """Operations of one sample through the dense model, as torch counts them, and the rows that each selected layer reads."""
+    """Operations of one sample through the dense model, counted by torch, and the input rows of each selected layer."""
     module, _ = prepared.model.empty(prepared.model.configuration(prepared.cache))
     rows: dict[str, int] = {}
 
@@ -113,7 +114,7 @@ def dense_forward(prepared: PreparedRun) -> tuple[float, dict[str, int]]:
 
 
 def meta_sample(prepared: PreparedRun, module: nn.Module) -> Tensor:
-    """One sample's shape: token ids, or an image of the size that timm has for the model."""
+    """One sample on the meta device: token ids, or an image of the size that timm has for the model."""
     if prepared.inventory.reads == "text":
         return torch.zeros(1, prepared.retraining.length, dtype=torch.long, device="meta")
     from timm.data import resolve_model_data_config

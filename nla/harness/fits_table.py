@@ -1,4 +1,4 @@
-"""The per-matrix figures of a run, `fits.csv`: one row a matrix, floats with five significant digits."""
+"""The table `fits.csv` of a run: one row per matrix, floats with five significant digits."""
 
 import csv
 import io
@@ -12,11 +12,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Pla
 from nla.machine.cache import write_atomically
 from nla.machine.errors import UserError
 
-DIGITS = 5  # significant, of every float
+DIGITS = 5  # significant digits of every float
 
 
 class TermSize(NamedTuple):
-    """One term of a matrix: the kernel's name, the number of triplets, and their rank; 0 where a term has none."""
+    """One term of a matrix: kernel name, number h of triplets, and columns r per triplet. Both are 0 without triplets."""
 
     kernel: str
     h: int
@@ -24,10 +24,10 @@ class TermSize(NamedTuple):
 
 
 def parse_terms(text: str) -> list[TermSize]:
-    """The terms that `Term.describe` wrote.
+    """The terms in a text that `Term.describe` wrote.
 
     Raises:
-        ValueError: a term has no name, or its h or r is no number.
+        ValueError: a term has no name, or its h or r is not a number.
     """
     sizes = []
     for term in text.split(" + "):
@@ -40,12 +40,12 @@ def parse_terms(text: str) -> list[TermSize]:
 
 
 def rounded(value: float) -> float:
-    """The float with five significant digits."""
+    """The float rounded to five significant digits."""
     return float(f"{value:.{DIGITS}g}")
 
 
 def parse_shape(value: Any) -> Any:
-    """(192, 576) of `192x576`."""
+    """Split a text such as `192x576` into its numbers. Other values are returned as they are."""
     return tuple(value.split("x")) if isinstance(value, str) else value
 
 
@@ -56,7 +56,7 @@ def check_terms(text: str) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """`field: what is wrong with it`"""
+    """The first error, as `field: message`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     return f"{where}: {first['msg']}"
@@ -73,13 +73,13 @@ CountOrNone = Annotated[int | None, BeforeValidator(none_if_empty)]
 
 
 class FitRecord(BaseModel):
-    """One matrix; see `nla.methods.fit.Fit` for the meaning and unit of each figure.
+    """The figures of one matrix; see `nla.methods.fit.Fit` for the meaning and unit of each.
 
     Attributes:
-        terms: kernel, number of triplets and rank of each term; `parse_terms` reads it.
-        n_params, bits: what the fit stores, in numbers and in bits.
-        status: a code and what had to be repaired; `nla.solvers.base.in_words` explains it.
-        fitted, kept: parameters before and after retraining; None where nothing was retrained.
+        terms: kernel, h and r of each term, as text; `parse_terms` reads it.
+        n_params, bits: size of the fit, in numbers and in bits.
+        status: code of how the fit ended, and codes of repairs; `nla.solvers.base.in_words` explains them.
+        fitted, kept: number of parameters before and after retraining; None without retraining.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -106,7 +106,7 @@ class FitRecord(BaseModel):
 
     @property
     def kept_fraction(self) -> float:
-        """Parameters that are stored at the end, as a fraction of the dense matrix's."""
+        """Number of parameters stored at the end, as a fraction of those of the dense matrix."""
         return (self.n_params if self.kept is None else self.kept) / (self.shape[0] * self.shape[1])
 
 
@@ -114,7 +114,7 @@ COLUMNS = list(FitRecord.model_fields)
 
 
 def to_row(fit: FitRecord) -> dict[str, str]:
-    """The row of a matrix as text; empty where a figure is unknown."""
+    """The cells of a matrix's row, as text. A cell is empty if its figure is unknown."""
     return {name: to_cell(value) for name, value in fit.model_dump().items()}
 
 
@@ -125,12 +125,12 @@ def to_cell(value: Any) -> str:
 
 
 def write_fits(path: Path, fits: list[FitRecord]) -> None:
-    """Write the table whole."""
+    """Write the table of these matrices atomically."""
     write_atomically(path, table_text(COLUMNS, map(to_row, fits)).encode())
 
 
 def table_text(columns: list[str], rows: Iterable[dict[str, str]]) -> str:
-    """A CSV with these columns; a cell is empty where a row has none."""
+    """The text of a CSV table with these columns. A cell is empty if its row does not have it."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -139,10 +139,10 @@ def table_text(columns: list[str], rows: Iterable[dict[str, str]]) -> str:
 
 
 def read_fits(path: Path) -> list[FitRecord]:
-    """The matrices of a table.
+    """The matrices of a `fits.csv`.
 
     Raises:
-        UserError: the file is missing, cut, or a figure is none; it names the file, the row and the field.
+        UserError: the file is missing or incomplete, or a figure is not valid. The message names file, row and field.
     """
     try:
         text = path.read_text()
@@ -152,7 +152,11 @@ def read_fits(path: Path) -> list[FitRecord]:
 
 
 def parse_fits(text: str, path: Path, columns: list[str]) -> list[tuple[dict[str, str], FitRecord]]:
-    """(other cells, matrix) of every row of a table that has `columns`, those of a matrix among them."""
+    """(other cells, matrix) of every row of a CSV text. `columns` are those of a FitRecord, and any others.
+
+    Raises:
+        UserError: the text is damaged. The message names `path`, the row and the field.
+    """
     rows = csv.DictReader(io.StringIO(text))
     if list(rows.fieldnames or []) != columns:
         raise UserError(f"{path} is not a table of fits: its columns are {rows.fieldnames}, not {columns}; delete it")

@@ -1,4 +1,4 @@
-"""The record of a run: what was asked, where it ran, and every figure. `outputs/runs/<readable name>-<signature>/`."""
+"""The record of a run in `outputs/runs/<readable name>-<signature>/`: its settings, environment and figures."""
 
 import json
 import re
@@ -21,7 +21,7 @@ class Strict(BaseModel):
 
 
 class Parameters(Strict):
-    """Counts; ratio and model_ratio are removed fractions."""
+    """Numbers of parameters before and after compression. ratio and model_ratio are the removed fractions."""
 
     selected_before: int
     selected_after: int
@@ -32,7 +32,7 @@ class Parameters(Strict):
 
 
 class Bits(Strict):
-    """What storing takes: bits per weight of the selected matrices at the end, bytes of the whole model's parameters."""
+    """Storage: bits per weight of the selected matrices at the end, and bytes of all parameters before and after."""
 
     selected_per_weight: float
     model_bytes_before: int
@@ -40,20 +40,20 @@ class Bits(Strict):
 
 
 class RetrainRecord(Strict):
-    """What retraining took; `seconds` are of all steps."""
+    """Size and cost of a retraining. `seconds` is the sum over all steps."""
 
     steps: int
-    tokens: int | None  # that were trained on; None where samples are no text
+    tokens: int | None  # None for images
     samples: int
-    trained: int  # parameters that were moved
+    trained: int  # number of parameters that the optimiser changed at once
     optimiser_bytes: int
     importance_bytes: int
-    dense_optimiser_bytes: int  # of AdamW on the whole dense model
+    dense_optimiser_bytes: int  # that AdamW would take to train the whole dense model
     seconds: float
 
 
 class MadeFrom(Strict):
-    """What the signature was made from, beside `config`: digests of local inputs and of the code, versions of packages."""
+    """The origin of a run's figures, part of the signature: digests of the inputs and of the code, and versions of packages."""
 
     inputs: dict[str, str]
     code: str
@@ -61,15 +61,16 @@ class MadeFrom(Strict):
 
 
 class RunRecord(Strict):
-    """Schema 2: `record.json`, and what is in files beside it.
+    """The record of a run (schema 2): the fields of `record.json`, and `fits` and `history` from files beside it.
 
     Attributes:
-        command: as typed, in a sweep with the job's own settings; None where there was no command line.
+        command: the command line; for a job of a sweep, with its own settings; None without a command line.
         started, finished: UTC, ISO 8601.
-        metrics: {stage: {task: {data: {metric: value}}}}; resident bytes are a metric.
-        seconds, peak_bytes: by stage; what one worker had alive beyond the weights (on CUDA: the process).
+        metrics: {stage: {task: {data: {metric: value}}}}.
+        seconds: wall time of each stage.
+        peak_bytes: peak memory of one worker in each stage, without the weights (on CUDA: of the process).
         fits: the rows of `fits.csv`.
-        history: rows as in `nla.retrain.history`; `steps.jsonl` has them.
+        history: the rows of `steps.jsonl`, see `nla.retrain.history`.
     """
 
     version: Literal[2] = Field(default=SCHEMA, alias="schema")
@@ -105,7 +106,7 @@ def read_record(folder: Path) -> RunRecord:
     """The validated record of a run's folder, with its fits and without its history (see `read_history`).
 
     Raises:
-        UserError: a file is missing, or is not of this schema; it names the file and the field.
+        UserError: a file is missing, or does not have this schema. The message names the file and the field.
     """
     path = folder / "record.json"
     try:
@@ -119,10 +120,10 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The steps of a retraining (`steps.jsonl`), empty where nothing was retrained.
+    """The history of a run's retraining (`steps.jsonl`), or an empty list without retraining.
 
     Raises:
-        UserError: a line is damaged; it names the file and the line.
+        UserError: a line is damaged. The message names the file and the line.
     """
     path, rows = folder / "steps.jsonl", []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
@@ -146,18 +147,18 @@ def run_name(config: dict[str, Any], signature: str) -> str:
 
 
 def module_name(settings: dict[str, Any]) -> str:
-    """The last part of the module that holds the class which the settings name: `svd_llm` of `nla.methods.svd_llm.SVDLLM`."""
+    """Last part of the module name in a group's `_target_`: `svd_llm` for `nla.methods.svd_llm.SVDLLM`."""
     return settings["_target_"].split(".")[-2]
 
 
 def make_up(config: dict[str, Any], inputs: dict[str, str]) -> MadeFrom:
-    """What figures of this configuration come from: the contents of local inputs, and the code and packages that compute."""
+    """Digests of inputs and code, and versions of packages, on which the figures of this configuration depend."""
     code = code_digest("nla.pipeline", *target_modules(config))
     return MadeFrom(inputs=inputs, code=code, packages=computing_packages())
 
 
 def signature(config: dict[str, Any], made_from: MadeFrom) -> str:
-    """Digest of a run: the resolved configuration, without what changes no figure, and what it is made from."""
+    """Digest that identifies a run: the configuration, without settings that change no figure, and `made_from`."""
     asked = {key: value for key, value in config.items() if key not in NOT_IN_SIGNATURE}
     if "statistics" in asked:
         asked["statistics"] = {k: v for k, v in asked["statistics"].items() if k not in ("offload", "collect")}
@@ -165,6 +166,6 @@ def signature(config: dict[str, Any], made_from: MadeFrom) -> str:
 
 
 def write_line(file: Any, value: dict[str, Any]) -> None:
-    """One line of a jsonl file, on disk when this returns."""
+    """Write one line of a jsonl file and flush it."""
     file.write(json.dumps(value) + "\n")
     file.flush()

@@ -1,4 +1,4 @@
-"""From live objects to the record of a run: fits, counts, bits."""
+"""Entries of a record, made from fits and models: figures of each matrix, parameter counts, bits."""
 
 from nla.compressed.contents import count_bits, matrix_counts
 from nla.harness.fits_table import FitRecord
@@ -16,12 +16,12 @@ def fit_record(name: str, fit: Fit) -> FitRecord:
 
 
 def kept_parameters(model: Model) -> dict[str, int]:
-    """Numbers that are stored for each compressed matrix."""
+    """Number of parameters stored for each compressed matrix, by name."""
     return {name: numbers for name, (numbers, _) in matrix_counts(model.module).items()}
 
 
 def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[str, int]) -> Parameters:
-    """Counts before and after; what is not selected, biases included, is the same in both."""
+    """Parameter counts before and after. Parameters that are not selected, such as biases, are in both model counts."""
     selected, kept = prepared.plan.selected, sum(matrices.values())
     return Parameters(
         selected_before=selected,
@@ -34,7 +34,7 @@ def parameters(prepared: PreparedRun, before: int, after: int, matrices: dict[st
 
 
 def bits(prepared: PreparedRun, before: int, model: Model) -> Bits:
-    """What the model takes at the end; `before` are the bits of the dense model."""
+    """The storage of the model at the end. `before` is the number of bits of the dense model."""
     selected = sum(bits for _, bits in matrix_counts(model.module).values())
     return Bits(
         selected_per_weight=selected / prepared.plan.selected,

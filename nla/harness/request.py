@@ -1,4 +1,4 @@
-"""From Hydra's configuration to plain values and live objects; everything that is wrong with a request is found here."""
+"""Turns Hydra's configuration into plain values and objects, and checks the request before the work begins."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,18 +22,18 @@ from nla.retrain.settings import Retraining
 from tasks.base import Task
 from tasks.data.base import Data, training_set
 
-INGREDIENTS = ["kernel", "solver", "data", "calibration", "schedule"]  # groups that reach a run only inside other groups
+INGREDIENTS = ["kernel", "solver", "data", "calibration", "schedule"]  # groups that a run has only inside other groups
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A valid request: plain values for the record, objects for the work.
+    """A checked request: plain values for the record, and objects that do the work.
 
     Attributes:
-        settings: what all this was made from.
-        values: the same for the record, with nothing in it that this request does not use.
-        calibration: what samples for the method and the budget are drawn from; None if they need none.
-        training_data: what the retraining learns from; None if there is none.
+        settings: the settings from which all other attributes were built.
+        values: the settings for the record, resolved for this machine and without groups that this request does not use.
+        calibration: data from which method and budget get samples; None if they need none.
+        training_data: data for retraining; None without retraining.
     """
 
     settings: dict[str, Any]
@@ -62,12 +62,12 @@ class PreparedRun:
 
     @property
     def final_numbers(self) -> int:
-        """The most numbers, in the model's type, that the selected matrices may keep in the end."""
+        """The largest number of parameters, in the model's type, that the selected matrices may have at the end."""
         return int(self.target.kept * self.plan.selected)
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Digests of local files the request names."""
+        """Digests of the data and the model that the request names, by setting."""
         files = {f"data.{task.name}": task.data.identity(self.cache) for task in self.tasks}
         if self.calibration is not None:
             files["calibration"] = self.calibration.identity(self.cache)
@@ -76,7 +76,7 @@ class PreparedRun:
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError, in one sentence, if the weights, the data or the processors cannot be had."""
+        """Raise UserError if the weights, the data or enough GPUs are not available."""
         processes, there = self.retraining.processes, torch.cuda.device_count()
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
@@ -90,10 +90,10 @@ class PreparedRun:
 
 
 def resolve(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with every `auto` replaced by what it means on this machine.
+    """The settings with every `auto` replaced by its value on this machine.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: this machine does not have the device.
     """
     values = settings | {"device": find_device(settings["device"])}
     solver = values["method"].get("solver", {})
@@ -103,7 +103,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_device(asked: str) -> str:
-    """The device that `device=` means here."""
+    """The torch device that `device=...` selects on this machine."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -125,10 +125,10 @@ def has_matrix_units(device: str) -> bool:
 
 
 def prepare(settings: dict[str, Any]) -> PreparedRun:
-    """Build and check everything that can be checked without weights and text.
+    """Build a request's objects, and check all that can be checked without weights and data.
 
     Raises:
-        UserError: what is wrong, what is allowed, what to do.
+        UserError: a setting is wrong. The message names it, the allowed values and a remedy.
     """
     values = resolve(settings)
     cache = Cache(Path(values["cache_dir"]))
@@ -168,7 +168,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
 
 
 def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:
-    """Raise UserError if this model cannot be retrained so."""
+    """Raise UserError if the model cannot be retrained with these settings."""
     if not retraining.steps:
         return
     if inventory.reads == "text" and retraining.length > inventory.limit:
@@ -187,10 +187,17 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
 
 
 def learnt_from(values: dict[str, Any], used: dict[str, bool], kind: str) -> tuple[dict[str, Any], dict[str, Data | None]]:
-    """The values with the one set that the model reads as `data` of each group that is used, and the sets themselves.
+    """Reduce the data of calibration and retraining to the one data set that the model can read.
+
+    Args:
+        used: whether the run uses the groups `statistics` and `retrain`.
+        kind: the input of the model, `text` or `images`.
+
+    Returns:
+        the values, in which `data` of each used group is that set's configuration, and the set of each group (or None).
 
     Raises:
-        UserError: no such set was chosen.
+        UserError: no set of this kind was chosen.
     """
     sets: dict[str, Data | None] = dict.fromkeys(used)
     for group in (group for group, needed in used.items() if needed):
@@ -201,15 +208,15 @@ def learnt_from(values: dict[str, Any], used: dict[str, bool], kind: str) -> tup
 
 
 def reads_calibration(method: Method, budget: Budget) -> bool:
-    """Whether calibration samples are read."""
+    """Whether the method or the budget needs calibration samples."""
     return bool(method.needs or budget.needs or budget.samples)
 
 
 def target_of(values: dict[str, Any]) -> Target:
-    """Bits per weight from `ratio` or `bits`.
+    """The target of the budget in bits per weight, from `ratio` or `bits`.
 
     Raises:
-        UserError: bits=... is not below the width of the model's type.
+        UserError: `bits` is not below the width of the model's type.
     """
     width = 8 * DTYPES[values["dtype"]].itemsize
     if values["bits"] is None:
@@ -226,10 +233,10 @@ def check_sharing(method: Method, budget: Budget) -> None:
 
 
 def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int, width: int) -> dict[str, int]:
-    """The bits that a linear term of this rank, of numbers of this width, leaves of every matrix's share.
+    """The bits of every matrix without those of a linear term of this rank, whose numbers have `width` bits.
 
     Raises:
-        UserError: it leaves some matrix nothing.
+        UserError: no bits are left for some matrix.
     """
     left = {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) * width for s in specs}
     for s in specs:
@@ -244,7 +251,7 @@ def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: i
 
 
 def build(group: str, node: dict[str, Any]) -> Any:
-    """The object that a group's `_target_` names."""
+    """The object that a group's configuration describes: an instance of its `_target_`."""
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:

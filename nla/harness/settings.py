@@ -1,4 +1,4 @@
-"""The plain values at the top of the configuration, checked before anything heavy is imported."""
+"""Checks the plain values at the top of the configuration, before heavy packages are imported."""
 
 from typing import Annotated, Any, Literal
 
@@ -39,7 +39,7 @@ class Estimate(BaseModel):
 
 
 class Settings(BaseModel):
-    """conf/config.yaml without Hydra's own part."""
+    """The schema of conf/config.yaml, without Hydra's own settings."""
 
     model_config = ConfigDict(extra="forbid")
     ratio: Annotated[
@@ -74,7 +74,7 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain values.
 
     Raises:
-        UserError: a value is missing or not allowed; it names the setting.
+        UserError: a value is missing or not allowed. The message names the setting.
     """
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -97,11 +97,15 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def with_one_target(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings with one of `ratio` and `bits`; without either, ratio=0.7."""
+    """The settings with exactly one of `ratio` and `bits`. If both are None, ratio is 0.7.
+
+    Raises:
+        UserError: both are given.
+    """
     if values["ratio"] is not None and values["bits"] is not None:
         raise UserError(
             f"ratio={values['ratio']} and bits={values['bits']} are both given, and each says how much is kept; "
-            "give one of them (ratio=null takes away that of an experiment)"
+            "give one of them (ratio=null removes that of an experiment)"
         )
     return values | {"ratio": DEFAULT_RATIO} if values["ratio"] is None and values["bits"] is None else values
 

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: the plan, the result, the sweep. Everything fits 80 columns."""
+"""Terminal output: the plan of a run, its result, and the table of a sweep. Lines have at most 80 columns."""
 
 import logging
 import math
@@ -18,13 +18,14 @@ from nla.harness.record import RunRecord, read_record
 from nla.harness.request import PreparedRun
 from nla.matrix.triplets import triplet_size
 from nla.models.base import DTYPES
-from nla.solvers.base import in_words
+from nla.solvers.base import Status
 
 log = logging.getLogger(__name__)
+REPAIRED = {"gram": "Gram matrices (diagonal raised)", "fisher": "Fisher information (zero)"}  # by code in a fit's status
 
 
 def announce(prepared: PreparedRun) -> None:
-    """What is about to be removed, before the work begins."""
+    """Log how many parameters the run is going to remove."""
     selected = prepared.plan.selected
     fitted, kept = sum(prepared.plan.kept.values()), kept_in_the_end(prepared)
     total = prepared.inventory.parameters
@@ -53,7 +54,7 @@ def kept_in_the_end(prepared: PreparedRun) -> int:
 
 
 def show_plan(prepared: PreparedRun) -> None:
-    """A dry run: matrices by kind, their sizes and costs, and how long they should take here."""
+    """Log the plan of a dry run: matrices by kind, their sizes and costs, and the expected time on this machine."""
     kinds: dict[tuple, list[PlannedMatrix]] = defaultdict(list)
     for matrix in prepared.plan.matrices:
         kind = re.sub(r".*\.\d+\.", "", matrix.spec.name)
@@ -88,7 +89,7 @@ def show_plan(prepared: PreparedRun) -> None:
 
 
 def cost_of_retraining(prepared: PreparedRun) -> list[list[str]]:
-    """Operations, bytes and hours of the retraining, on the device of `estimate`."""
+    """Rows of the plan on retraining: steps, operations, time and memory on the device of `estimate`."""
     cost, device = retraining_cost(prepared), prepared.values["estimate"]
     seconds = cost.flops / (device["flops"] * device["used"])
     processes = prepared.retraining.processes
@@ -109,7 +110,7 @@ def cost_of_retraining(prepared: PreparedRun) -> list[list[str]]:
 
 
 def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
-    """The figures of a finished run and where they are."""
+    """Log the figures of a finished run, and the path of its record."""
     rows = [
         [stage, data, *headline(figures), measured_on(figures)]
         for stage, tasks in record.metrics.items()
@@ -152,14 +153,19 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
 
 
 def told_of_endings(record: RunRecord) -> str:
-    """How many fits ended in which way."""
-    endings = Counter(re.sub(r"[+=]\S+", "", fit.status) for fit in record.fits)
-    lines = [f"{count} of {len(record.fits)}: {in_words(status)}" for status, count in endings.most_common()]
-    return textwrap.indent("\n".join(textwrap.fill(line, 72) for line in lines), 8 * " ")
+    """How many fits ended in which way and how many needed a repair, such as `ended: 11 optimal, 3 converged`."""
+    statuses = [re.sub(r"[+=]\S+", "", fit.status).split() or ["unknown"] for fit in record.fits]
+    endings = Counter(code for code, *_ in statuses)
+    repairs = Counter(name for _, *names in statuses for name in names)
+    hints = {Status.STEP_LIMIT.code: " (solver.steps=... goes on)"}
+    line = "ended: " + ", ".join(f"{count} {code}{hints.get(code, '')}" for code, count in endings.most_common())
+    if repairs:
+        line += "; repaired: " + ", ".join(f"{count} {REPAIRED.get(name, name)}" for name, count in repairs.most_common())
+    return textwrap.fill(line, 80, subsequent_indent=8 * " ")
 
 
 def told_of_retraining(record: RunRecord) -> str:
-    """What retraining took, and what it left of the matrices."""
+    """The cost of retraining, and the fraction of parameters that the matrices keep."""
     r, left = record.retraining, [fit.kept_fraction for fit in record.fits]
     assert r is not None
     what = f"{r.tokens:,} tokens" if r.tokens else f"{r.samples:,} samples"
@@ -172,7 +178,7 @@ def told_of_retraining(record: RunRecord) -> str:
 
 
 def show_sweep(outcomes: list[dict[str, Any]]) -> None:
-    """One line per job, labelled by the settings in which jobs differ; failures again below, with their reasons."""
+    """Log a table with one line per job, labelled by the settings in which jobs differ, and the reasons of failures."""
     shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes))
     rows, failures = [], []
     for outcome in outcomes:
@@ -208,7 +214,7 @@ def headline(figures: dict[str, float]) -> tuple[str, str]:
 
 
 def measured_on(figures: dict[str, float]) -> str:
-    """`8 of 39 windows`"""
+    """The amount of data behind a metric, such as `8 of 39 windows`."""
     for unit in ("windows", "images", "questions"):
         if unit in figures:
             available = figures.get(f"{unit}_available")
@@ -217,7 +223,7 @@ def measured_on(figures: dict[str, float]) -> str:
 
 
 def stage_headline(record: RunRecord, stage: str) -> str:
-    """The figure of the stage's first task, of its last data: where there are several, their average."""
+    """The first metric of a stage's first task, on its last data set, which is the average if it has several."""
     tasks = list(record.metrics.get(stage, {}).values())
     if not tasks:
         return ""

@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Receives figures as they come into being.
+    """Receives the figures of a run as soon as they are known.
 
-    `outputs` is where a tracker may keep files of its own; `folder` is the run's, with its figure.
+    `outputs` is a folder in which a tracker may keep its own files. `folder` is that of the run, with its images.
     """
 
     def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None: ...
@@ -33,7 +33,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """`track=none`."""
+    """A tracker that does nothing (`track=none`)."""
 
     def begin(self, record: RunRecord, plan: Plan, outputs: Path) -> None:
         pass
@@ -52,11 +52,13 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Weights & Biases: online with an account (WANDB_API_KEY or `wandb login`), else offline; never asks, never stops a run.
+    """Weights & Biases: online with an account (WANDB_API_KEY or `wandb login`), else offline. It never prompts.
+
+    An error of W&B ends the tracking, but not the run.
 
     Args:
         project: W&B project.
-        mode: `online`, `offline`, or `auto`: what WANDB_MODE says, else online if there is an account.
+        mode: `online`, `offline`, or `auto`: the value of WANDB_MODE if it is set, else online with an account.
     """
 
     def __init__(self, project: str, mode: str) -> None:
@@ -80,13 +82,13 @@ class WandbTracker:
         self._safely(self._finish, record, folder)
 
     def _safely(self, action: Any, *arguments: Any) -> None:
-        """W&B is a guest: whatever it raises ends the tracking, not the run."""
+        """Call a function that uses W&B. An exception ends the tracking, but not the run."""
         if action != self._begin and self.run is None:
             return
         try:
             action(*arguments)
         except Exception as error:
-            log.warning("Weights & Biases failed (%s); the run goes on, its figures are in the record", error)
+            log.warning("Weights & Biases failed (%s); the run continues, and its figures are in the record", error)
             if self.run is not None:
                 with suppress(Exception):
                     self.run.finish(exit_code=1)
@@ -104,7 +106,7 @@ class WandbTracker:
                 self.run = wandb.init(
                     project=self.project,
                     name=record.name,
-                    group=record.name,  # a run that was killed and went on is two in W&B
+                    group=record.name,  # a run that was killed and continued is two runs in W&B
                     reinit="create_new",
                     dir=outputs,
                     mode=mode,
@@ -115,7 +117,7 @@ class WandbTracker:
             except Exception as error:
                 if mode == modes[-1]:
                     raise
-                log.warning("Weights & Biases is not to be reached (%s); tracking offline", error)
+                log.warning("Weights & Biases cannot be reached (%s); tracking offline", error)
         log.info("Weights & Biases: %s", self.run.url or self.run.dir.removesuffix("/files"))
         self.run.define_metric("fit/step")
         self.run.define_metric("loss/*", step_metric="fit/step")
@@ -159,7 +161,7 @@ class WandbTracker:
 
 
 def has_account() -> bool:
-    """Whether W&B would log in without asking: by its own settings, the environment, or what `wandb login` wrote."""
+    """Whether W&B can log in without a prompt: by its settings, the environment, or the file that `wandb login` wrote."""
     import wandb
 
     try:

@@ -1,1 +1,1 @@
-"""Kernels: how triplets make a matrix. One file per kernel; `conf/kernel/` names them."""
+"""Kernels: the formulas by which triplets (A, B, mu) define a matrix. One file per kernel; `conf/kernel/` names them."""

@@ -1,4 +1,4 @@
-"""The contract of a kernel: a kernel is its formula, and everything else has a default."""
+"""The base class of kernels. A kernel must define its formula `entry`; all its other methods have defaults."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -13,30 +13,30 @@ from nla.machine.errors import require_integer
 from nla.matrix.objective import Objective
 from nla.matrix.triplets import Triplets, alternating_signs, triplet_size
 
-TRAINING_RATE = 4e-3  # learning rate of retraining that suits most kernels, relative to the size of a tensor's numbers
-PAIR_FLOPS = 8  # an evaluation of k costs about this many operations per pair and column
-SAMPLED_PAIRS = 4096  # by which the size of k at random rows is measured
+TRAINING_RATE = 4e-3  # default learning rate of retraining, relative to the root mean square of a tensor
+PAIR_FLOPS = 8  # estimated operations of one evaluation of k, per pair of rows and column
+SAMPLED_PAIRS = 4096  # random pairs of rows from which the standard deviation of k is estimated
 
 
 class Constraint(Protocol):
-    """A surface that a term's triplets stay on while they are trained, such as fixed self-terms."""
+    """A surface on which retraining keeps the triplets of a term (see `nla.kernels.self_term_surface`)."""
 
     def project(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take from the gradients of A, B and mu, in place, what leads away from the surface."""
+        """Remove from the gradients of A, B and mu, in place, the component that leads away from the surface."""
 
     def retract(self) -> None:
         """Move the triplets back to the surface, in place, after a step along its tangent."""
 
 
 class Kernel(ABC):
-    """W'[i, j] = sum_l mu_l k(A[i, l], B[j, l]).
+    """A formula k that makes a matrix W' (out, in) of h triplets: W'[i, j] = sum_l mu_l k(A[i, l], B[j, l]).
 
-    A kernel must define `entry`, its formula k. All other methods have defaults that are made from it. A kernel overrides
-    them to be faster or exact. A kernel holds hyper-parameters only, no triplets.
+    Triplet l is A[:, l] (out, r), B[:, l] (in, r) and the number mu_l. A kernel must define `entry`, its formula k. All other
+    methods have defaults that use `entry`. A kernel overrides them to be faster or exact. It stores no triplets.
 
     Args:
-        r: columns of a triplet.
-        min_h: where a matrix's budget holds fewer triplets than this, r is lowered for it.
+        r: columns of A and of B per triplet.
+        min_h: if the budget of a matrix allows fewer triplets than this, r is lowered for that matrix.
 
     Attributes:
         training_rate: learning rate of retraining, relative to the root mean square of a tensor's numbers.
@@ -52,23 +52,26 @@ class Kernel(ABC):
 
     @property
     def name(self) -> str:
-        """The name that tables show."""
+        """The kernel's name in tables."""
         return type(self).__name__.lower()
 
     def settings(self) -> dict[str, Any]:
-        """The arguments by which the same kernel is made again."""
+        """The constructor arguments of this kernel."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @abstractmethod
     def entry(self, a: Tensor, b: Tensor) -> Tensor:
-        """k of pairs of rows, as the formula is written in its paper: (..., r), (..., r) -> (...)."""
+        """k(a, b) for pairs of rows, written as in the kernel's paper: (..., r), (..., r) -> (...)."""
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
-        """k of all rows of A with all rows of B: (rows, h, r), (in, h, r) -> (rows, in, h)."""
+        """k of every row of A with every row of B: (rows, h, r), (in, h, r) -> (rows, in, h)."""
         return self.entry(a[:, None], b[None])
 
     def pairs_gradient(self, a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """k of all pairs, and the gradients of sum_ijl d_ij k_ijl for a and b: d is (rows, in). By autograd."""
+        """k of all pairs (rows, in, h), and the gradients of sum_ijl d[i, j] k[i, j, l] with respect to a and b.
+
+        d is (rows, in). The default uses autograd.
+        """
         with torch.enable_grad():
             a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
             k = self.pairs(a, b)
@@ -76,38 +79,38 @@ class Kernel(ABC):
         return k.detach(), d_a, d_b
 
     def dense(self, t: Triplets) -> Tensor:
-        """The matrix itself: (out, in)."""
+        """The matrix W' (out, in)."""
         return torch.cat([matrix_rows(self, t, panel) for panel in panels(t)])
 
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
-        """x @ dense(t).T without ever holding dense(t): (..., in) -> (..., out)."""
+        """x @ dense(t).T, without the whole matrix in memory: (..., in) -> (..., out)."""
         return TileByTile.apply(self, x, t.A, t.B, t.mu)
 
     def canonical(self, t: Triplets) -> Triplets:
-        """Triplets of the same matrix whose numbers lose least when they are rounded."""
+        """Triplets of the same matrix that lose the least precision when they are rounded to the model's type."""
         return t
 
     def balanced(self, t: Triplets) -> Triplets:
-        """Triplets of the same matrix with A, B and mu alike in size, which is best to train in."""
+        """Triplets of the same matrix with A, B and mu of similar size, from which retraining starts."""
         return t
 
     def constraint(self, t: Triplets, trained: frozenset[str]) -> Constraint | None:
-        """The surface that retraining must stay on, through the triplets as they are; None: there is none.
+        """The surface through the current triplets on which retraining must stay, or None (the default).
 
         Args:
-            t: the numbers that the optimiser moves, changed in place.
-            trained: which of A, B and mu it moves.
+            t: the triplets that the optimiser changes in place.
+            trained: which of A, B and mu it changes.
         """
         return None
 
     def rank_bound(self, h: int, r: int) -> int | None:
-        """The largest rank that dense() can have, or None where the kernel does not bound it."""
+        """The largest rank that dense() can have, or None if the kernel does not bound it."""
         return None
 
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
         """Random triplets whose matrix has entries of about unit size (the paper's start).
 
-        Rows are standard normal over r columns. mu has alternating signs, and its size makes up for that of k.
+        A and B are normal with variance 1 / r. mu has alternating signs and is divided by the standard deviation of k.
         """
         A = torch.randn(out_features, h, r, generator=generator) / r**0.5
         B = torch.randn(in_features, h, r, generator=generator) / r**0.5
@@ -116,9 +119,10 @@ class Kernel(ABC):
         return Triplets(A, B, alternating_signs(h, A) / (max(spread, 1e-3) * h**0.5))
 
     def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
-        """Triplets made from what is known of the matrix, and the smallest relative squared error that any could have.
+        """A warm start: triplets computed from the matrix, for example from its singular vectors. The default is random.
 
-        The error is None where theory does not know it. By default the triplets are random.
+        Returns:
+            the triplets, and the smallest relative squared error that h triplets can reach, or None if it is not known.
         """
         return random_like(self, objective.weight, h, r, generator), None
 
@@ -127,7 +131,7 @@ class Kernel(ABC):
         return 0
 
     def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
-        """Floating-point operations of apply() on `tokens` rows."""
+        """Floating-point operations of apply() for an x of `tokens` rows."""
         return out_features * in_features * (PAIR_FLOPS * h * r + 2 * tokens)
 
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
@@ -135,13 +139,13 @@ class Kernel(ABC):
         return 4 * PAIR_FLOPS * out_features * in_features * h * r
 
     def weighting_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
-        """How many more there are in a weighted norm."""
+        """Floating-point operations that a weighted norm adds to fit_flops()."""
         return 2 * out_features * in_features * in_features
 
     def size(self, out_features: int, in_features: int, n_params: int) -> tuple[int, int]:
-        """(h, r) that a budget of n_params buys; h = 0 if it does not buy one triplet.
+        """The size (h, r) that n_params parameters allow; h = 0 if they do not allow one triplet.
 
-        Where r must be lowered, it is the one that leaves the least of the budget unspent.
+        If r must be lowered, the r that leaves the fewest parameters unspent is chosen.
         """
 
         def triplets(r: int) -> int:
@@ -154,6 +158,6 @@ class Kernel(ABC):
 
 
 def random_like(kernel: Kernel, weight: Tensor, h: int, r: int, generator: torch.Generator) -> Triplets:
-    """A random start for a weight (out, in), of its type and on its device."""
+    """A random start for a weight (out, in), with its type and device."""
     m, n = weight.shape
     return kernel.random_start(m, n, h, r, generator).map(lambda p: p.to(weight))

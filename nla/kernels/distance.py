@@ -1,4 +1,4 @@
-"""The unsquared distance kernel, as in DyN and SNELL, where the paper's kernel comes from."""
+"""The unsquared distance kernel of DyN and SNELL, from which the paper's kernel is derived."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from nla.matrix.triplets import Triplets
 
 
 class Distance(DifferenceKernel):
-    """W'[i, j] = sum_l mu_l ||A_il - B_jl||, with slope 0 where the two points meet."""
+    """W'[i, j] = sum_l mu_l ||A_il - B_jl||. Its gradient is set to 0 where A_il = B_jl."""
 
     def entry(self, a: Tensor, b: Tensor) -> Tensor:
         return (a - b).square().sum(-1).sqrt()
 
     def random_start(self, out_features: int, in_features: int, h: int, r: int, generator: torch.Generator) -> Triplets:
-        """Distances grow with the spread where local kernels fade: mu is reduced to entries of about unit size."""
+        """The start of difference kernels with a smaller mu, because distances do not fall to 0 as local kernels do."""
         return super().random_start(out_features, in_features, h, r, generator).scaled(1 / h**0.5)
 
     def value(self, z: Tensor) -> Tensor:

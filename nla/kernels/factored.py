@@ -9,15 +9,15 @@ from nla.matrix.triplets import Triplets
 
 
 class FactoredKernel(Kernel):
-    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin L and R: exact, and never out x in elements."""
+    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin factors L and R. apply() needs no (out, in) matrix."""
 
     @abstractmethod
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
-        """L (out, k) and R (in, k), k = columns(h, r)."""
+        """The factors L (out, k) and R (in, k), with k = columns(h, r)."""
 
     @abstractmethod
     def columns(self, h: int, r: int) -> int:
-        """Columns of L and R."""
+        """The number of columns of L and R."""
 
     def rank_bound(self, h: int, r: int) -> int:
         return self.columns(h, r)

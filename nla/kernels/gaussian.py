@@ -19,7 +19,7 @@ class Gaussian(DifferenceKernel):
         return (-(a - b).square().sum(-1) / (2 * self.sigma**2)).exp()
 
     def value(self, z: Tensor) -> Tensor:
-        # below exp(-60) the processor would compute with denormal numbers, at a tenth of its speed
+        # far below exp(-60) results become denormal numbers, on which a CPU is about ten times slower
         return z.square().sum(-1).mul_(-0.5 / self.sigma**2).clamp_(min=-60).exp_()
 
     def slope(self, z: Tensor, k: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The linear kernel: truncated SVD, and every baseline that is a product of two factors."""
+"""The linear kernel: a product of two factors, as in truncated SVD and in all SVD baselines."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from nla.matrix.triplets import Triplets
 
 
 class Linear(FactoredKernel):
-    """W'[i, j] = sum_l mu_l <A_il, B_jl>. Rank at most h*r."""
+    """W'[i, j] = sum_l mu_l <A_il, B_jl>. The rank is at most h*r."""
 
     def entry(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(-1)
@@ -19,7 +19,7 @@ class Linear(FactoredKernel):
         return (t.A * t.mu[:, None]).flatten(1), t.B.flatten(1)
 
     def balanced(self, t: Triplets) -> Triplets:
-        """||A_l|| = ||B_l|| and mu = +1, -1 or 0: a step on A changes the matrix as much as one on B."""
+        """Triplets with ||A_l|| = ||B_l|| and mu = +1, -1 or 0, so that steps on A and on B change the matrix equally."""
         a, b = (torch.linalg.vector_norm(f, dim=(0, 2)) for f in (t.A, t.B))
         size = (t.mu.abs() * a * b).sqrt()
         scale_a, scale_b = (torch.where(norm > 0, size / norm, 1.0)[:, None] for norm in (a, b))
@@ -38,7 +38,7 @@ class Linear(FactoredKernel):
         return Triplets(A, B, torch.ones(h))
 
     def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
-        """Truncated SVD in the objective's norm, the optimum (Eckart and Young, 1936)."""
+        """Truncated SVD in the objective's norm, which is the optimum (Eckart and Young, 1936), and its error."""
         left, right = balanced_factors(objective.spectrum, h * r)
         A = left.unflatten(1, (h, r)).to(objective.weight.dtype)
         B = right.unflatten(1, (h, r)).to(objective.weight.dtype)

@@ -11,12 +11,12 @@ from nla.matrix.triplets import Triplets
 
 
 class Phase(FactoredKernel):
-    """W'[i, j] = sum_l mu_l sum_k cos(A_ilk - B_jlk). Rank at most 2*h*r, twice what its parameters buy a linear kernel.
+    """W'[i, j] = sum_l mu_l sum_k cos(A_ilk - B_jlk). The rank is at most 2*h*r, twice that of a linear kernel of equal size.
 
-    |exp(ia) - exp(ib)|^2 = 2 - 2 cos(a - b): the piecewise kernel on the circle, up to a constant.
+    It is the piecewise kernel for points on the unit circle, up to a constant: |exp(ia) - exp(ib)|^2 = 2 - 2 cos(a - b).
     """
 
-    training_rate = 1.5e-3  # its numbers are angles
+    training_rate = 1.5e-3  # below the default, because A and B are angles
 
     def entry(self, a: Tensor, b: Tensor) -> Tensor:
         return (a - b).cos().sum(-1)
@@ -26,7 +26,7 @@ class Phase(FactoredKernel):
         return torch.cat((A.cos() * mu, A.sin() * mu), 1), torch.cat((B.cos(), B.sin()), 1)
 
     def canonical(self, t: Triplets) -> Triplets:
-        """Angles in [-pi, pi]: a bf16 number is the coarser the larger it is."""
+        """The equivalent angles in [-pi, pi], because the rounding error of a bf16 number grows with its size."""
         return Triplets(wrap(t.A), wrap(t.B), t.mu)
 
     def columns(self, h: int, r: int) -> int:
@@ -38,14 +38,14 @@ class Phase(FactoredKernel):
         return Triplets(A, B, torch.full((h,), 0.3 * (2 / (h * r)) ** 0.5))
 
     def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
-        """Angles of consecutive pairs of singular vectors read as complex numbers.
+        """Angles of complex vectors that consist of two consecutive singular vectors each.
 
-        With equal singular values s, u1 v1^T + u2 v2^T is |a_i| |b_j| cos(arg a_i - arg b_j) for a = u1 + i u2 and
-        b = v1 + i v2: the angles carry over, the moduli are given up. mu is then the least-squares coefficient.
+        If their singular values are equal, u1 v1^T + u2 v2^T is |a_i| |b_j| cos(arg a_i - arg b_j) with a = u1 + i u2 and
+        b = v1 + i v2. The angles are kept and the moduli are dropped. mu is the least-squares coefficient for these angles.
         """
         t = random_like(self, objective.weight, h, r, generator)
         left, s, right = objective.spectrum.truncated(2 * h * r)
-        pairs = int((s > 0).sum()) // 2  # angles beyond them stay random
+        pairs = int((s > 0).sum()) // 2  # the other angles stay random
         A, B = t.A.flatten(1), t.B.flatten(1)
         A[:, :pairs] = torch.atan2(left[:, 1 : 2 * pairs : 2], left[:, 0 : 2 * pairs : 2])
         B[:, :pairs] = torch.atan2(right[:, 1 : 2 * pairs : 2], right[:, 0 : 2 * pairs : 2])
@@ -68,5 +68,5 @@ class Phase(FactoredKernel):
 
 
 def wrap(angle: Tensor) -> Tensor:
-    """The same angle in [-pi, pi]."""
+    """The equivalent angle in [-pi, pi]."""
     return angle - (angle / (2 * torch.pi)).round() * (2 * torch.pi)

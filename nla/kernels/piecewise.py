@@ -1,4 +1,4 @@
-"""The paper's kernel: weighted squared distances between factor rows, with a forward of three terms."""
+"""The paper's kernel: weighted squared distances between factor rows, with a forward pass of three terms."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from nla.matrix.triplets import Triplets
 class Piecewise(FactoredKernel):
     """W'[i, j] = sum_l mu_l ||A_il - B_jl||^2  (NLA, eq. 3).
 
-    Expanded: s_out 1^T + 1 s_in^T - 2 sum_l mu_l A_l B_l^T with the self-terms s_out = sum_l mu_l ||A_il||^2 and s_in alike;
-    rank at most h*r + 2.
+    Expanded, the matrix is s_out 1^T + 1 s_in^T - 2 sum_l mu_l A_l B_l^T, of rank h*r + 2 at most. Its self-terms are
+    s_out[i] = sum_l mu_l ||A_il||^2 and s_in[j] = sum_l mu_l ||B_jl||^2.
     """
 
     def entry(self, a: Tensor, b: Tensor) -> Tensor:
@@ -33,12 +33,12 @@ class Piecewise(FactoredKernel):
         return ThreeTerms.apply(x, t.A, t.B, t.mu)
 
     def balanced(self, t: Triplets) -> Triplets:
-        """mu = +1, -1 or 0: scaling A_l and B_l by c and mu_l by 1 / c^2 changes nothing."""
+        """Triplets with mu = +1, -1 or 0: c A_l, c B_l and mu_l / c^2 give the same matrix as A_l, B_l and mu_l."""
         scale = torch.where(t.mu != 0, t.mu.abs().sqrt(), 1.0)[:, None]
         return Triplets(t.A * scale, t.B * scale, t.mu.sign())
 
     def constraint(self, t: Triplets, trained: frozenset[str]) -> Constraint | None:
-        """Self-terms stay as they were fitted: see `nla.kernels.self_term_surface`."""
+        """The surface on which the self-terms keep their fitted values: see `nla.kernels.self_term_surface`."""
         return SelfTermSurface(t, trained)
 
     def columns(self, h: int, r: int) -> int:
@@ -51,7 +51,7 @@ class Piecewise(FactoredKernel):
         return Triplets(A, B, mu)
 
     def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
-        """The global optimum, or near it: see `nla.kernels.self_terms`."""
+        """The global optimum, or triplets near it: see `nla.kernels.self_terms`."""
         return fit_self_terms(objective, h, r)
 
     def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
@@ -61,8 +61,8 @@ class Piecewise(FactoredKernel):
 class ThreeTerms(torch.autograd.Function):
     """Y = (X 1) s_out^T + (X s_in) 1^T - 2 (X B) diag(mu) A^T  (NLA, algorithm 1), and its gradient.
 
-    By hand, because mu is put on the (tokens, h*r) side and the squares are added in place: beside its inputs, outputs and
-    gradients it holds (tokens, h*r) and (features, h) numbers only.
+    Both are written by hand to save memory: mu multiplies the (tokens, h*r) side, and the squares are added in place. Beside
+    inputs, outputs and gradients, only (tokens, h*r) and (features, h) numbers are in memory.
     """
 
     @staticmethod
@@ -104,7 +104,7 @@ class ThreeTerms(torch.autograd.Function):
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
-    """The type in which self-terms are summed: they cancel between triplets, which bf16 would not survive."""
+    """The type in which self-terms are summed: fp32 or wider, because they nearly cancel and bf16 is too coarse for that."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Kernels of a difference or an inner product of rows, with gradients by hand: several times as fast as autograd's."""
+"""Kernels of the difference or the inner product of two rows. Their handwritten gradients are faster than autograd's."""
 
 from abc import abstractmethod
 
@@ -12,18 +12,18 @@ from nla.matrix.triplets import Triplets, alternating_signs
 
 
 class RelatedKernel(Kernel):
-    """k(a, b) = value(z), where z relates a and b: their difference or their inner product.
+    """A kernel k(a, b) = value(z), where z is the difference or the inner product of a and b.
 
-    `value` and `slope` are the formula of `entry` and its derivative, written to be fast.
+    `value` computes the formula of `entry` and `slope` its derivative; both are written for speed.
     """
 
     @abstractmethod
     def relate(self, a: Tensor, b: Tensor) -> Tensor:
-        """z of all pairs: (rows, h, r), (in, h, r) -> (rows, in, h, ...)."""
+        """z of all pairs of rows: (rows, h, r), (in, h, r) -> (rows, in, h, ...)."""
 
     @abstractmethod
     def relate_gradient(self, d_z: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient for a and b, given that for z; may overwrite d_z."""
+        """The gradients with respect to a and b, given d_z, the gradient with respect to z. May overwrite d_z."""
 
     @abstractmethod
     def value(self, z: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class RelatedKernel(Kernel):
 
     @abstractmethod
     def slope(self, z: Tensor, k: Tensor) -> Tensor:
-        """dk/dz, of the shape of z, given k = value(z); may overwrite z."""
+        """dk/dz in the shape of z, given k = value(z). May overwrite z."""
 
     def pairs(self, a: Tensor, b: Tensor) -> Tensor:
         return self.value(self.relate(a, b))
@@ -46,9 +46,9 @@ class RelatedKernel(Kernel):
 
 
 class DifferenceKernel(RelatedKernel):
-    """z = A_il - B_jl, (rows, in, h, r). Its fits begin at random: no singular vectors make a useful start for it."""
+    """z = A_il - B_jl, (rows, in, h, r). Its fits start at random, because singular vectors give it no useful start."""
 
-    spread = 2.0  # standard deviation of the coordinates at the start; a fit spreads them out further
+    spread = 2.0  # standard deviation of A and B at the start, times sqrt(r); a fit increases it
 
     def relate(self, a: Tensor, b: Tensor) -> Tensor:
         return a[:, None] - b[None]
@@ -66,7 +66,7 @@ class DifferenceKernel(RelatedKernel):
 class ProductKernel(RelatedKernel):
     """z = <A_il, B_jl>, (rows, in, h)."""
 
-    small = 0.3  # root mean square of z at a warm start, where k is nearly k(0) + k'(0) z
+    small = 0.3  # root mean square of z in a warm start, small enough for k(z) to be nearly k(0) + k'(0) z
 
     def relate(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum("ilk,jlk->ijl", a, b) if a.shape[2] > 1 else a[:, None, :, 0] * b[None, :, :, 0]
@@ -83,9 +83,9 @@ class ProductKernel(RelatedKernel):
         return Triplets(A, B, alternating_signs(h, A) / h**0.5)
 
     def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
-        """Truncated SVD in the range where k is nearly linear, with mu adding up to zero so that k(0) cancels.
+        """Truncated SVD, scaled to the range of z where k is nearly linear. mu sums to zero, so that k(0) cancels.
 
-        A single triplet cannot cancel it, and begins at random.
+        With h = 1, k(0) cannot cancel, and the start is random.
         """
         if h == 1:
             return random_like(self, objective.weight, h, r, generator), None

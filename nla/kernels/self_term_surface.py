@@ -1,10 +1,10 @@
-"""The surface on which the piecewise kernel is retrained: self-terms stay as they were fitted.
+"""The surface on which the piecewise kernel is retrained: its self-terms keep their fitted values.
 
 The piecewise kernel's matrix has two self-terms, s_i = sum_l mu_l |F_il|^2 for the rows of F = A and F = B. Triplets with
-mu > 0 and with mu < 0 cancel in them. The loss is so steep in the self-terms that they make up nearly all of the gradient. A
-step that moves every number by a thousandth of its size moves the sum by many times its own size: SmolLM2's loss leapt from
-7.9 to 205. So the gradient is projected on the tangent of {s = s_fitted}, and each step is drawn back to it. This costs one
-degree of freedom per row.
+mu > 0 and triplets with mu < 0 nearly cancel in these sums. The loss is so steep in the self-terms that they make up nearly
+all of the gradient. A step that moves every number by a thousandth of its size moves the sum by many times its own size:
+SmolLM2's loss leapt from 7.9 to 205. So the gradient is projected onto the tangent space of {s = s_fitted}, and after each
+step the triplets are moved back to this surface. This costs one degree of freedom per row.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from torch import Tensor
 from nla.matrix.triplets import Triplets
 
 NEWTON_STEPS = 3
-LARGEST = 0.1  # relative change of a number in one of them
+LARGEST = 0.1  # largest relative change of a number in one Newton step
 
 
 class SelfTermSurface:
-    """The surface through the triplets as they are (see `nla.kernels.base.Constraint`).
+    """The surface through the current triplets; it implements `nla.kernels.base.Constraint`.
 
     Args:
         t: triplets that the optimiser changes in place.
@@ -32,10 +32,10 @@ class SelfTermSurface:
         self.held = {name: (f, self_term(f, t.mu)) for name, f in factors.items() if name in trained}
 
     def project(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take from the gradients what would change the self-terms, in place.
+        """Remove from the gradients, in place, the component that would change the self-terms.
 
-        That is the part of F's gradient along the normal v_i = mu F_i. A change of mu changes self-terms too; F makes up for
-        it, so the gradient of mu loses what F pays.
+        For F it is the component along the normal v_i = mu F_i. A change of mu changes the self-terms too, and F has to
+        compensate for it. The cost of this compensation is subtracted from the gradient of mu.
         """
         for name, (factor, _) in self.held.items():
             normal = factor * self.mu[:, None]
@@ -45,9 +45,9 @@ class SelfTermSurface:
                 gradients["mu"].sub_(along @ factor.square().sum(-1), alpha=0.5)
 
     def retract(self) -> None:
-        """Move each factor along the normal until its self-terms are what they were (Newton's method), in place.
+        """Move each factor along the normal, in place, until its self-terms have their fitted values (Newton's method).
 
-        A row stays as it is where no triplet with a mu of the sign that its self-term needs is left.
+        A row is not moved if no remaining mu has the sign of its fitted self-term.
         """
         for factor, self_terms in self.held.values():
             within_reach = torch.where(self_terms > 0, (self.mu > 0).any(), (self.mu < 0).any())  # (n,)
@@ -65,6 +65,6 @@ def self_term(factor: Tensor, mu: Tensor) -> Tensor:
 
 
 def over_squares(numbers: Tensor, normal: Tensor) -> Tensor:
-    """numbers_i / |v_i|^2, or 0 where all triplets are masked: (n,), (n, h, r) -> (n,)"""
+    """numbers_i / |v_i|^2, or 0 where v_i = 0 (all triplets masked): (n,), (n, h, r) -> (n,)"""
     squares = normal.square().sum((1, 2))
     return torch.where(squares > 0, numbers / squares, 0)

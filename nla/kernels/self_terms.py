@@ -1,18 +1,19 @@
-"""The optimum of the piecewise kernel in closed form, up to a small nonlinear system.
+"""The closed-form fit of the piecewise kernel: an SVD, and a small nonlinear system for the self-terms.
 
-What the kernel can reach. Its matrix is s_out 1^T + 1 s_in^T + M with rank M <= R = h*r. If s_out and s_in could be chosen
-freely, the best M would be the rank-R SVD of the doubly centred weight (rows and columns of mean zero) and the error that
-SVD's tail, by Eckart-Young: no piecewise fit is below that. In a weighted norm ||. S|| the same holds of W S, centred against
-1 from the left and against S^T 1 from the right.
+The smallest error. The kernel's matrix is s_out 1^T + 1 s_in^T + M with the self-terms s_out and s_in and rank M <= R = h*r.
+If the self-terms were free, the best M would be the rank-R SVD of the doubly centred weight (rows and columns of mean zero),
+and the error would be the tail of that SVD (Eckart-Young). No piecewise fit is below it. In the norm ||(W' - W) S|| the
+same holds for W S, centred against 1 from the left and against S^T 1 from the right.
 
-Why it is reached. M = -2 a b^T leaves R x R freedom: A = a G and B = b G^-T D give the same M for every invertible G, with
-D = diag(signs of mu), and moving all rows of b by -e/2 adds only a row and a column term. With P = G D G^T the self-terms are
+How it is reached. M = -2 a b^T leaves R x R free parameters: A = a G and B = b G^-T D give the same M for every invertible G,
+with D = diag(signs of mu). Moving all rows of b by -e/2 adds only a row and a column term. With P = G D G^T the self-terms are
 
     s_out[i] = a_i^T P a_i + a_i . e        s_in[j] = (b_j - e/2)^T P^-1 (b_j - e/2)
 
-that is R (R + 1) / 2 + R unknowns for out + in equations: s_out must be the row means and s_in the column means of the weight.
-Levenberg-Marquardt in the dual form solves them with one Cholesky factorisation of size out + in per step. Where the unknowns
-are too few (R below about sqrt(2 (out + in))) the least-squares solution is returned, and gradient descent goes on from it.
+These are R (R + 1) / 2 + R unknowns for out + in equations: s_out must be the row means and s_in the column means of the
+weight. Levenberg-Marquardt in its dual form solves them, with one Cholesky factorisation of size out + in per step. If the
+unknowns are too few (R below about sqrt(2 (out + in))), the least-squares solution is returned, and gradient descent
+continues from it.
 """
 
 import math
@@ -25,25 +26,25 @@ from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors
 from nla.matrix.triplets import Triplets, alternating_signs
 
-SOLVED = 1e-11  # relative squared error of the self-terms that counts as none
+SOLVED = 1e-11  # relative squared error of the self-terms at which they count as solved
 MAX_STEPS = 40
-AT_OPTIMUM = 1e-4  # relative excess over the optimum that needs no second try
-RIDGE = 1e-3  # relative to the mean of the diagonal
+AT_OPTIMUM = 1e-4  # relative excess over the optimum up to which no second solution is tried
+RIDGE = 1e-3  # added to the diagonal of the Gram matrix, relative to its mean
 
 
 def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, float]:
-    """Piecewise triplets for a weight (out, in), and the smallest relative squared error that any could have."""
+    """Piecewise triplets for the objective's weight (out, in), and the smallest relative squared error of any such triplets."""
     w = objective.weight.double()
     m, n = w.shape
     S = torch.eye(n, dtype=w.dtype, device=w.device) if objective.wide_root is None else objective.wide_root
     G = S @ S.T
-    G.diagonal().add_(RIDGE)  # behind a LayerNorm inputs add up to zero: a term s_out 1^T is then hardly seen, or not at all
+    G.diagonal().add_(RIDGE)  # after a LayerNorm inputs add up to zero, so s_out 1^T hardly changes the outputs
     reach = G.sum()
-    mean_in = G.sum(1) / reach  # (in,): adds up to 1; a column term 1 x^T is centred by it, as by 1 / in in the plain norm
+    mean_in = G.sum(1) / reach  # (in,): weights of the mean of a row; their sum is 1, and in the plain norm each is 1 / in
     column = w.mean(0)
     above = w - column
     row = above @ mean_in
-    centred = above - row[:, None]  # the rest is orthogonal to every s_out 1^T and 1 s_in^T, in the objective's norm
+    centred = above - row[:, None]  # orthogonal to every s_out 1^T and 1 s_in^T in the objective's norm
     inner = Objective(centred, objective.factor).spectrum
     optimum = inner.energy * inner.tail(h * r) / objective.spectrum.energy
 
@@ -53,8 +54,8 @@ def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, floa
     signs = alternating_signs(h, w).repeat_interleave(r)
     best, least = None, math.inf
     for inputs in (torch.ones_like(column), G.diagonal()):
-        # An exact solution is one in any norm. The plain one is solved best where S is nearly singular, for S would hide
-        # equations from the solver; the objective's own is second, where the first is not solved.
+        # An exact solution is exact in every norm. The plain norm comes first: a nearly singular S would give some equations
+        # hardly any weight. The objective's own norm comes second, if the first solution is not exact.
         weights = torch.cat(((inputs.sum()).sqrt().expand(m), (m * inputs).sqrt()))
         equations = SelfTerms(a, b, row, column, weights)
         gauge = solve(equations, equations.begin(signs), float((w.square() @ inputs).sum()))
@@ -69,14 +70,14 @@ def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, floa
 
 @dataclass(frozen=True)
 class Gauge:
-    """The freedom that leaves M alone: P (R, R) symmetric, e (R,), and a constant c moved from s_in to s_out."""
+    """Parameters that change self-terms but not M: P (R, R) symmetric, e (R,), and a constant c moved from s_in to s_out."""
 
     P: Tensor
     e: Tensor
     c: float
 
     def triplets(self, a: Tensor, b: Tensor, h: int, r: int) -> Triplets:
-        """A = a G and B = (b - e/2) G^-T D with G D G^T = P, the columns of each sign side by side."""
+        """The triplets A = a G and B = (b - e/2) G^-T D with G D G^T = P. Columns of equal sign are side by side."""
         values, vectors = torch.linalg.eigh(self.P)
         scale, signs = values.abs().sqrt(), values.sign()
         A = (a @ vectors) * scale
@@ -86,19 +87,19 @@ class Gauge:
 
 @dataclass(frozen=True)
 class SelfTerms:
-    """The equations: residuals of the self-terms, weighted so that their squares add up to a squared error of the matrix."""
+    """The equations for the self-terms. The sum of their squared, weighted residuals is a squared error of the matrix."""
 
     a: Tensor  # (out, R)
     b: Tensor  # (in, R)
-    row: Tensor  # (out,) what s_out must be, up to c
-    column: Tensor  # (in,) what s_in must be, up to -c
-    weights: Tensor  # (out + in,): an error in s_out stands in every column of the matrix, one in s_in in every row
+    row: Tensor  # (out,): required s_out, up to c
+    column: Tensor  # (in,): required s_in, up to -c
+    weights: Tensor  # (out + in,): an error of s_out[i] affects all of row i of the matrix, one of s_in[j] all of column j
 
     def begin(self, signs: Tensor) -> Gauge:
-        """P = diag(signs * p), with p such that a column adds as much to the self-terms of rows as to those of columns.
+        """The start P = diag(signs * p). p balances what each column of a and b adds to s_out and to s_in.
 
-        In a weighted norm b carries S^-1 and is smaller than a by orders of magnitude: with p = 1 the first residual is
-        thousands of times the matrix, and is not solved.
+        In a weighted norm b contains S^-1 and is smaller than a by orders of magnitude. With p = 1 the first residual would be
+        thousands of times as large as the matrix, and the solver would fail.
         """
         m = len(self.row)
         on_rows = torch.linalg.vector_norm(self.weights[:m, None] * self.a.square(), dim=0)
@@ -115,16 +116,16 @@ class SelfTerms:
         return self.weights * torch.cat((s_out - self.row - gauge.c, s_in - self.column + gauge.c)), H
 
     def excess(self, gauge: Gauge, S: Tensor) -> float:
-        """||D S||^2 of what the self-terms add to the error: D[i, j] is off by s_out[i] and by s_in[j]."""
+        """||D S||^2, the squared error from inexact self-terms: D[i, j] is the error of s_out[i] plus that of s_in[j]."""
         residual, _ = self.residual(gauge)
         off = residual / self.weights
         return float(((off[: len(self.row), None] + off[None, len(self.row) :]) @ S).square().sum())
 
     def normal_matrix(self, H: Tensor) -> Tensor:
-        """J J^T (out + in, out + in) in fp32, enough for a step direction; the residual stays in fp64.
+        """J J^T (out + in, out + in) for the Jacobian J of the residuals, in fp32, which suffices for a step direction.
 
-        A row's residual changes by its feature (f f^T, f, -1) with f = a_i, a column's by minus its feature with f = H_j, and
-        two features have the inner product (f . f')^2 + f . f' + 1.
+        Before weighting, the derivative of row i's residual is (f f^T, f, -1) with f = a_i. That of column j's is minus
+        (f f^T, f, -1) with f = H_j. Two such vectors have the inner product (f . f')^2 + f . f' + 1.
         """
         m = len(self.row)
         f = torch.cat((self.a, H)).float()
@@ -135,7 +136,7 @@ class SelfTerms:
         return K.mul_(weights[:, None]).mul_(weights)
 
     def change(self, y: Tensor, H: Tensor) -> Gauge:
-        """J^T y: how P, e and c move for multipliers y (out + in,)."""
+        """J^T y, the changes of P, e and c, for multipliers y (out + in,)."""
         m = len(self.row)
         y = self.weights * y
         on_rows, on_columns = y[:m], y[m:]
@@ -145,7 +146,11 @@ class SelfTerms:
 
 
 def solve(equations: SelfTerms, gauge: Gauge, energy: float) -> Gauge:
-    """Levenberg-Marquardt: the damping falls after a step that helps and rises after one that does not."""
+    """The least-squares solution by Levenberg-Marquardt. The damping falls after a step that reduces the error, or else rises.
+
+    Args:
+        energy: squared norm of the weight; the solver stops at a squared residual of SOLVED times this.
+    """
     residual, H = equations.residual(gauge)
     negative = int((torch.linalg.eigvalsh(gauge.P) < 0).sum())
     error, damping = residual.square().sum(), 1e-5
@@ -160,7 +165,7 @@ def solve(equations: SelfTerms, gauge: Gauge, energy: float) -> Gauge:
             y = torch.cholesky_solve(-residual.float()[:, None], factor)[:, 0].double()
             step = equations.change(y, H)
             trial = Gauge(gauge.P + step.P, gauge.e + step.e, gauge.c + step.c)
-            # the number of negative mu is fixed: P must not turn singular on the way
+            # P must keep its number of negative eigenvalues, because that is the number of negative mu
             if int((torch.linalg.eigvalsh(trial.P) < 0).sum()) == negative:
                 trial_residual, trial_H = equations.residual(trial)
                 trial_error = trial_residual.square().sum()
@@ -177,6 +182,6 @@ def solve(equations: SelfTerms, gauge: Gauge, energy: float) -> Gauge:
 
 
 def fit_self_terms_flops(out_features: int, in_features: int, rank: int) -> int:
-    """Operations of fit_self_terms() beside its SVD, with the usual eight steps."""
+    """Floating-point operations of fit_self_terms() without its SVD, for eight steps, a usual number."""
     size = out_features + in_features
     return 8 * (size**3 // 3 + 2 * size * size * rank + 4 * size * rank * rank + 9 * rank**3)

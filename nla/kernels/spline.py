@@ -1,4 +1,4 @@
-"""B-spline kernels: local, with compact support; degree 1 is the hat, the literally piecewise linear kernel."""
+"""B-spline kernels, which have compact support. Degree 1 is the hat function, a piecewise linear kernel."""
 
 from math import comb, factorial
 
@@ -13,7 +13,7 @@ class Spline(DifferenceKernel):
     """W'[i, j] = sum_l mu_l prod_k beta(A_ilk - B_jlk), beta the centred cardinal B-spline of `degree` (Schoenberg, 1946).
 
     beta is a sum of shifted powers: beta(d) = sum_k (-1)^k C(n+1, k) max(0, (n+1)/2 - k - |d|)^n / n!. Its support is
-    |d| < (n+1)/2, and since it is even only the knots right of 0 are needed.
+    |d| < (n+1)/2. It is even, so only the knots right of 0 are needed.
     """
 
     def __init__(self, degree: int = 2, r: int = 1, min_h: int = 1) -> None:
@@ -51,7 +51,7 @@ class Spline(DifferenceKernel):
         return self.beta(z, self.degree).prod(-1) if z.shape[-1] > 1 else self.beta(z, self.degree).squeeze(-1)
 
     def slope(self, z: Tensor, k: Tensor) -> Tensor:
-        if self.degree == 1:  # max(0, .)^0 would count the points outside
+        if self.degree == 1:  # beta() with power 0 would be wrong outside the support, because 0^0 = 1
             size = z.abs()
             own = -sum(c * (size < knot).to(z.dtype) for knot, c in self.knots) * z.sign()
         else:

@@ -1,4 +1,4 @@
-"""W' of any kernel tile by tile, forward and backward, so that it is never whole in memory."""
+"""Forward and backward pass of any kernel, tile by tile, so that the whole matrix W' is never in memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nla.matrix.triplets import Triplets
 if TYPE_CHECKING:
     from nla.kernels.base import Kernel
 
-PANEL = 2**19  # numbers of W' held at once, enough rows for a full-speed matrix product
-TILE = {"cpu": 2**17, "cuda": 2**25}  # pairs evaluated at once: a core's cache (0.5 MiB in fp32), a GPU's launch overhead
+PANEL = 2**19  # numbers of W' in memory at once; enough rows for a matrix product at full speed
+TILE = {"cpu": 2**17, "cuda": 2**25}  # numbers evaluated at once: 0.5 MiB in fp32 fits a core's cache; a GPU needs larger ones
 
 
 def matrix_rows(kernel: Kernel, t: Triplets, panel: slice) -> Tensor:
-    """W'[panel]: (rows, in). Triplets in bf16 are evaluated in fp32, because terms of opposite signs cancel."""
+    """The rows W'[panel] (rows, in). Triplets in bf16 are evaluated in fp32, because terms of opposite signs cancel."""
     parts, dtype = [], t.mu.dtype
     t = t.map(widen)
     for row, blocks in tiles(t, panel):
@@ -29,7 +29,7 @@ def matrix_rows(kernel: Kernel, t: Triplets, panel: slice) -> Tensor:
 
 
 def add_gradient(kernel: Kernel, t: Triplets, panel: slice, d_panel: Tensor, into: Triplets) -> None:
-    """Add the gradient of sum(W'[panel] * d_panel) to `into`, evaluating each tile again."""
+    """Add the gradient of sum(W'[panel] * d_panel) with respect to the triplets to `into`. Each tile is evaluated again."""
     t, d_panel = t.map(widen), widen(d_panel)
     for row, blocks in tiles(t, panel):
         d_rows = d_panel[row.start - panel.start : row.stop - panel.start]
@@ -42,7 +42,7 @@ def add_gradient(kernel: Kernel, t: Triplets, panel: slice, d_panel: Tensor, int
 
 
 class TileByTile(torch.autograd.Function):
-    """x @ W'.T with one panel of W' in memory at a time; the backward pass evaluates it again."""
+    """x @ W'.T with one panel of W' in memory at a time. The backward pass evaluates each panel again."""
 
     @staticmethod
     def forward(ctx, kernel, x, A, B, mu):  # type: ignore[no-untyped-def]
@@ -59,7 +59,7 @@ class TileByTile(torch.autograd.Function):
     def backward(ctx, d_y):  # type: ignore[no-untyped-def]
         x, A, B, mu = ctx.saved_tensors
         t = Triplets(A, B, mu)
-        gradient = t.map(lambda p: torch.zeros_like(widen(p)))  # many small numbers are added up
+        gradient = t.map(lambda p: torch.zeros_like(widen(p)))  # wide, because many small numbers are summed
         tokens, d_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, t.out_features)
         d_x = torch.zeros_like(tokens) if ctx.needs_input_grad[1] else None
         for panel in panels(t):
@@ -71,12 +71,12 @@ class TileByTile(torch.autograd.Function):
 
 
 def panels(t: Triplets) -> Iterator[slice]:
-    """Rows of W' that are held together."""
+    """Slices of the rows of W'. Each slice, a panel, is in memory as a whole."""
     return slices(t.out_features, PANEL // t.in_features)
 
 
 def tiles(t: Triplets, panel: slice) -> Iterator[tuple[slice, list[slice]]]:
-    """(rows, blocks of triplets) inside a panel; rows x in x triplets x r is at most a tile, or one row of one triplet."""
+    """(rows, blocks of triplets) of a panel, with rows x in x triplets x r <= TILE, or one row and one triplet at a time."""
     tile, pairs = TILE[t.A.device.type], t.in_features * t.r
     blocks = list(slices(t.h, tile // pairs))
     for row in slices(panel.stop - panel.start, tile // (pairs * max(t.h, 1))):
@@ -84,11 +84,11 @@ def tiles(t: Triplets, panel: slice) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def slices(total: int, width: int) -> Iterator[slice]:
-    """range(total) cut into slices of this width, or of 1."""
+    """Slices of `width`, at least 1, that cover range(total)."""
     width = max(1, width)
     return (slice(start, min(start + width, total)) for start in range(0, total, width))
 
 
 def widen(p: Tensor) -> Tensor:
-    """The same numbers in at least fp32."""
+    """The tensor in fp32, or unchanged if its type is wider."""
     return p.to(torch.promote_types(p.dtype, torch.float32))

@@ -1,1 +1,1 @@
-"""Disk, threads, memory and the code itself."""
+"""The cache on disk, errors, threads, peak memory, and digests of code and packages."""

@@ -1,4 +1,4 @@
-"""A store on disk for whatever took long, keyed by the hash of everything it was made from."""
+"""A cache on disk for slow computations. The key of a result is the hash of all that it was computed from."""
 
 import fcntl
 import hashlib
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
+    """SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -37,7 +37,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or not there, also when the process is killed or another writes it too."""
+    """Write a file that is never incomplete, even if the process is killed or another process writes it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.write_bytes(data)
@@ -45,13 +45,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class Cache:
-    """Entries `<root>/<kind>/<key>`. A damaged one is reported by name, removed and made again."""
+    """Entries are files `<root>/<kind>/<key>.*`. A damaged entry is logged, removed and computed again."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def load_json(self, kind: str, key: str) -> Any | None:
-        """The stored value, or None."""
+        """The stored value, or None if it is missing or damaged."""
         path = self.root / kind / f"{key}.json"
         try:
             entry = json.loads(path.read_text())
@@ -68,7 +68,7 @@ class Cache:
         write_atomically(self.root / kind / f"{key}.json", json.dumps(entry).encode())
 
     def load_tensors(self, kind: str, key: str) -> tuple[dict[str, Tensor], Any] | None:
-        """The stored tensors and the JSON value beside them, or None."""
+        """The stored tensors and the JSON value beside them, or None if they are missing or damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self.root / kind / f"{key}.safetensors"
@@ -93,13 +93,13 @@ class Cache:
         write_atomically(self.root / kind / f"{key}.safetensors", save(whole, metadata))
 
     def remove(self, kind: str, key: str) -> None:
-        """Forget what is stored under this key, and under keys that go on from it after a dot; drafts of killed writers too."""
+        """Delete the entries `key` and `key.*`, and incomplete files of killed processes."""
         for pattern in (f"{key}.*", f".{key}.*"):
             for path in (self.root / kind).glob(pattern):
                 path.unlink(missing_ok=True)
 
     def file_digest(self, path: Path) -> str:
-        """SHA-256 of a file's bytes; remembered while its size, inode and time of change are what they were."""
+        """SHA-256 of a file's bytes. It is cached until the file's size, inode or modification time changes."""
         stat = path.stat()
         key = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
         known = self.load_json("digests", key)
@@ -113,7 +113,7 @@ class Cache:
 
     @contextmanager
     def lock(self, kind: str, key: str) -> Iterator[None]:
-        """One process at a time; released by the system if the process dies."""
+        """Context that one process at a time can enter. The system releases the lock if the process dies."""
         path = self.root / "locks" / f"{kind}-{key}"
         with exclusive(path):
             yield
@@ -126,7 +126,7 @@ class Cache:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on a file."""
+    """Context that holds an advisory lock on a file, after waiting for other processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -142,13 +142,13 @@ def contents_digest(tensors: dict[str, Tensor], info: str) -> str:
 
 
 class Journal:
-    """Results of equal parts of one piece of work, a line each, so that a killed process loses one part at the most."""
+    """Results of the parts of a computation, one line per part, so that a killed process loses at most one part."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[int, dict]:
-        """Part number -> result. A line that was cut off or damaged is reported and its part made again."""
+        """Results by part number. A damaged line is logged and left out, so that its part is computed again."""
         parts: dict[int, dict] = {}
         if not self.path.exists():
             return parts
@@ -167,7 +167,7 @@ class Journal:
         line = json.dumps({"part": part, "result": result, "digest": digest([part, result])}) + "\n"
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if file.tell():  # a killed writer may have left half a line
+            if file.tell():  # a killed process may have left an incomplete line
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")

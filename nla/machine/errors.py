@@ -1,14 +1,14 @@
-"""The two kinds of failure a person sees: a request that cannot be met, and numbers that are not finite."""
+"""The errors that users see: a request that cannot be met, and numbers that are not finite."""
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A request that cannot be met. The message names the value, says what is allowed and what to do."""
+    """A request that cannot be met. The message names the value, the allowed values and a remedy."""
 
 
 class NonFiniteError(Exception):
-    """A NaN or an infinity where a number is needed. The message names the matrix or the batch."""
+    """A weight, fit or loss is NaN or infinite. The message names the matrix or the batch."""
 
 
 def require_choice(setting: str, value: object, allowed: Sequence[object]) -> None:
@@ -30,6 +30,6 @@ def require_integer(setting: str, value: object, least: int) -> None:
 
 
 def require_at_least_zero(setting: str, value: float) -> None:
-    """Raise UserError unless `value` is a number from zero."""
+    """Raise UserError unless `value` is a number that is zero or above."""
     if not isinstance(value, int | float) or not value >= 0:
         raise UserError(f"{setting}={value} must be 0 or more")

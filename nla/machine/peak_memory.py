@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as memory: ...` then `memory.peak_bytes`: the most that was alive beyond what was there before.
+    """Context that measures peak memory. After it, `peak_bytes` is the largest increase over the memory in use at its start.
 
     On the CPU it counts the storages of tensors that the block creates, in this thread and its workers, from the moment an
-    operation returns them until they are freed; workspace inside an operation is not seen. The figure is exact, and the same
-    on every run of one thread.
+    operation returns them until they are freed. Workspace inside an operation is not counted. The figure is exact, and with
+    one thread it is the same on every run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class PeakMemory:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Adds up the storages that operations return, and takes them off when they are freed."""
+    """Adds up the bytes of storages that operations return, and subtracts them when they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

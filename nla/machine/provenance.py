@@ -1,4 +1,4 @@
-"""What a result was made by: the code and packages that compute it, and the machine."""
+"""The origin of a result: digests of the code that computes it, versions of packages, and the machine."""
 
 import ast
 import importlib.metadata
@@ -20,15 +20,15 @@ PACKAGES = [*COMPUTING, "accelerate", "datasets", "hydra-core", "wandb", "safete
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Digest of these modules of the project and of all project modules that they import, directly or through others.
+    """Digest of these modules of the project and of all project modules that they import, directly or indirectly.
 
-    Results are stored under it, so that changed code gives new results. Comments and docstrings are no part of it.
+    Cached results are stored under it, so that changed code computes them again. Comments and docstrings do not change it.
 
     Args:
         modules: dotted names, such as `nla.kernels.phase`.
 
     Raises:
-        RuntimeError: there is no such module; it names the module.
+        RuntimeError: a module does not exist. The message names it.
     """
     found: set[Path] = set()
     waiting = [source(module) for module in modules]
@@ -51,7 +51,7 @@ def source(module: str) -> Path:
 
 @cache
 def read(file: Path) -> tuple[str, tuple[Path, ...]]:
-    """Digest of what a file says to Python, and the files of the project that it imports."""
+    """Digest of a file, and the files of the project that it imports."""
     tree = ast.parse(file.read_bytes())
     return statements(tree), imported(tree)
 
@@ -65,7 +65,7 @@ def statements(tree: ast.Module) -> str:
 
 
 def imported(tree: ast.Module) -> tuple[Path, ...]:
-    """The files of the project that are imported, at the top or inside functions, and those of the packages around them."""
+    """Project files that are imported, at module level or inside functions, and the `__init__.py` of their packages."""
     found: list[Path] = []
     for name in imported_names(tree):
         parts = name.split(".")
@@ -88,7 +88,7 @@ def imported_names(tree: ast.Module) -> Iterator[str]:
 
 
 def target_modules(settings: Any) -> list[str]:
-    """The modules of the project that a configuration names under `_target_`, at any depth, in order of their names."""
+    """Sorted names of the project modules that a configuration names under `_target_`, at any depth."""
     return sorted({target.rpartition(".")[0] for target in targets(settings) if target.partition(".")[0] in PROJECT})
 
 
@@ -104,7 +104,7 @@ def targets(settings: Any) -> Iterator[str]:
 
 @cache
 def computing_packages() -> dict[str, str]:
-    """Versions of the packages whose arithmetic, or whose protocol, is in the figures."""
+    """Versions of the packages that can change figures: those that compute, and lm_eval, which defines tasks."""
     return versions(COMPUTING)
 
 
@@ -120,7 +120,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where a run takes place: commit, packages, processor."""
+    """The environment of a run: commit, Python, packages, device and threads."""
     import torch
 
     return {
@@ -135,7 +135,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str:
-    """Output of a git command in the project, empty where it is no checkout."""
+    """Output of a git command in the project, or an empty string if the project is not a git checkout."""
     try:
         result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Folders in the cache that were made once and are known by the digests of their files."""
+"""Cached folders that are made once and checked by the digests of their files."""
 
 import json
 import logging
@@ -13,13 +13,13 @@ log = logging.getLogger(__name__)
 
 
 def sealed_folder(cache: Cache, kind: str, name: str, make: Callable[[Path, Path], None]) -> Path:
-    """The folder <cache>/<kind>/<name>, whole and undamaged; if it is not there, make(folder, scratch) fills it."""
+    """Path of the folder <cache>/<kind>/<name>. If it is missing or damaged, make(folder, scratch) fills a new one."""
     folder = cache.root / kind / name
     with cache.lock(kind, name):
         if not intact(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             prefix = f".making-{name}-"
-            for left_behind in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
+            for left_behind in folder.parent.glob(f"{prefix}*"):  # left by a killed process
                 shutil.rmtree(left_behind)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
                 draft = Path(scratch) / "made"
@@ -31,13 +31,13 @@ def sealed_folder(cache: Cache, kind: str, name: str, make: Callable[[Path, Path
 
 
 def seal(folder: Path) -> None:
-    """Write the digest of every file, by which damage is noticed."""
+    """Write the digest of every file to digests.json, so that intact() notices damage."""
     digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
     (folder / "digests.json").write_text(json.dumps(digests, indent=1))
 
 
 def intact(folder: Path) -> bool:
-    """Whether the sealed files are what they were; a damaged folder is reported and removed."""
+    """Whether the folder exists and its files have their digests. A damaged folder is logged and removed."""
     if not folder.exists():
         return False
     try:

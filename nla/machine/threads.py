@@ -1,4 +1,4 @@
-"""Independent pieces of work side by side, one processor thread each, so that no result depends on the thread count."""
+"""Independent computations in parallel, one processor thread each, so that results do not depend on the thread count."""
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-MOST = 16  # each worker holds its own logits or factorisation; memory, not cores, is the limit beyond
+MOST = 16  # largest number of workers: each holds its own logits or factorisation, so more would need too much memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,13 +17,13 @@ Result = TypeVar("Result")
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], device: torch.device
 ) -> Generator[Result, None, None]:
-    """Results in the order of the items. On the CPU as many workers as torch has threads; on a GPU one.
+    """Results of function(item), in the order of the items. The CPU has a worker per torch thread, a GPU has one.
 
-    The first failure stops the rest; close the generator to stop it early. Whatever watches the caller's tensors
-    (PeakMemory) watches the workers' too.
+    The first failure stops the rest. Close the generator to stop it early. A PeakMemory of the caller also counts the
+    workers' tensors.
     """
     if device.type != "cpu":
-        yield from map(function, items)  # here, one after the other: the next does not begin while a result is in use
+        yield from map(function, items)  # in this thread; the next item starts when the caller asks for its result
         return
     threads = torch.get_num_threads()
     watching = _get_current_dispatch_mode_stack()

@@ -1,4 +1,4 @@
-"""What calibration data tells of the inputs of one linear layer."""
+"""Statistics of the inputs of one linear layer, measured on calibration data."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one linear layer; what no method asked for is None.
+    """Statistics of the inputs x of one linear layer. A statistic that was not collected is None.
 
     Attributes:
-        gram: sum over tokens of x x^T, (in, in), accumulated in fp32 (SVD-LLM).
+        gram: Gram matrix, the sum over tokens of x x^T, (in, in), accumulated in fp32 (SVD-LLM).
         magnitude: mean over tokens of |x|, (in,) (ASVD).
-        fisher: sum over outputs of the mean squared gradient of the weight, (in,) (FWSVD).
+        fisher: Fisher information, the sum over outputs of the mean squared gradient of the weight, (in,) (FWSVD).
     """
 
     gram: Tensor | None = None

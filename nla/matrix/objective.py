@@ -1,4 +1,4 @@
-"""What a fit minimises: ||(W' - W) S||^2, where S is 1 or says which directions of the inputs matter."""
+"""The error that a fit minimises, ||(W' - W) S||^2. S is the identity, or weights the directions of the inputs."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,21 +12,23 @@ from nla.matrix.spectrum import Spectrum, WeightedSpectrum
 
 @dataclass(frozen=True)
 class Factor:
-    """S of the norm ||. S||: a diagonal (in,) or a matrix (in, in), fp64; `note` says if it had to be repaired, as a code."""
+    """S of the norm ||(W' - W) S||: a diagonal (in,) or a matrix (in, in), fp64. `note` is the code of a repair, or empty."""
 
     S: Tensor
     note: str = ""
 
     def times(self, matrix: Tensor) -> Tensor:
-        """matrix @ S: (rows, in) -> (rows, in)"""
+        """The product matrix @ S: (rows, in) -> (rows, in)"""
         return matrix * self.S if self.S.ndim == 1 else matrix @ self.S
 
 
 def whitening(gram: Tensor) -> Factor:
-    """L of G = L L^T (Cholesky): ||D L||^2 is the squared error of the outputs, summed over tokens (SVD-LLM).
+    """The Cholesky factor L of a Gram matrix G = L L^T, (in, in) (SVD-LLM).
 
-    A Gram matrix that is not positive definite (fewer tokens than inputs, an input that is always zero) gets
-    (-smallest eigenvalue + 1e-6) added to its diagonal, and more only as far as rounding needs it.
+    ||(W' - W) L||^2 is the squared error of the layer's outputs, summed over tokens.
+
+    A G that is not positive definite (fewer tokens than inputs, an input that is always zero) gets (-smallest eigenvalue +
+    1e-6) added to its diagonal, or slightly more if rounding requires it.
     """
     G = gram.double()
     factor, failed = torch.linalg.cholesky_ex(G)
@@ -39,9 +41,10 @@ def whitening(gram: Tensor) -> Factor:
 
 
 class Objective:
-    """A weight (out, in), fp32, finite and of unit root mean square, and the norm in which it is to be approximated.
+    """A weight W (out, in), and the norm ||(W' - W) S|| in which it is approximated.
 
     Args:
+        weight: fp32, finite, with a root mean square of 1.
         factor: S, or None for the plain Frobenius norm.
     """
 
@@ -50,17 +53,17 @@ class Objective:
 
     @property
     def note(self) -> str:
-        """What had to be repaired, if anything."""
+        """The code of a repair of S, or an empty string."""
         return self.factor.note if self.factor else ""
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """Of W S: its truncations are the best approximations of each rank in this norm."""
+        """The singular spectrum of W S. Its truncations give the best approximation of W of each rank in this norm."""
         return Spectrum(self.weight) if self.factor is None else WeightedSpectrum(self.weight, self.factor.times)
 
     @cached_property
     def wide_root(self) -> Tensor | None:
-        """S as a matrix (in, in), fp64, scaled so that its rows' squared norms are 1 on average; None for the plain norm."""
+        """S as a matrix (in, in), fp64, scaled so that the mean squared norm of its rows is 1; None for the plain norm."""
         if self.factor is None:
             return None
         S = self.factor.S if self.factor.S.ndim == 2 else torch.diag(self.factor.S)
@@ -68,7 +71,7 @@ class Objective:
 
     @cached_property
     def root(self) -> Tensor | None:
-        """The same in fp32."""
+        """`wide_root` in fp32."""
         return None if self.wide_root is None else self.wide_root.to(self.weight.dtype)
 
     @cached_property
@@ -87,21 +90,21 @@ class Objective:
         return float(self.target.double().square().sum())
 
     def weigh(self, right: Tensor) -> Tensor:
-        """S^T right, for a right factor (in, k) of the matrix: the right factor of the matrix times S."""
+        """S^T R (in, k) for a right factor R (in, k) of a matrix: the right factor of the matrix times S."""
         return right if self.root is None else self.root.T.to(right.dtype) @ right
 
     def weigh_back(self, d: Tensor) -> Tensor:
-        """S d: the gradient for a right factor `right`, given the gradient d for `weigh(right)`."""
+        """S d (in, k): the gradient with respect to a right factor, given d, that with respect to weigh(right factor)."""
         return d if self.root is None else self.root.to(d.dtype) @ d
 
     def squared(self, error: Tensor) -> tuple[Tensor, Tensor]:
-        """||E S||^2 and its gradient for E, some rows of W' - W: (rows, in)"""
+        """||E S||^2 and its gradient (rows, in) with respect to E, where E (rows, in) are rows of W' - W."""
         through = error if self.gram is None else error @ self.gram
         return (error * through).sum(), 2 * through
 
 
 class Norms:
-    """The norms in which one weight can be approximated; what is computed in one is shared by all who ask for it."""
+    """The norms in which one weight (out, in) can be approximated. `plain` and `outputs` are computed once."""
 
     def __init__(self, weight: Tensor, statistics: Statistics) -> None:
         self.weight, self.statistics = weight, statistics
@@ -118,5 +121,5 @@ class Norms:
         return Objective(self.weight, whitening(self.statistics.gram))
 
     def scaled(self, inputs: Tensor, note: str = "") -> Objective:
-        """||(W' - W) diag(inputs)||"""
+        """||(W' - W) diag(inputs)||, where `inputs` (in,) are weights of the inputs."""
         return Objective(self.weight, Factor(inputs.double(), note))

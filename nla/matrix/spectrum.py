@@ -1,4 +1,4 @@
-"""The singular spectrum of one weight matrix, computed once and asked many times."""
+"""The singular spectrum of one weight matrix, computed once for all ranks."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 class Spectrum:
     """Singular values and vectors of a weight (out, in), from the fp64 Gram matrix of its shorter side.
 
-    Cheaper than a bidiagonal SVD (one symmetric eigenproblem of the shorter side). Squaring loses only what lies below
-    1e-8 of the largest singular value, far under any error that truncation leaves; such directions are reported as zero.
+    This is cheaper than a bidiagonal SVD: it is one symmetric eigenproblem of the shorter side. Singular values below 1e-8 of
+    the largest are lost by squaring and reported as zero. They are far below the error of any truncation.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -20,7 +20,7 @@ class Spectrum:
 
     @cached_property
     def weighted(self) -> Tensor:
-        """The matrix whose singular values these are, fp64."""
+        """The matrix (out, in) whose spectrum this is, fp64."""
         return self.weight.double()
 
     @cached_property
@@ -47,7 +47,7 @@ class Spectrum:
         return float(values[rank:].sum() / total) if total > 0 else 0.0
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """U (out, k), s (k,), V (in, k) in fp64, k = min(rank, out, in); a direction with s = 0 has a zero vector."""
+        """Truncated SVD: U (out, k), s (k,), V (in, k) in fp64, k = min(rank, out, in). Vectors with s = 0 are zero."""
         w = self.weighted
         values, near = self._eigh
         k = min(rank, len(values))
@@ -59,18 +59,18 @@ class Spectrum:
         return left, s, self.right(left, inverse)
 
     def right(self, left: Tensor, inverse: Tensor) -> Tensor:
-        """V (in, k), such that U diag(s) V^T is the truncation: W^T U / s."""
+        """V = W^T U / s (in, k), so that U diag(s) V^T = U U^T W."""
         return (self.weight.double().T @ left) * inverse
 
 
 class WeightedSpectrum(Spectrum):
-    """Of W S. U U^T W is the best approximation of W in the norm ||. S||, so S need not be inverted, nor be invertible.
+    """The singular spectrum of W S. U U^T W is the best approximation of W in the norm ||(W' - W) S||.
 
-    Why: U U^T (W S) is the truncation of W S (Eckart and Young, 1936), and it is (U U^T W) S. `truncated` gives U, the singular
-    values s of W S, and V = W^T U / s.
+    Proof: U U^T (W S) is the truncated SVD of W S (Eckart and Young, 1936), and it equals (U U^T W) S. So S is not inverted,
+    and may be singular. `truncated` returns U, the singular values s of W S, and V = W^T U / s.
 
     Args:
-        times: matrix -> matrix @ S.
+        times: the function matrix -> matrix @ S.
     """
 
     def __init__(self, weight: Tensor, times: Callable[[Tensor], Tensor]) -> None:
@@ -83,13 +83,13 @@ class WeightedSpectrum(Spectrum):
 
 
 def balanced_factors(spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """U sqrt(s) (out, rank) and V sqrt(s) (in, rank) in fp64, zero columns where the matrix has no more directions."""
+    """The factors U sqrt(s) (out, rank) and V sqrt(s) (in, rank) in fp64. Columns beyond min(out, in) are zero."""
     left, s, right = spectrum.truncated(rank)
     missing = (0, rank - len(s))
     return pad(left * s.sqrt(), missing), pad(right * s.sqrt(), missing)
 
 
 def spectrum_flops(out_features: int, in_features: int) -> int:
-    """Operations of a Spectrum: the Gram matrix of the shorter side and its eigenvectors."""
+    """Floating-point operations of a Spectrum: the Gram matrix of the shorter side and its eigenvectors."""
     short, long = sorted((out_features, in_features))
     return 2 * short * short * long + 9 * short**3

@@ -1,4 +1,4 @@
-"""The container of every compressed matrix: triplets tau_l = {A[:, l, :], mu[l], B[:, l, :]}."""
+"""Triplets tau_l = {A[:, l, :], mu[l], B[:, l, :]} (NLA): the numbers from which a kernel makes a matrix."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +8,17 @@ from torch import Tensor
 
 
 def triplet_size(out_features: int, in_features: int, r: int) -> int:
-    """Parameters of one triplet: r columns in A and in B, and one mu."""
+    """Number of parameters of one triplet: r columns in A and in B, and one mu."""
     return (out_features + in_features) * r + 1
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """Factors A (out, h, r), B (in, h, r) and coefficients mu (h,); every kernel is linear in mu."""
+    """h triplets: factors A (out, h, r) and B (in, h, r), and coefficients mu (h,). Every kernel is linear in mu.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
 
     A: Tensor
     B: Tensor
@@ -51,7 +55,7 @@ class Triplets:
         return self.B.shape[0]
 
     def count(self) -> int:
-        """Parameters of the triplets that count: those with mu != 0."""
+        """Number of parameters of the triplets with mu != 0. The others are masked and not stored."""
         return int((self.mu != 0).sum()) * triplet_size(self.out_features, self.in_features, self.r)
 
     def prune(self, keep: Tensor) -> "Triplets":
@@ -59,16 +63,16 @@ class Triplets:
         return Triplets(self.A[:, keep], self.B[:, keep], self.mu[keep])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Triplets":
-        """The same function on A, B and mu (a cast, a move, a detach)."""
+        """Triplets with the function applied to A, B and mu, for example a cast."""
         return Triplets(function(self.A), function(self.B), function(self.mu))
 
     def scaled(self, factor: float) -> "Triplets":
-        """Triplets of `factor` times the matrix."""
+        """Triplets whose matrix is `factor` times the matrix of these."""
         return Triplets(self.A, self.B, self.mu * factor)
 
 
 def alternating_signs(h: int, like: Tensor) -> Tensor:
-    """+1, -1, +1, ... (h,): a start for mu in which what all triplets share cancels."""
+    """The signs +1, -1, +1, ... (h,), a start for mu in which a part common to all triplets cancels."""
     signs = torch.ones(h, dtype=like.dtype, device=like.device)
     signs[1::2] = -1
     return signs

@@ -1,1 +1,1 @@
-"""Compression methods: what turns one weight matrix and a budget into terms. `conf/method/` names them."""
+"""Compression methods: they fit terms to weight matrices within a budget. `conf/method/` names them."""

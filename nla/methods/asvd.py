@@ -6,10 +6,10 @@ from nla.methods.svd import SVD
 
 
 class ASVD(SVD):
-    """S = diag(mean|x_j|^alpha + 1e-6).
+    """SVD in the norm ||(W' - W) S|| with S = diag(mean|x_j|^alpha + 1e-6), where x_j is input j of the layer.
 
     Args:
-        alpha: 0 is plain SVD, 0.5 the paper's.
+        alpha: 0 is plain SVD; 0.5 is the paper's value.
     """
 
     needs = frozenset({"magnitude"})

@@ -1,4 +1,4 @@
-"""The contract of a compression method."""
+"""The base classes of compression methods."""
 
 import time
 from abc import ABC, abstractmethod
@@ -21,14 +21,14 @@ Shape = tuple[int, int]  # (out, in)
 
 
 class Method(ABC):
-    """Turns groups of weight matrices, and a budget of bits for each group, into one term for each matrix.
+    """Compresses groups of weight matrices: it fits one term to each matrix, within a budget of bits for each group.
 
     A method that compresses each matrix alone implements `MatrixMethod`, which is shorter.
 
     Attributes:
         needs: names of the statistics (`nla.matrix.inputs.Statistics`) that compress() reads.
-        sequential: later blocks are measured and fitted behind the compressed earlier ones.
-        shares_factors: terms of one group share tensors.
+        sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        shares_factors: the terms of one group share tensors.
     """
 
     needs: frozenset[str] = frozenset()
@@ -36,12 +36,12 @@ class Method(ABC):
     shares_factors = False
 
     def groups(self, specs: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
-        """Which matrices are compressed together; each is in one group. By default each is alone."""
+        """Groups of matrices that are compressed together. Each matrix is in one group; by default, each is alone."""
         return [[spec] for spec in specs]
 
     @abstractmethod
     def plan(self, shapes: Sequence[Shape], bits: int, dtype: torch.dtype) -> list[Term]:
-        """Terms of the sizes that so many bits buy for a group, without numbers. One that gets nothing has a count of 0."""
+        """Terms without values, of the sizes that `bits` allow for a group. If a matrix gets nothing, its count() is 0."""
 
     @abstractmethod
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
@@ -51,48 +51,48 @@ class Method(ABC):
     def compress(
         self, weights: Sequence[Tensor], bits: int, statistics: Sequence[Statistics], generator: torch.Generator
     ) -> list[Fit]:
-        """Fit the weights (out, in) of a group, of any floating type, in at most so many bits.
+        """The fits of the weights (out, in) of a group, of any floating type. Together they take at most `bits` bits.
 
         Raises:
-            NonFiniteError: a weight, or a fit, is not finite.
+            NonFiniteError: a weight or a fit has NaN or infinite values.
         """
 
     def start_flops(self, term: Term) -> int:
-        """Operations of a fit of one matrix before its first step."""
+        """Floating-point operations of the start of the fit of one matrix."""
         return 0
 
     def step_flops(self, term: Term) -> int:
-        """Operations of one step of the fit of one matrix."""
+        """Floating-point operations of one step of the fit of one matrix."""
         return 0
 
     @property
     def steps(self) -> int:
-        """Steps that a fit may take at most."""
+        """The largest number of steps of a fit."""
         return 0
 
 
 class MatrixMethod(Method):
-    """Compresses each matrix by itself. `plan_matrix` says the size of its term, `start` makes it."""
+    """A method that compresses each matrix alone. `plan_matrix` gives the size of its term; `start` computes the term."""
 
     @abstractmethod
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
-        """The term that so many bits buy, without numbers."""
+        """The term without values, of the size that `bits` allow."""
 
     @abstractmethod
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
-        """A term of the planned size that makes the objective small."""
+        """A term of the planned size with a small error in the objective's norm."""
 
     def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        """The fitted term. By default it is the start, where that is the optimum.
+        """The fitted term. The default returns the start, which must be the optimum.
 
-        While `memory` is open, peak memory is measured. Whoever knows that it cannot rise any more may close it.
+        Peak memory is measured while `memory` is open. An implementation may close it once memory cannot rise any more.
         """
         start = self.start(objective, planned, generator)
         assert start.optimum is not None
         return Solution(start.term, [(0, start.optimum)], 0, Status.OPTIMAL, start.optimum)
 
     def objective(self, norms: Norms) -> Objective:
-        """What the method minimises."""
+        """The norm in which the method minimises the error. The default is the plain one, ||W' - W||."""
         return norms.plain
 
     def plan(self, shapes: Sequence[Shape], bits: int, dtype: torch.dtype) -> list[Term]:
@@ -106,7 +106,7 @@ class MatrixMethod(Method):
         return [self.compress_matrix(weight.detach(), bits, known, generator)]
 
     def compress_matrix(self, weight: Tensor, bits: int, statistics: Statistics, generator: torch.Generator) -> Fit:
-        """Fit one weight, scaled to a root mean square of 1, so that all settings mean the same for every matrix."""
+        """The fit of one weight. It is first scaled to a root mean square of 1, so that settings do not depend on its size."""
         begun, (m, n) = time.perf_counter(), weight.shape
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError("the weight holds NaN or infinite values")

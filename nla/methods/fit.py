@@ -1,4 +1,4 @@
-"""What a method reports of one compressed matrix."""
+"""The result of compressing one matrix: its term, errors, size and cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,13 @@ from nla.terms.kernel_term import KernelTerm
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative squared errors in one norm: of a term; of the best matrix of a rank; of the best that the term can be."""
+    """Relative squared errors in one norm.
+
+    Attributes:
+        own: of the term.
+        equal: of the best matrix of a given rank, for comparison.
+        floor: of the best matrix of the largest rank that the term can have; 0 if its rank is not bounded.
+    """
 
     own: float
     equal: float
@@ -23,23 +29,24 @@ class Errors:
 
 @dataclass(frozen=True)
 class Fit:
-    """One compressed matrix. Errors are relative squared errors, ||W' - W||^2 / ||W||^2.
+    """The fit of one matrix W. Errors are relative squared errors, ||W' - W||^2 / ||W||^2.
 
     Attributes:
         term: W'.
-        n_params, bits: numbers and bits stored. A tensor that several matrices share counts for the first of them.
-        status: how the fit ended, as codes (`nla.solvers.base.in_words`).
-        losses: (step, error) as the fit went on, in the norm that the method minimises.
-        relative_error: of the term as stored.
-        svd_error: of truncated SVD with as many parameters.
-        floor: no matrix of a rank that the term can have is below it (Eckart-Young); 0 where the kernel does not bound rank.
-        optimum: the smallest error the kernel can reach at this size in the method's norm, where theory knows it.
-        weighted_error: ||(W' - W) X^T||^2 / ||W X^T||^2 over the calibration tokens X; None where no Gram matrix was needed.
-        svd_llm_error: of SVD-LLM with as many parameters, the smallest weighted error of its rank.
-        weighted_floor: as floor, of the weighted error.
-        flops: counted operations of the start and all steps.
-        seconds: wall time, one processor thread (or the GPU).
-        peak_bytes: see PeakMemory.
+        n_params, bits: numbers and bits stored. A tensor shared by several matrices counts for the first of them.
+        status: how the fit ended, as codes (`nla.solvers.base.in_words` explains them).
+        losses: (step, error) during the fit, in the norm that the method minimises.
+        relative_error: error of the term as stored.
+        svd_error: error of truncated SVD with as many parameters.
+        floor: smallest error of any matrix of the term's largest rank (Eckart-Young); 0 if its rank is not bounded.
+        optimum: smallest error that the kernel can reach at this size in the method's norm; None if unknown.
+        weighted_error: ||(W' - W) X^T||^2 / ||W X^T||^2 over the calibration tokens X; None without a Gram matrix.
+        svd_llm_error: weighted error of SVD-LLM with as many parameters, the smallest of its rank.
+        weighted_floor: floor of the weighted error.
+        steps: steps of gradient descent.
+        flops: floating-point operations of the start and all steps, counted from shapes.
+        seconds: wall time on one processor thread (or the GPU).
+        peak_bytes: peak memory in bytes, see PeakMemory.
     """
 
     term: Term
@@ -61,14 +68,14 @@ class Fit:
 
 
 def errors(objective: Objective, term: Term, equal: int) -> Errors:
-    """Errors of a term in the objective's norm, beside those of the best matrix of rank `equal`."""
+    """The errors of a term in the objective's norm, and those of the best matrix of rank `equal`."""
     error = float(squared_error_of(term, objective)) / objective.energy if objective.energy else 0.0
     spectrum, bound = objective.spectrum, term.rank_bound()
     return Errors(error, spectrum.tail(equal), 0.0 if bound is None else spectrum.tail(bound))
 
 
 def squared_error_of(term: Term, objective: Objective) -> torch.Tensor:
-    """||(W' - W) S||^2 in fp32, without W' in memory where the term is made of kernels."""
+    """||(W' - W) S||^2 in fp32. W' is not built as a whole if all parts of the term are KernelTerms."""
     kernel_terms = [leaf for leaf in term.leaves() if isinstance(leaf, KernelTerm)]
     if len(kernel_terms) < len(list(term.leaves())):
         return objective.squared(term.dense() - objective.weight)[0]
@@ -77,16 +84,16 @@ def squared_error_of(term: Term, objective: Objective) -> torch.Tensor:
 
 
 def equal_rank(out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> int:
-    """The rank of two factors and singular values that store as many bits in this type."""
+    """The rank of a truncated SVD (two factors and the singular values) that takes as many bits in this type."""
     return bits // (8 * dtype.itemsize) // triplet_size(out_features, in_features, 1)
 
 
 @torch.no_grad()
 def measured(norms: Norms, term: Term, scale: float, equal: int) -> dict[str, float | None]:
-    """The errors of a Fit, for a term of `scale` times the weight of the norms.
+    """The error fields of a Fit, by name, for a term that approximates `scale` times the weight of the norms.
 
     Args:
-        equal: rank of the SVD that it is compared with.
+        equal: rank of the SVD with which the term is compared.
     """
     unit = as_float(term).scaled(1 / scale)
     plain = errors(norms.plain, unit, equal)
@@ -104,6 +111,6 @@ def as_float(term: Term) -> Term:
 
 
 def counted_once(fits: Sequence[Fit]) -> list[Fit]:
-    """The fits of a group, each tensor that several of them share counted for the first."""
+    """The fits of a group, with each shared tensor counted only for the first matrix that uses it."""
     counts = shares([fit.term for fit in fits])
     return [replace(fit, n_params=numbers, bits=bits) for fit, (numbers, bits) in zip(fits, counts, strict=True)]

@@ -7,9 +7,10 @@ from nla.methods.svd import SVD
 
 
 class FWSVD(SVD):
-    """S = diag(sqrt(F_j)), F_j the Fisher information of all weights that read input j: the paper's sum over a row of W^T.
+    """SVD in the norm ||(W' - W) S|| with S = diag(sqrt(F_j)).
 
-    Its inverse is not needed (see WeightedSpectrum): an input without information is simply not looked at.
+    F_j is the Fisher information of all weights of input j, the paper's sum over a row of W^T. S is not inverted (see
+    WeightedSpectrum), so F_j may be 0: errors at such an input are then ignored.
     """
 
     needs = frozenset({"fisher"})

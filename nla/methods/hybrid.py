@@ -19,13 +19,16 @@ from nla.terms.kernel_term import KernelTerm
 
 
 class Hybrid(MatrixMethod):
-    """W' = linear term + kernel term, in the norm of the layer's outputs.
+    """W' = linear term + kernel term, fitted in the norm of the layer's outputs.
 
-    The linear term begins at SVD-LLM's solution of its rank. The kernel term begins at what that leaves of the weight. Then
-    both are moved together.
+    The linear term starts from SVD-LLM's solution of its rank. The kernel term starts from a fit of the remainder of the
+    weight. Gradient descent then changes both together.
 
     Args:
         linear_share: fraction of the parameters that the linear term gets.
+
+    Raises:
+        UserError: linear_share is not between 0 and 1.
     """
 
     needs = frozenset({"gram"})
@@ -41,7 +44,7 @@ class Hybrid(MatrixMethod):
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Sum:
         numbers = bits // (8 * dtype.itemsize)
         one = triplet_size(out_features, in_features, 1)
-        linear = min(max(int(self.linear_share * numbers), one), numbers - one)  # each gets a triplet, where there are two
+        linear = min(max(int(self.linear_share * numbers), one), numbers - one)  # at least one triplet each, if two fit
         shares = ((self.linear, linear), (self.kernel, numbers - linear // one * one))
         return Sum(
             KernelTerm.empty(kernel, out_features, in_features, *kernel.size(out_features, in_features, max(n, 0)), dtype)

@@ -1,4 +1,4 @@
-"""Methods whose term is made of triplets under one kernel."""
+"""Methods whose term consists of triplets of one kernel."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from nla.terms.kernel_term import KernelTerm
 
 
 class KernelMethod(MatrixMethod):
-    """As many triplets of one kernel as the bits buy."""
+    """A method whose term has as many triplets of one kernel as the bits allow."""
 
     kernel: Kernel
 
@@ -24,5 +24,5 @@ class KernelMethod(MatrixMethod):
 
 
 def size(term: KernelTerm) -> tuple[int, int, int, int]:
-    """(out, in, h, r)"""
+    """(out, in, h, r) of a term."""
     return term.out_features, term.in_features, term.triplets.h, term.triplets.r

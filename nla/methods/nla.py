@@ -1,4 +1,4 @@
-"""The paper's method: triplets under a kernel, fitted by a solver."""
+"""The paper's method: triplets of a kernel, fitted by a solver."""
 
 from contextlib import ExitStack
 
@@ -15,7 +15,7 @@ from nla.terms.kernel_term import KernelTerm
 
 
 class NLA(KernelMethod):
-    """Nonlinear low-rank approximation: any kernel, any solver.
+    """Nonlinear low-rank approximation (NLA) with any kernel.
 
     Args:
         loss: `weight` (the paper's, ||W' - W||^2) or `activation` (||(W' - W) X^T||^2 over the calibration tokens X).

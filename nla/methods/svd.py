@@ -1,4 +1,4 @@
-"""Truncated SVD in the norm of the method: the baseline of baselines, and what the others weigh differently."""
+"""Truncated SVD, the simplest baseline. FWSVD, ASVD and SVD-LLM are truncated SVD in weighted norms."""
 
 import torch
 
@@ -13,9 +13,10 @@ from nla.terms.kernel_term import KernelTerm
 
 
 class SVD(KernelMethod):
-    """W' = U_R U_R^T W with U_R the first left singular vectors of W S: no matrix of rank R has a smaller ||(W' - W) S||.
+    """W' = U_R U_R^T W, where U_R are the first R left singular vectors of W S. S is the identity here.
 
-    The linear kernel with h = R triplets of r = 1 and mu = the singular values. S = 1 here.
+    No matrix of rank R has a smaller ||(W' - W) S||. The term is the linear kernel with h = R triplets of r = 1; mu are the
+    singular values.
     """
 
     def __init__(self) -> None:

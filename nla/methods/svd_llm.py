@@ -6,10 +6,12 @@ from nla.terms.base import Term
 
 
 class SVDLLM(SVD):
-    """S = L with X^T X = L L^T: the matrix of its rank that changes the layer's outputs least, over the calibration tokens.
+    """SVD in the norm ||(W' - W) L||, where X^T X = L L^T is the Gram matrix of the calibration tokens X.
+
+    No matrix of its rank changes the layer's outputs on these tokens less.
 
     Args:
-        sequential: later blocks are whitened by what the compressed earlier blocks make of the calibration text.
+        sequential: each block is whitened by inputs that passed through the compressed earlier blocks.
     """
 
     needs = frozenset({"gram"})

@@ -1,1 +1,1 @@
-"""Where models come from. Loaders only: nothing here knows about compression."""
+"""Loaders of models. They do not depend on the code for compression."""

@@ -1,4 +1,4 @@
-"""What every source of models offers: an inventory without weights, and the model itself."""
+"""The interface of a source of models: an inventory without weights, and the model itself."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Sample(NamedTuple):
-    """One input of a model, a batch of one: token ids (1, tokens) or images (1, channels, height, width); and its targets."""
+    """Inputs and targets. Inputs are token ids (batch, tokens) or images (batch, channels, height, width); often batch = 1."""
 
     inputs: Tensor
     targets: Tensor
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model in evaluation mode, and its tokeniser (of transformers)."""
+    """A causal language model in evaluation mode, and its transformers tokeniser."""
 
     module: nn.Module
     tokenizer: Any
@@ -44,17 +44,17 @@ class LanguageModel:
         return self.module(tokens, use_cache=False).logits
 
     def loss(self, sample: Sample) -> Tensor:
-        """Mean negative log-likelihood (nats) of each token given those before it; the targets are the inputs."""
+        """Mean negative log-likelihood (nats) of each token given those before it: (). The targets are the inputs."""
         return self.loss_of(self.logits(sample.inputs), sample)
 
     def loss_of(self, logits: Tensor, sample: Sample) -> Tensor:
-        """The same of logits that are known: (batch, tokens, vocabulary) -> ()"""
+        """`loss` from logits that are already computed: (batch, tokens, vocabulary) -> ()"""
         return cross_entropy(logits[:, :-1].flatten(0, 1).float(), sample.targets[:, 1:].flatten())
 
 
 @dataclass(frozen=True)
 class VisionModel:
-    """An image classifier in evaluation mode, and what turns an image (PIL) into its input (channels, height, width)."""
+    """An image classifier in evaluation mode, and the transform from a PIL image to its input (channels, height, width)."""
 
     module: nn.Module
     transform: Callable[[Any], Tensor]
@@ -65,11 +65,11 @@ class VisionModel:
         return self.module(images)
 
     def loss(self, sample: Sample) -> Tensor:
-        """Mean cross entropy (nats); targets (batch,) are classes."""
+        """Mean cross entropy (nats): (). The targets (batch,) are classes."""
         return self.loss_of(self.logits(sample.inputs), sample)
 
     def loss_of(self, logits: Tensor, sample: Sample) -> Tensor:
-        """The same of logits that are known: (batch, classes) -> ()"""
+        """`loss` from logits that are already computed: (batch, classes) -> ()"""
         return cross_entropy(logits.float(), sample.targets)
 
 
@@ -78,7 +78,14 @@ Model = LanguageModel | VisionModel
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is known of a model without its weights. `limit`: the longest text (tokens) or the number of classes."""
+    """A description of a model, made without its weights.
+
+    Attributes:
+        linears: all linear layers.
+        parameters: number of parameters.
+        reads: kind of the inputs.
+        limit: length of the longest text that the model can read (tokens), or number of classes.
+    """
 
     linears: list[LinearSpec]
     parameters: int
@@ -87,13 +94,13 @@ class Inventory:
 
 
 class ModelSource(ABC):
-    """A source of one model."""
+    """A source that one model is loaded from."""
 
     reads: Literal["text", "images"]
 
     @abstractmethod
     def configuration(self, cache: Cache) -> dict[str, Any]:
-        """The whole architecture; no weights are touched."""
+        """The whole architecture, as plain values. No weights are read."""
 
     @abstractmethod
     def empty(self, configuration: dict[str, Any]) -> tuple[nn.Module, int]:
@@ -105,14 +112,18 @@ class ModelSource(ABC):
 
     @abstractmethod
     def check(self, dtype: str, cache: Cache) -> None:
-        """Raise UserError, in one sentence, if load() could not succeed."""
+        """Raise UserError, with one sentence, if load() cannot succeed."""
 
     def identity(self, cache: Cache) -> str:
-        """What the configuration does not say of the weights, for the signature of a run."""
+        """Digest of the weights for a run's signature; empty if the configuration determines the weights."""
         return ""
 
     def inventory(self, cache: Cache) -> Inventory:
-        """Linear layers and counts, from the architecture on the meta device; remembered, for importing takes seconds."""
+        """The inventory, from the architecture on the meta device. It is cached, because importing a model takes seconds.
+
+        Raises:
+            UserError: no model can be built from the configuration.
+        """
         configuration = self.configuration(cache)
         key = digest([configuration, computing_packages(), code_digest(type(self).__module__)])
         known = cache.load_json("inventories", key)

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class CausalLM(ModelSource):
-    """A source of one causal language model; its configuration is that of transformers, with `model_type`."""
+    """A source of one causal language model. Its configuration is that of transformers, with `model_type`."""
 
     reads = "text"
 
@@ -33,7 +33,7 @@ class CausalLM(ModelSource):
 
 
 def from_architecture(architecture: dict[str, Any]) -> Any:
-    """A transformers model with weights at random, on the device of the context."""
+    """A transformers model with random weights, on torch's default device (see `torch.device` as a context)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in architecture.items() if key != "model_type"}
@@ -43,7 +43,7 @@ def from_architecture(architecture: dict[str, Any]) -> Any:
 def load_pretrained(
     source: str, device: str, dtype: str, device_map: str | None = None, revision: str = "main"
 ) -> LanguageModel:
-    """A model and its tokeniser from a local folder or a hub name."""
+    """A model in evaluation mode and its tokeniser, from a local folder or the hub name `source`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -59,13 +59,13 @@ class HubModel(CausalLM):
     """A model of the Hugging Face hub, or of a local folder with the same files.
 
     Args:
-        name: hub name; its cache is used where it is filled.
+        name: hub name. If the hub's local cache has the model, nothing is downloaded.
         revision: branch, tag or commit on the hub.
         path: a folder with config.json, weights and tokeniser, instead of the hub.
         device_map: as in transformers; null puts the whole model on `device`.
-        licence: what the user must have accepted.
-        dtype: the run's default, already taken from here.
-        architecture: the transformers configuration, so that a plan needs neither weights nor network.
+        licence: the licence that the user must have accepted, for messages.
+        dtype: the run's default type, which the configuration reads; not used here.
+        architecture: the transformers configuration. With it, a plan needs neither weights nor network.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class HubModel(CausalLM):
 
 
 def hub_refusal(name: str, revision: str) -> str:
-    """Why the hub does not offer this model, asked with a short time limit; empty if it does."""
+    """The reason why the hub does not provide this model, or "" if it does. Waits for the hub for 2 seconds at most."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -147,7 +147,7 @@ def hub_refusal(name: str, revision: str) -> str:
 
 
 def disk_refusal(gigabytes: float) -> str:
-    """Why the hub's cache cannot hold so much; empty if it can."""
+    """The reason why the hub's local cache cannot hold so many gigabytes, or "" if it can."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HOME)

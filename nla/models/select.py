@@ -1,4 +1,4 @@
-"""Which linear layers are compressed: by their qualified names, so that no model family is a special case."""
+"""Selects the linear layers to compress, by their qualified names, so that no model family is a special case."""
 
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ class LinearSpec:
     name: str
     out_features: int
     in_features: int
-    tied: bool = False  # the weight is another module's too
+    tied: bool = False  # another module uses the same weight
 
     @property
     def n_params(self) -> int:
@@ -24,7 +24,7 @@ class LinearSpec:
 
 
 def linear_specs(model: nn.Module) -> list[LinearSpec]:
-    """Every nn.Linear of the model, in its own order; the model may be on the meta device."""
+    """All nn.Linear layers of the model, in the order of its modules. The model may be on the meta device."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [
         LinearSpec(name, module.out_features, module.in_features, owners[id(module.weight)] > 1)
@@ -34,11 +34,11 @@ def linear_specs(model: nn.Module) -> list[LinearSpec]:
 
 
 def select_linears(specs: list[LinearSpec], include: str, exclude: str | None) -> list[LinearSpec]:
-    """The layers in whose names `include` is found and `exclude` is not (regular expressions).
+    """The layers whose names match `include` and not `exclude` (regular expressions that are searched in the names).
 
     Raises:
-        UserError: an invalid expression, or nothing is selected; it says whether nothing matched or all was
-            excluded; or a selected layer shares its weight.
+        UserError: an expression is invalid; no layer matches `include`; `exclude` matches all of them; or a selected layer
+            shares its weight with another module.
     """
     wanted = [s for s in specs if pattern("select.include", include).search(s.name)]
     if not wanted:
@@ -59,7 +59,7 @@ def select_linears(specs: list[LinearSpec], include: str, exclude: str | None) -
 
 
 def pattern(setting: str, expression: str) -> re.Pattern:
-    """The compiled expression, or a UserError that names the setting."""
+    """The compiled regular expression. Raises UserError, which names the setting, if it is invalid."""
     try:
         return re.compile(expression)
     except re.error as error:

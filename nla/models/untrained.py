@@ -1,4 +1,4 @@
-"""Small models with random weights and a byte tokeniser: every code path in seconds, no figure worth keeping."""
+"""Small models with random weights and a byte tokeniser, for tests that run in seconds. Their figures are meaningless."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from nla.models.causal_lm import CausalLM, from_architecture
 
 
 class UntrainedModel(CausalLM):
-    """Any transformers architecture with random weights from `weights_seed`."""
+    """A model of any transformers architecture, with random weights from `weights_seed`."""
 
     def __init__(self, name: str, weights_seed: int, dtype: str, architecture: dict[str, Any]) -> None:
         self.architecture, self.weights_seed = dict(architecture), weights_seed
@@ -20,7 +20,7 @@ class UntrainedModel(CausalLM):
         return self.architecture
 
     def check(self, dtype: str, cache: Cache) -> None:
-        """Nothing can be missing."""
+        """Always succeeds, because no file is needed."""
 
     def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
         with torch.random.fork_rng(devices=[]):
@@ -30,7 +30,7 @@ class UntrainedModel(CausalLM):
 
 
 class UntrainedVision(vision.ImageClassifier):
-    """Any timm architecture with random weights from `weights_seed`."""
+    """A model of any timm architecture, with random weights from `weights_seed`."""
 
     def __init__(self, name: str, weights_seed: int, dtype: str, architecture: dict[str, Any]) -> None:
         self.architecture, self.weights_seed = dict(architecture), weights_seed
@@ -39,7 +39,7 @@ class UntrainedVision(vision.ImageClassifier):
         return self.architecture
 
     def check(self, dtype: str, cache: Cache) -> None:
-        """Nothing can be missing."""
+        """Always succeeds, because no file is needed."""
 
     def load(self, device: str, dtype: str, cache: Cache) -> VisionModel:
         return vision.classifier(vision.from_architecture(self.architecture, self.weights_seed), device, dtype)
@@ -58,7 +58,7 @@ def byte_tokenizer() -> Any:
 
 
 def byte_alphabet() -> list[str]:
-    """The visible character that the byte level of `tokenizers` writes for each byte (GPT-2's table)."""
+    """The 256 visible characters that stand for the bytes in the byte-level encoding of `tokenizers` (GPT-2's table)."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in visible else chr(next(spare)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Image classifiers of timm, from the hub or a local file."""
+"""Image classifiers of timm, with weights from the hub or a local file."""
 
 import logging
 import sys
@@ -19,7 +19,7 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 
 
 class ImageClassifier(ModelSource):
-    """A source of one image classifier; its configuration is timm's name under `model`, and arguments of create_model."""
+    """A source of one image classifier. Its configuration is timm's name under `model`, and arguments of create_model."""
 
     reads = "images"
 
@@ -30,7 +30,7 @@ class ImageClassifier(ModelSource):
 
 
 def from_architecture(architecture: dict[str, Any], weights_seed: int = 0, **options: Any) -> Any:
-    """A timm model, on the device of the context; what is at random comes from `weights_seed`."""
+    """A timm model on torch's default device. Random weights come from `weights_seed`; `options` go to timm.create_model."""
     import timm
 
     settings = {key: value for key, value in architecture.items() if key != "model"}
@@ -40,7 +40,7 @@ def from_architecture(architecture: dict[str, Any], weights_seed: int = 0, **opt
 
 
 def classifier(module: nn.Module, device: str, dtype: str) -> VisionModel:
-    """The model in evaluation mode, and timm's own evaluation transform for it."""
+    """The model in evaluation mode on `device`, with timm's evaluation transform for it."""
     from timm.data import create_transform, resolve_model_data_config
 
     settings = resolve_model_data_config(module)
@@ -57,10 +57,10 @@ class TimmModel(ImageClassifier):
     """A model of timm with the weights that timm publishes, or with those of a local file.
 
     Args:
-        name: where the hub has the weights; its cache is used where it is filled.
+        name: hub name of the weights. If the hub's local cache has them, nothing is downloaded.
         path: a .safetensors or .pth file, or a folder with one, instead of the hub.
-        licence: what the user must have accepted.
-        dtype: the run's default, already taken from here.
+        licence: the licence that the user must have accepted, for messages.
+        dtype: the run's default type, which the configuration reads; not used here.
         architecture: timm's name and tag of the weights under `model`, and arguments of timm.create_model.
     """
 
@@ -107,7 +107,11 @@ class TimmModel(ImageClassifier):
 
 
 def weights_file(path: Path) -> Path:
-    """The file itself, or the only file with weights in a folder; safetensors come first."""
+    """The file itself or, for a folder, the only weights file in it. Files of the first suffix in WEIGHTS come first.
+
+    Raises:
+        UserError: the path does not exist, or the folder has no or several such files.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
@@ -122,7 +126,11 @@ def weights_file(path: Path) -> Path:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor, from the top of the file or from under `model` or `state_dict`; nothing but weights is read."""
+    """{name: tensor} from the top level of a file, or from its entry `model` or `state_dict`. No pickled code is run.
+
+    Raises:
+        UserError: the file cannot be read, or holds other things than named tensors.
+    """
     from safetensors.torch import load_file
 
     try:
@@ -139,16 +147,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
-    """Every weight of the model from the file, and nothing else.
+    """Load all weights of the model from the file, in place.
 
     Raises:
-        UserError: names the first weight that is missing, unknown or of another shape.
+        UserError: the file lacks a weight, or has an unknown one or one of another shape; it names the first such weight.
     """
     module.load_state_dict(require_fit(file, read_weights(file), module))
 
 
 def require_fit(file: Path, weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of this module (on any device), or UserError."""
+    """The weights under the names of this module. Raises UserError if they do not fit (see `load_weights`)."""
     wanted = module.state_dict()
     if weights.keys() != wanted.keys():
         weights = renamed(weights, module)
@@ -168,17 +176,18 @@ def require_fit(file: Path, weights: dict[str, Tensor], module: nn.Module) -> di
 
 
 def renamed(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The weights of an architecture's first publication under timm's names; what timm would resize stays as it is."""
+    """Weights with the names of the original publication, under timm's names. Tensors that timm would resize stay unchanged."""
     rename = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if rename is None:
         return weights
     tensors = {id(value) for value in weights.values()}
     try:
         found = rename(weights, module)
-    except (KeyError, RuntimeError, AttributeError, ValueError):  # no weights of this architecture at all
+    except (KeyError, RuntimeError, AttributeError, ValueError):  # not weights of this architecture
         return weights
     return {name: value if id(value) in tensors else weights.get(name, value) for name, value in found.items()}
 
 
 def shape(tensor: Tensor) -> str:
+    """The shape of a tensor for messages, such as `49x2`."""
     return "x".join(map(str, tensor.shape)) or "a number"

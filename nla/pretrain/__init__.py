@@ -1,1 +1,1 @@
-"""Small models that the harness trains itself, once."""
+"""Small models that the harness trains on first use and keeps in the cache."""

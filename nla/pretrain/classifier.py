@@ -1,4 +1,4 @@
-"""A small classifier that the harness trains itself, once: real accuracy to lose, without a hub."""
+"""A small image classifier that the harness trains on first use. It needs no download of weights."""
 
 import logging
 from collections.abc import Callable
@@ -23,20 +23,21 @@ from tasks.data.images import Images, Items
 
 log = logging.getLogger(__name__)
 
-MICRO_BATCH = 32  # images of one worker: fixed, for the sum of gradients must not depend on the number of workers
+MICRO_BATCH = 32  # images of one worker: fixed, because the sum of gradients must not depend on the number of workers
 
 
 class MicroModel(ImageClassifier):
-    """Any timm architecture, trained on `training` and kept in the cache.
+    """A model of any timm architecture, trained on first use and kept in the cache.
 
     Args:
-        training: a node of conf/data: the training split of its images is what the model is trained on.
-        weights_seed: of the weights at the start, and of the batches.
-        batch: images of a step, drawn with replacement; micro-batches of 32 count the same, so best a multiple of 32.
-        shift: each is moved by up to so many pixels of the model's input, in both directions.
-        recipe: steps, lr, warmup, weight_decay, clip as in nla.training.Recipe.
+        name: shown in messages, and part of the folder's name.
+        training: a node of conf/data. The model is trained on the training split of its images.
+        weights_seed: seed of the initial weights and of the batches.
+        batch: images per step, drawn with replacement. Micro-batches of 32 have equal weights, so use a multiple of 32.
+        shift: largest random shift of an image, in pixels of the model's input, vertically and horizontally.
+        recipe: steps, lr, warmup, weight_decay, clip as in `nla.training.loop.Recipe`.
+        dtype: the run's default type, which the configuration reads; not used here.
         architecture: timm's name under `model`, and arguments of timm.create_model.
-        name, dtype: for the reader and the run.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class MicroModel(ImageClassifier):
         return classifier(module, device, dtype)
 
     def folder(self, cache: Cache) -> Path:
-        """The trained weights in fp32, made on first use, on the CPU."""
+        """Folder with the trained weights in fp32. The first call trains the model, on the CPU."""
         made_from = {
             "architecture": self.architecture,
             "recipe": [vars(self.recipe), self.batch, self.shift, MICRO_BATCH],
@@ -97,7 +98,7 @@ class MicroModel(ImageClassifier):
         return sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)
 
     def batches(self, items: Items, model: VisionModel) -> Callable[[int], list[Sample]]:
-        """step -> its micro-batches, a function of the seed and the step alone."""
+        """A function: step -> its micro-batches, which depend on the seed and the step alone."""
 
         def batch(step: int) -> list[Sample]:
             generator = torch.Generator().manual_seed(int(digest([self.weights_seed, step])[:15], 16))
@@ -113,7 +114,7 @@ class MicroModel(ImageClassifier):
 
 
 def shifted(image: Tensor, most: int, by: list[int]) -> Tensor:
-    """The image (channels, height, width) moved by `most - by` pixels down and right; its border is repeated."""
+    """The image (channels, height, width), moved down and right by `most - by` pixels. The gap is filled with its border."""
     down, right = by
     larger = pad(image, (most, most, most, most), mode="replicate")
     return larger[:, down : down + image.shape[1], right : right + image.shape[2]]

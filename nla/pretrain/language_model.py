@@ -1,4 +1,4 @@
-"""A small language model that the harness trains itself, once, with its own tokeniser: real perplexity, without a hub."""
+"""A small language model and its tokeniser, which the harness trains on first use. They need no download of weights."""
 
 import logging
 from collections.abc import Callable
@@ -22,21 +22,22 @@ from tasks.data.text import Text
 
 log = logging.getLogger(__name__)
 
-MICRO_BATCH = 2  # windows of one worker: fixed, for the sum of gradients must not depend on the number of workers
+MICRO_BATCH = 2  # windows of one worker: fixed, because the sum of gradients must not depend on the number of workers
 END = "</s>"
 
 
 class MicroLanguageModel(CausalLM):
-    """Any transformers architecture, trained on `training` and kept in the cache.
+    """A model of any transformers architecture, trained on first use and kept in the cache.
 
     Args:
-        training: a node of conf/data: the training split of its text is what the model is trained on, and its tokeniser (a
-            byte-level BPE).
-        weights_seed: of the weights at the start, and of the batches.
-        batch: windows of a step, each as long as the model reads; best a multiple of 2.
-        recipe: steps, lr, warmup, weight_decay, clip as in nla.training.Recipe.
-        architecture: as transformers names it; vocab_size is the tokeniser's.
-        name, dtype: for the reader and the run.
+        name: shown in messages, and part of the folder's name.
+        training: a node of conf/data. The model and its tokeniser (a byte-level BPE) are trained on the training split of
+            its text.
+        weights_seed: seed of the initial weights and of the batches.
+        batch: windows per step, each as long as the model can read. Micro-batches of 2 have equal weights, so use a multiple.
+        recipe: steps, lr, warmup, weight_decay, clip as in `nla.training.loop.Recipe`.
+        dtype: the run's default type, which the configuration reads; not used here.
+        architecture: a transformers configuration. The tokeniser has `vocab_size` tokens.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class MicroLanguageModel(CausalLM):
         return load_pretrained(str(self.folder(cache)), device, dtype)
 
     def folder(self, cache: Cache) -> Path:
-        """The trained model and its tokeniser, made on first use, on the CPU."""
+        """Folder with the trained model and its tokeniser. The first call trains them, on the CPU."""
         text = self.training.joined()
         made_from = {
             "architecture": self.architecture,
@@ -93,7 +94,7 @@ class MicroLanguageModel(CausalLM):
         return sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)
 
     def batches(self, tokens: Tensor) -> Callable[[int], list[Sample]]:
-        """step -> its micro-batches: windows anywhere in the text, a function of the seed and the step alone."""
+        """A function: step -> its micro-batches, random windows of the text that depend on the seed and the step alone."""
         window = self.architecture["max_position_embeddings"]
 
         def batch(step: int) -> list[Sample]:
@@ -106,7 +107,7 @@ class MicroLanguageModel(CausalLM):
 
 
 def learn_tokenizer(text: str, vocabulary: int) -> Any:
-    """A byte-level BPE tokeniser with `vocabulary` tokens; END, the last sign of a text, begins generation too."""
+    """A byte-level BPE tokeniser with `vocabulary` tokens. END ends a text, and also begins generation."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

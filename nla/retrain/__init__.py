@@ -1,1 +1,1 @@
-"""What happens to a compressed model until it is measured again: its triplets are trained on the model's own loss."""
+"""Retraining: trains the triplets (A, B, mu) of a compressed model, and other parameters, on the model's loss."""

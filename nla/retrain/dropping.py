@@ -1,17 +1,17 @@
-"""Masked triplets leave the model for good: from the training when the cool-down begins, from the model at its end."""
+"""Drops masked triplets (mu = 0) for good: at the beginning of the cool-down, and at the end of retraining."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from nla.compressed.contents import kernel_terms, replace_parameters
-from nla.terms.kernel_term import PARTS, KernelTerm
+from nla.terms.kernel_term import TENSORS, KernelTerm
 from nla.training.checkpoints import Progress
 from nla.training.parameters import TrainedParameter
 
 
 def drop_masked(module: nn.Module) -> None:
-    """Remove the triplets with mu = 0. The model's outputs stay what they are."""
+    """Remove all triplets with mu = 0 from the model, in place. Its outputs do not change."""
     for term in kernel_terms(module).values():
         keep = term.mu != 0
         if not bool(keep.all()):
@@ -21,15 +21,18 @@ def drop_masked(module: nn.Module) -> None:
 def drop_from_training(
     terms: Mapping[str, KernelTerm], masks: Sequence[Tensor], trained: Sequence[TrainedParameter], progress: Progress
 ) -> list[TrainedParameter]:
-    """Remove the masked triplets from the model, and from what its optimiser keeps. Returns what is trained from here on.
+    """Remove the masked triplets from the model and from the optimiser's state. Returns the parameters to train from now on.
 
     Args:
-        masks: of each term, (h,), true where a triplet stays.
+        terms: the terms by name, changed in place.
+        masks: (h,) for each term, true where a triplet stays.
+        trained: the parameters that were trained until now.
+        progress: holds the optimiser's state, changed in place.
     """
     kept: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for (name, term), mask in zip(terms.items(), masks, strict=True):
         term.hold(term.triplets.prune(mask))
-        kept |= {f"{name}.{part}": (getattr(term, part), mask) for part in PARTS}
+        kept |= {f"{name}.{part}": (getattr(term, part), mask) for part in TENSORS}
     left = []
     for t in trained:
         if t.name not in kept:
@@ -37,7 +40,7 @@ def drop_from_training(
             continue
         parameter, mask = kept[t.name]
         left.append(TrainedParameter(t.name, parameter, t.rate, t.owner))
-        if t.name in progress.moments:  # this process has its numbers
+        if t.name in progress.moments:  # this process keeps the parameter's optimiser state
             moments = progress.moments[t.name]
             progress.moments[t.name] = {name: chosen(m, mask) if m.ndim else m for name, m in moments.items()}
             if t.master.dtype != parameter.dtype:
@@ -46,11 +49,11 @@ def drop_from_training(
 
 
 def chosen(tensor: Tensor, mask: Tensor) -> Tensor:
-    """What a mask leaves of A or B (n, h, r), or of mu (h,)."""
+    """The part of A or B (n, h, r), or of mu (h,), that belongs to the triplets where the mask (h,) is true."""
     return tensor[:, mask] if tensor.ndim == 3 else tensor[mask]
 
 
 def load_retrained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put retrained numbers into a prepared model, whose terms may have more triplets."""
+    """Load retrained parameters, which may have fewer triplets, into a prepared model, in place, and drop masked triplets."""
     replace_parameters(module, tensors)
     drop_masked(module)

@@ -1,4 +1,4 @@
-"""What is known of a retraining as it goes on: a row per step, on disk and shown at once."""
+"""The history of a retraining: a row of figures for every step, which is written and shown at once."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -21,20 +21,20 @@ Row = dict[str, Any]
 
 
 class History(Observer):
-    """Keeps a row for every step, tightens the budget, and keeps the triplets on the surfaces of their constraints.
+    """Records a row of figures after every step, tightens the budget, and keeps the triplets on their constraints' surfaces.
 
-    A row has step (how many were done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. Where triplets
-    were chosen anew it has importance (IMPORTANCE_QUANTILES of what they are ranked by) and matrices (kept parameters by
-    name); at checkpoints watched (nats), of text watched_perplexity; on a GPU vram_bytes, the most that this process has held.
+    A row has: step (number of steps done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. A step
+    that chooses the kept triplets again adds importance (IMPORTANCE_QUANTILES of their scores) and matrices ({matrix: kept
+    parameters}). A checkpoint adds watched (nats) and, for text, watched_perplexity. A GPU adds vram_bytes, the peak memory.
 
     Args:
-        constraints: surfaces that every step is kept on.
-        matrices: the matrix that each term belongs to, by the terms' names, in the order of the tightening's triplets.
-        tightening: None where all triplets are kept.
-        budget, kept: parameters, where all triplets are kept.
-        watch: the loss on samples that are not trained on; None: nothing is watched.
-        recipe: says at which steps.
-        show: is given each row when it is there.
+        constraints: applied to the gradients and to every step.
+        matrices: {name of a term: name of its matrix}, in the order of the tightening's triplets.
+        tightening: masks the least important triplets; None to keep all triplets.
+        budget, kept: numbers of parameters, for the rows, if all triplets are kept.
+        watch: measures the loss on samples that are not trained on, as columns of a row; None to measure nothing.
+        recipe: determines the steps at which `watch` is called.
+        show: called with each new row.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class History(Observer):
 
 
 def by_matrix(matrices: Iterable[str], kept: Iterable[int]) -> dict[str, int]:
-    """Kept parameters of each matrix: those of its terms added up. `matrices` names the matrix of each term."""
+    """{matrix: kept parameters}, summed over its terms. `matrices` and `kept` give the matrix and the count of each term."""
     total: dict[str, int] = {}
     for matrix, count in zip(matrices, kept, strict=True):
         total[matrix] = total.get(matrix, 0) + count
@@ -116,7 +116,7 @@ def by_matrix(matrices: Iterable[str], kept: Iterable[int]) -> dict[str, int]:
 
 
 def mean_loss(model: Model, samples: list[Sample]) -> float:
-    """The model's own loss (nats), mean over samples."""
+    """The model's own loss (nats), averaged over the samples."""
     device = next(model.module.parameters()).device
 
     @torch.no_grad()

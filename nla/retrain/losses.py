@@ -1,4 +1,4 @@
-"""The loss of a retraining: the model's own, and what it may learn from the dense model beside it."""
+"""The loss of a retraining: the model's own loss, and distillation terms that compare it with the dense model."""
 
 import threading
 from collections.abc import Callable
@@ -16,16 +16,18 @@ from nla.models.base import Model, Sample
 from nla.retrain.settings import Retraining
 from nla.statistics.blocks import Block, chain
 
-ROWS = 16  # of logits, compared at once
+ROWS = 16  # rows of logits that are compared at once
 
 
 class Distillation:
     """loss + logits * T^2 KL(dense || compressed) + features * squared difference + perturbation * mean(max|W' - W|^2)
 
-    Logits are softened by the temperature T (Hinton et al., 2015). Features are the outputs of the blocks, as in
-    `relative_difference`. The last is PELA's weight perturbation (Guo et al., 2023), the mean over matrices.
+    `logits`, `features` and `perturbation` are weights from the settings. The temperature T divides the logits of both models
+    (Hinton et al., 2015). The features are the outputs of the blocks, compared by `relative_difference`. The last summand is
+    PELA's weight perturbation (Guo et al., 2023), averaged over matrices.
 
     Args:
+        model, dense: the compressed model and the dense one. Both get hooks, which `close` removes.
         layers: qualified names of the compressed matrices.
     """
 
@@ -51,18 +53,19 @@ class Distillation:
         return loss
 
     def close(self) -> None:
-        """Take the hooks off both models."""
+        """Remove the hooks from both models."""
         for features in filter(None, self.features):
             features.hooks.close()
 
     @staticmethod
     def run(model: Model, sample: Sample, features: "Features | None") -> tuple[Tensor, list[Tensor]]:
+        """The logits, and the outputs of the blocks if `features` records them."""
         if features is None:
             return model.logits(sample.inputs), []
         return features.of(lambda: model.logits(sample.inputs))
 
     def largest_changes(self) -> Tensor:
-        """max|W' - W| of every compressed matrix: (matrices,)"""
+        """max|W' - W| of each compressed matrix: (matrices,)"""
         return torch.stack(
             [
                 (layer.term.dense() - self.weights[name]).abs().amax().float()
@@ -73,26 +76,26 @@ class Distillation:
 
 
 def relative_difference(features: Tensor, wanted: Tensor) -> Tensor:
-    """2 |f - w|^2 / (|f|^2 + |w|^2), mean over positions, from 0 to 4: (..., features) twice -> ()
+    """2 |f - w|^2 / (|f|^2 + |w|^2), averaged over positions: (..., features) twice -> (), from 0 to 4.
 
-    At each position by itself: the first token of a text has features hundreds of times larger than all others in models like
-    LLaMA (massive activations, Sun et al., 2024), and would be all that counts. By the size of both, because a compressed
-    model may have them where the dense one has none.
+    Each position is normalised separately. In models like LLaMA, the first token has features hundreds of times larger than
+    the other tokens (massive activations, Sun et al., 2024), and would dominate a common sum. The norms of both models are in
+    the divisor, because a compressed model may have such features where the dense model has none.
     """
     f, w = features.float(), wanted.float()
     return (2 * (f - w).square().sum(-1) / (f.square().sum(-1) + w.square().sum(-1))).mean()
 
 
 def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(wanted || logits) of the softened distributions, mean over rows: (..., classes) twice -> ()"""
+    """T^2 KL(softmax(wanted / T) || softmax(logits / T)), averaged over rows: (..., classes) twice -> (). T: temperature."""
     return SoftenedDivergence.apply(logits.flatten(0, -2), wanted.flatten(0, -2), temperature)
 
 
 class SoftenedDivergence(torch.autograd.Function):
-    """The same with its gradient, T (softmax(a/T) - softmax(b/T)) / rows, made at once and a few rows at a time.
+    """`softened_divergence` with the gradient T (softmax(a/T) - softmax(b/T)) / rows for the logits a and the wanted logits b.
 
-    Rows of 50,000 classes stay in the processor's cache so, and one tensor of the logits' size is kept instead of five: three
-    times as fast as autograd's on a CPU.
+    The forward pass computes both, ROWS rows at a time. Rows of 50,000 classes then stay in the processor's cache. One tensor
+    of the logits' size is kept instead of five. On a CPU this is three times as fast as autograd.
     """
 
     @staticmethod
@@ -115,7 +118,7 @@ class SoftenedDivergence(torch.autograd.Function):
 
 
 class Features:
-    """Catches what blocks put out, apart for each thread."""
+    """Records the outputs of blocks, separately for each thread, with forward hooks."""
 
     def __init__(self, blocks: list[Block]) -> None:
         self.local, self.hooks = threading.local(), ExitStack()
@@ -128,7 +131,7 @@ class Features:
             caught.append(output[0] if isinstance(output, tuple) else output)
 
     def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The result of a forward, and the outputs of the blocks on the way."""
+        """The result of `run()`, and the outputs of the blocks that it called, in order."""
         self.local.caught = []
         output = run()
         caught, self.local.caught = self.local.caught, None

@@ -1,4 +1,4 @@
-"""What `retrain.*` says. `conf/retrain/` names the ways."""
+"""The settings `retrain.*`. `conf/retrain/` holds the presets."""
 
 from typing import Any
 
@@ -10,23 +10,26 @@ PARTS = ["triplets", "A", "B", "mu", "linear_term", "norms", "biases", "everythi
 
 
 class Retraining:
-    """Settings of a retraining, checked.
+    """The checked settings of a retraining.
 
     Args:
-        steps: optimiser steps T in all; 0: none.
-        data: the set to train on, at its training split; None without steps.
-        batch: samples of a step; micro: how many of them one worker (or GPU) runs at once.
-        length: tokens of a sample, where it is text.
-        lr: of every tensor, relative to the root mean square of its numbers at the start. None: each kernel's own rate.
-        warmup: fraction of the steps in which the rate rises; then it falls along a cosine.
-        weight_decay, clip, spike, checkpoint: as in `nla.training.Recipe`.
-        train: the stages, each trained for an equal share of the steps: names of PARTS joined by `+`.
-        linear_term: rank of a linear term (LoRA) that every matrix gets beside its triplets, out of its own budget.
-        logits, features, perturbation, temperature: weights of the losses of `nla.retrain.losses`.
-        recompute: keep the inputs of blocks only, and compute what is inside again for the gradient.
-        watch: samples of the first task's data whose loss is shown at every checkpoint; nothing is chosen by it.
-        processes: how many train together (one GPU each, where there are GPUs): they share the micro-batches, and the
-            gradients, optimiser and importance of the parameters; the weights are whole in each.
+        steps: optimiser steps T of all stages together; 0 for no retraining.
+        data: the training split of a data set; None if steps = 0.
+        batch: samples per step; micro: samples of a step that one worker (or GPU) runs at once.
+        length: tokens per sample, if the data is text.
+        lr: learning rate, relative to the root mean square of each tensor at the start; None for each kernel's own rate.
+        warmup: fraction of a stage's steps in which the rate rises; afterwards it falls along a cosine.
+        weight_decay, clip, spike, checkpoint: as in `nla.training.loop.Recipe`.
+        train: the stages, which share the steps equally. A stage is one or more names of PARTS joined by `+`.
+        linear_term: rank of a linear term (LoRA) that every matrix gets beside its triplets, paid from the matrix's budget.
+        logits, features, perturbation, temperature: weights and temperature of `nla.retrain.losses.Distillation`.
+        recompute: keep only the inputs of blocks, and recompute their activations in the backward pass.
+        watch: held-out samples of the first task's data whose loss is shown at every checkpoint, for information only.
+        processes: number of processes that train together, one GPU each if there are GPUs. They divide the micro-batches,
+            gradients, optimiser state and importance scores. Each holds all weights.
+
+    Raises:
+        UserError: a value is out of range or contradicts another one; it names the setting.
     """
 
     def __init__(
@@ -109,5 +112,5 @@ class Retraining:
 
     @property
     def distils(self) -> bool:
-        """Whether the dense model is needed beside the compressed one."""
+        """Whether the loss compares with the dense model, which is then loaded too."""
         return max(self.logits, self.features, self.perturbation) > 0

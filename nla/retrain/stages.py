@@ -1,4 +1,4 @@
-"""Train a compressed model, stage after stage, and keep the result."""
+"""Trains a compressed model in stages and stores the result in the cache."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from nla.retrain.losses import Distillation
 from nla.retrain.settings import Retraining
 from nla.retrain.trainable import chosen_parts
 from nla.statistics.blocks import chain
-from nla.terms.kernel_term import PARTS
+from nla.terms.kernel_term import TENSORS
 from nla.training.checkpoints import Progress
 from nla.training.loop import Recipe, train
 from nla.training.parameters import TrainedParameter, owned_by_module
@@ -31,11 +31,11 @@ from tasks.data.base import Data
 
 
 def checkpoint_keys(key: str, stages: int) -> list[str]:
-    """Cache keys of the checkpoints: one for each stage, and one for the steps after masked triplets are dropped."""
+    """Cache keys of the checkpoints: one for each stage, and a last one for the steps after masked triplets are dropped."""
     return [digest([key, stage]) for stage in range(stages + 1)]
 
 
-def retrain(
+def train_in_stages(
     model: Model,
     layers: Sequence[str],
     settings: Retraining,
@@ -49,18 +49,20 @@ def retrain(
     show: Callable[[Row], None],
     processes: OneProcess,
 ) -> None:
-    """Train what `settings.train` names of a prepared model, stage after stage. The result is in the cache under `key`.
+    """Train the parts that `settings.train` names, in place and stage by stage. Stores the result in the cache under `key`.
 
     Args:
+        model: a compressed model after `nla.retrain.trainable.prepare_terms`.
         layers: qualified names of the compressed layers.
         load_dense: loads the dense model, for losses that compare with it.
-        watch: measures samples that are not trained on (see `watched_loss`).
-        budget: tightens while it trains; None: all triplets are kept.
-        final: parameters that the budget ends with.
-        show: is given each row of the history.
+        watch: measures the loss on samples that are not trained on (see `watched_loss`).
+        budget: masks triplets during training; None to keep all triplets.
+        final: number of parameters that the budget ends with.
+        seed: seed of the samples.
+        show: called with each row of the history.
 
     Raises:
-        NonFiniteError: names the step, the batch and the last good checkpoint.
+        NonFiniteError: a loss or gradient is not finite; it names the step, the batch and the last checkpoint.
     """
     recomputed = recomputed_blocks(model, layers) if settings.recompute else nullcontext()
     with loss_function(model, layers, settings, load_dense) as loss, recomputed:
@@ -77,14 +79,14 @@ def retrain(
 
 
 class StagedTraining:
-    """What the stages of a retraining share, and what they leave behind.
+    """The shared state and the results of the stages of a retraining.
 
     Attributes:
-        rows: the history (see `nla.retrain.history`).
-        tensors: what was trained, by the names of the parameters.
-        trained: the most parameters that were trained at once.
-        scored: parameters whose importance was followed.
-        peak_bytes: of the gradient of one micro-batch.
+        rows: the history (see `nla.retrain.history.History`).
+        tensors: the trained parameters, by name.
+        trained: the largest number of parameters that one stage trained.
+        scored: number of parameters with importance scores.
+        peak_bytes: peak memory of the gradient of one micro-batch.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class StagedTraining:
         self.trained = self.scored = self.peak_bytes = 0
 
     def stage(self, number: int, parts: list[str]) -> None:
-        """Train these parts. Where the budget tightens, masked triplets are dropped when the cool-down begins."""
+        """Train these parts. If the budget tightens, the masked triplets are dropped when the cool-down begins."""
         trained = chosen_parts(self.model.module, parts, self.settings.own_rates)
         owned_by_module(trained, self.processes)
         self.trained = max(self.trained, sum(t.parameter.numel() for t in trained))
@@ -125,7 +127,7 @@ class StagedTraining:
             progress = self.train_until(trained, recipe, label, self.keys[number], masks)
             if progress.done < recipe.end:
                 trained = drop_from_training(self.terms, masks.masks, trained, progress)
-                budget, masks = masks.final, None  # frees the importance and the numbers before they were dropped
+                budget, masks = masks.final, None  # frees the importance scores and the tensors with all triplets
                 progress = self.train_until(trained, recipe, label, self.keys[-1], None, progress, budget)
         self.peak_bytes = max(self.peak_bytes, progress.peak_bytes)
         self.tensors |= {t.name: t.parameter.detach() for t in trained}
@@ -140,7 +142,7 @@ class StagedTraining:
         progress: Progress | None = None,
         budget: int | None = None,
     ) -> Progress:
-        """Train to the end of the recipe, or, where there are masks, until they are final."""
+        """Train to the end of the recipe or, if there are masks, to the beginning of the cool-down, when they are final."""
 
         def shown(row: Row) -> None:
             self.rows.append(row)
@@ -153,13 +155,13 @@ class StagedTraining:
         return train(trained, self.loss, self.batch, recipe, self.cache, key, label, history, self.processes, progress, until)
 
     def tightening(self, trained: list[TrainedParameter]) -> Tightening | None:
-        """The masks of the model's terms, where the budget tightens."""
+        """The masks of the model's triplets; None if the budget does not tighten."""
         if self.budget is None:
             return None
         by_name = {t.name: t for t in trained}
         owners = [by_name[f"{name}.mu"].owner for name in self.terms]
         moved = [
-            Triplets(*(by_name[f"{name}.{part}"].master for part in PARTS)) if owner == self.processes.rank else term.triplets
+            Triplets(*(by_name[f"{name}.{part}"].master for part in TENSORS)) if owner == self.processes.rank else term.triplets
             for (name, term), owner in zip(self.terms.items(), owners, strict=True)
         ]
         return self.budget.tightening(moved, self.final, self.settings.steps, self.processes, owners)
@@ -169,7 +171,7 @@ class StagedTraining:
 def loss_function(
     model: Model, layers: Sequence[str], settings: Retraining, load_dense: Callable[[], Model]
 ) -> Iterator[Callable[[Sample], Tensor]]:
-    """The model's own loss, or `Distillation` with the dense model beside it."""
+    """Context with the loss: the model's own, or `Distillation` if the settings compare with the dense model."""
     if not settings.distils:
         yield model.loss
         return
@@ -180,7 +182,7 @@ def loss_function(
 
 
 def batches(model: Model, settings: Retraining, seed: int) -> Callable[[int], list[Sample]]:
-    """step -> the micro-batches of that step. They depend on the seed and the step alone."""
+    """A function: step -> its micro-batches. They depend on the seed and the step alone."""
 
     def batch(step: int) -> list[Sample]:
         step_seed = int(digest([seed, step])[:15], 16)
@@ -192,7 +194,7 @@ def batches(model: Model, settings: Retraining, seed: int) -> Callable[[int], li
 
 
 def watched_loss(model: Model, data: Data, count: int, length: int, seed: int) -> Callable[[], Row]:
-    """A function that measures the model's loss on `count` samples of the data; of text its perplexity too."""
+    """A function that measures the model's loss (nats) on `count` random samples and, for text, its perplexity."""
     samples = data.samples(model, count, length, seed)
 
     def measure() -> Row:
@@ -204,7 +206,7 @@ def watched_loss(model: Model, data: Data, count: int, length: int, seed: int) -
 
 @contextmanager
 def recomputed_blocks(model: Model, layers: Sequence[str]) -> Iterator[None]:
-    """While open, each block keeps only its inputs, and computes what is inside again for the gradient (Chen et al., 2016)."""
+    """Context in which blocks keep only their inputs and recompute activations in the backward pass (Chen et al., 2016)."""
     blocks = [block.module for block in chain(model, layers)]
     for block in blocks:
         forward = block.forward

@@ -1,4 +1,4 @@
-"""Which parameters of a compressed model are trained, how fast, and how its terms are prepared for it."""
+"""Chooses the trained parameters of a compressed model and their learning rates, and prepares its terms for retraining."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.matrix.triplets import Triplets
 from nla.terms.base import Sum
-from nla.terms.kernel_term import PARTS, KernelTerm
+from nla.terms.kernel_term import TENSORS, KernelTerm
 from nla.training.parameters import TrainedParameter
 
-SIZE_OF_ZEROS = 0.02  # taken as the size of a tensor of zeros, for its learning rate: what transformers start weights with
+SIZE_OF_ZEROS = 0.02  # the size that a tensor of zeros counts as, for its learning rate: the usual start of transformers
 
 
 class AddedTerm(KernelTerm):
@@ -24,9 +24,10 @@ class AddedTerm(KernelTerm):
 
 
 def prepare_terms(module: nn.Module, linear_term: int, seed: int) -> None:
-    """Balance all triplets, and add a linear term of this rank, whose matrix is zero, to every compressed matrix.
+    """Balance all triplets, and add a linear term of rank `linear_term`, whose matrix is zero, to every compressed matrix.
 
-    Terms that share a factor stay as they are: balancing one would unbalance the other.
+    Balancing makes A, B and mu similar in size and does not change the matrix (`Kernel.balanced`). Terms that share a factor
+    are not balanced, because balancing one of them would unbalance the other.
     """
     terms = kernel_terms(module).values()
     users = Counter(id(p) for term in terms for p in term.parameters())
@@ -40,7 +41,7 @@ def prepare_terms(module: nn.Module, linear_term: int, seed: int) -> None:
 
 
 def zero_term(layer: CompressedLinear, rank: int, generator: torch.Generator) -> AddedTerm:
-    """A linear term whose matrix is zero: B is random, A = 0, mu = 1."""
+    """A linear term of this rank whose matrix is zero, as in LoRA: B is random, A = 0, mu = 1."""
     out_features, in_features = layer.term.out_features, layer.term.in_features
     B = torch.randn(in_features, rank, 1, generator=generator) * in_features**-0.5
     like = next(layer.term.parameters())
@@ -48,21 +49,24 @@ def zero_term(layer: CompressedLinear, rank: int, generator: torch.Generator) ->
 
 
 def root_mean_square(p: Tensor) -> float:
-    """The size of a tensor's numbers. It is computed as a norm, whose sum does not depend on the number of threads."""
+    """Root mean square of a tensor. It is computed from the norm, which does not depend on the number of threads."""
     return float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) / max(1, p.numel()) ** 0.5
 
 
 def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True) -> list[TrainedParameter]:
-    """The parameters that `retrain.train` names, each once, with their learning rates in multiples of the recipe's.
+    """The parameters that `retrain.train` names, each once, with their learning rates. All others are frozen.
+
+    The learning rates are multiples of the recipe's.
 
     Args:
-        own_rates: triplets are trained at their kernel's own rate (`Kernel.training_rate`).
+        parts: names of `nla.retrain.settings.TENSORS`.
+        own_rates: train triplets at their kernel's own rate (`Kernel.training_rate`).
 
     Raises:
-        UserError: there are none.
+        UserError: the model has no such parameter.
     """
-    wanted = set(PARTS) | set(parts) if "triplets" in parts else set(parts)
-    term_of = {f"{name}.{part}": term for name, term in kernel_terms(module).items() for part in PARTS}
+    wanted = set(TENSORS) | set(parts) if "triplets" in parts else set(parts)
+    term_of = {f"{name}.{part}": term for name, term in kernel_terms(module).items() for part in TENSORS}
     found = []
     for name, p in module.named_parameters():
         kind, term, rate = name.rpartition(".")[2], term_of.get(name), 1.0

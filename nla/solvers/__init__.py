@@ -1,1 +1,1 @@
-"""How triplets are found: in closed form, or by gradient descent."""
+"""Solvers: gradient descent that fits triplets to a weight matrix, from a random start or a warm start."""

@@ -1,4 +1,4 @@
-"""What a fit begins with and what it ends with."""
+"""The start and the result of a fit, and the codes for how it ended."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from nla.terms.base import Term
 
 
 class Status(str, Enum):
-    """How a fit ended, as a sentence; `code` names it in records."""
+    """How a fit ended. The value is a sentence for people; `code` is its short form in records."""
 
     OPTIMAL = "at the global optimum of this kernel at this size, known in closed form"
     CONVERGED = "converged: the error fell by less than the tolerance within the patience"
@@ -27,7 +27,7 @@ REPAIRS = {
 
 
 def in_words(status: str) -> str:
-    """The sentences of a status in a record: a code, and what was repaired, such as `optimal gram+1.1e-01`."""
+    """Sentences that explain the status of a fit in a record: its code and any repairs, such as `optimal gram+1.1e-01`."""
     code, *repairs = status.split()
     names = [re.match("[a-z]*", repair)[0] for repair in repairs]  # type: ignore[index]
     return "; ".join([Status[code.upper()].value, *(REPAIRS[name] for name in names)])
@@ -35,7 +35,7 @@ def in_words(status: str) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a fit begins. `optimum` is the smallest relative squared error such a term can have, where theory knows it."""
+    """The term that a fit starts from. `optimum` is the smallest relative squared error of any such term, None if unknown."""
 
     term: Term
     optimum: float | None = None
@@ -43,7 +43,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Solution:
-    """A term and how it was found; `losses` are (step, relative squared error in the objective's norm)."""
+    """The result of a fit. `losses` are (step, relative squared error in the objective's norm); `optimum` is as in Start."""
 
     term: Term
     losses: list[tuple[int, float]]

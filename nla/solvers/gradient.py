@@ -1,4 +1,4 @@
-"""Triplets by gradient descent on the mean squared error, the paper's fit, with starts that make it short."""
+"""Fits triplets by gradient descent on the squared error, as the paper does. A warm start makes the fit short."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,22 +17,25 @@ from nla.terms.base import Sum, Term
 from nla.terms.kernel_term import KernelTerm
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-AT_OPTIMUM = 1e-4  # relative distance to a known optimum that counts as reached
+AT_OPTIMUM = 1e-4  # relative distance to a known optimum at which it counts as reached
 
 
 class GradientFit:
-    """Minimise ||(dense(A, B, mu) - W) S||^2 / ||W S||^2.
+    """Minimises ||(dense(A, B, mu) - W) S||^2 / ||W S||^2 by gradient descent.
 
     Args:
-        optimiser: parameter groups -> torch optimiser.
+        optimiser: function from parameter groups to a torch optimiser.
         start: `warm` (from singular vectors, see each kernel's warm_start) or `random` (the paper's).
-        steps: at most this many.
-        lr: step size relative to the root mean square of each of A, B and mu at the start.
-        warmup: steps over which the step size rises linearly.
+        steps: largest number of steps.
+        lr: learning rate, relative to the root mean square of each of A, B and mu at the start.
+        warmup: steps over which the learning rate rises linearly.
         schedule: `cosine` (falls to zero at `steps`) or `constant`.
-        tolerance: a fit is converged once the error fell by less than this fraction within `patience` steps.
+        tolerance: a fit has converged once the error falls by less than this fraction within `patience` steps.
         interval: steps between two logged losses.
         products: type of the large matrix products; A, B, mu and the optimiser stay in fp32.
+
+    Raises:
+        UserError: a setting is not allowed.
     """
 
     def __init__(
@@ -65,19 +68,20 @@ class GradientFit:
         self.patience, self.interval, self.products = patience, interval, PRODUCTS[products]
 
     def begin(self, kernel: Kernel, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
-        """The term that the fit of one kernel begins with: `start` says how it is made."""
+        """The start of a fit of one kernel with h triplets of r columns: random or warm, as `start` says."""
         if self.start == "random":
             return Start(KernelTerm(kernel, random_like(kernel, objective.weight, h, r, generator)))
         triplets, optimum = kernel.warm_start(objective, h, r, generator)
         return Start(KernelTerm(kernel, triplets), optimum)
 
     def descend(self, start: Start, objective: Objective, measured: ExitStack) -> Solution:
-        """Move the triplets of all terms of the start together. The best iterate is returned: no fit is worse than its start.
+        """The best iterate of a descent that changes the triplets of all terms together. It is never worse than the start.
 
-        `measured` is closed as soon as memory cannot rise any more, because measuring it takes time.
+        Args:
+            measured: context that measures peak memory. It is closed once memory cannot rise any more, to save time.
 
         Raises:
-            NonFiniteError: the loss left the finite numbers (a smaller solver.lr helps).
+            NonFiniteError: the loss is NaN or infinite (a smaller solver.lr helps).
         """
         terms = [term for term in start.term.leaves() if isinstance(term, KernelTerm)]
         kernels = [term.kernel for term in terms]
@@ -94,7 +98,7 @@ class GradientFit:
             return Solution(sum_of(kernels, best), losses, steps, status, start.optimum)
 
         for step in range(self.steps + 1):
-            if step == 2:  # the optimiser's state is there, and every step is like the one before
+            if step == 2:  # the optimiser's state exists now, and later steps need no more memory
                 measured.close()
             loss, gradients = squared_error(kernels, moved, objective, self.products)
             error = float(loss) / energy
@@ -119,13 +123,13 @@ class GradientFit:
         return solution(self.steps, Status.STEP_LIMIT)
 
     def rate(self, step: int) -> float:
-        """The fraction of lr that this step takes."""
+        """The learning rate of a step as a fraction of lr."""
         rising = min(1.0, (step + 1) / (self.warmup + 1))
         falling = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.schedule == "cosine" else 1.0
         return rising * falling
 
 
 def sum_of(kernels: Sequence[Kernel], triplets: Sequence[Triplets]) -> Term:
-    """The term of these kernels' triplets: a sum where there are several."""
+    """The KernelTerm of one kernel and its triplets, or the Sum of several."""
     terms = [KernelTerm(kernel, t) for kernel, t in zip(kernels, triplets, strict=True)]
     return terms[0] if len(terms) == 1 else Sum(terms)

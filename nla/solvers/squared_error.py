@@ -15,7 +15,7 @@ from nla.matrix.triplets import Triplets
 def squared_error(
     kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective, products: torch.dtype
 ) -> tuple[Tensor, list[Triplets]]:
-    """||(W' - W) S||^2 for W' the sum over kernels of their matrices, and its gradient for A, B and mu of each.
+    """||(W' - W) S||^2, where W' is the sum of the kernels' matrices, and its gradient with respect to each A, B and mu.
 
     Args:
         products: the type in which the large matrix products of factored kernels are computed.
@@ -28,8 +28,8 @@ def squared_error(
 def of_factors(
     kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective, products: torch.dtype
 ) -> tuple[Tensor, list[Triplets]]:
-    # Three thin products, 6 * out * in * k operations: E = L (S^T R)^T - W S, dL = 2 E S^T R, dR = 2 S E^T L; and two with
-    # S, 4 * in^2 * k, where the norm is weighted. Only the element-wise way from triplets to L and R is left to autograd.
+    # Three thin products take 6 * out * in * k operations: E = L (S^T R)^T - W S, dL = 2 E S^T R, dR = 2 S E^T L. A weighted
+    # norm adds two products with S, 4 * in^2 * k. Autograd does only the elementwise part, from triplets to L and R.
     triplets = [t.map(lambda p: p.detach().requires_grad_()) for t in triplets]
     with torch.enable_grad():
         left, right = joined_factors(kernels, triplets)
@@ -72,7 +72,7 @@ def of_tiles(kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective:
 
 
 def joined_factors(kernels: Sequence[Kernel], triplets: Sequence[Triplets]) -> tuple[Tensor, Tensor]:
-    """L (out, k) and R (in, k) whose product is the sum of the kernels' matrices."""
+    """L (out, k) and R (in, k), whose product L R^T is the sum of the kernels' matrices."""
     factors = [kernel.factors(t) for kernel, t in zip(kernels, triplets, strict=True) if isinstance(kernel, FactoredKernel)]
     if len(factors) == 1:
         return factors[0]
@@ -80,6 +80,6 @@ def joined_factors(kernels: Sequence[Kernel], triplets: Sequence[Triplets]) -> t
 
 
 def gradients(triplets: Sequence[Triplets], outputs: tuple[Tensor, Tensor], d_outputs: tuple[Tensor, Tensor]) -> list[Triplets]:
-    """The gradient of each of the triplets, given that of the factors made from them."""
+    """Gradients with respect to triplets, given the outputs computed from them and the gradients of these outputs."""
     found = torch.autograd.grad(outputs, [p for t in triplets for p in t.tensors], d_outputs)
     return [Triplets(*found[i : i + 3]) for i in range(0, len(found), 3)]

@@ -1,1 +1,1 @@
-"""The stages of a run, one file each, in the order of `nla/pipeline.py`."""
+"""The stages of a run. `nla/pipeline.py` calls them in order."""

@@ -1,4 +1,4 @@
-"""Share out the budget, where the shares depend on the model itself."""
+"""Distribute the budget over the matrices, if it depends on measurements of the model."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -22,7 +22,7 @@ from nla.stages.fit_groups import fit_groups
 
 
 def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> PreparedRun:
-    """The run with the plan that its budget finds by looking at the model."""
+    """The run with its final plan. The plan changes only if the budget measures the model (`Budget.looks`)."""
     if not prepared.budget.looks:
         return prepared
     specs, target = [matrix.spec for matrix in prepared.plan.matrices], prepared.target
@@ -34,7 +34,7 @@ def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> 
 
 
 class View:
-    """What the budget may ask for (see `nla.budget.base.ModelView`). Losses are kept on disk as soon as they are measured."""
+    """The measurements that a budget may request (see `nla.budget.base.ModelView`). Each loss is stored on disk at once."""
 
     def __init__(self, prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm) -> None:
         self.prepared, self.model, self.bar = prepared, model, bar
@@ -48,7 +48,7 @@ class View:
 
     @cached_property
     def known(self) -> dict[tuple[str, int], float]:
-        """Losses that were measured before, by matrix and bits."""
+        """Stored losses by matrix and bits."""
         return {(part["matrix"], part["bits"]): part["loss"] for part in self.journal.read().values()}
 
     def norms(self, name: str) -> Norms:
@@ -78,7 +78,7 @@ class View:
         return self.known[name, bits]
 
     def loss_with(self, name: str, fit: Fit) -> float:
-        """Mean loss over the samples while one matrix is compressed."""
+        """Mean loss of the model over the samples (nats) with only this matrix compressed."""
         device, module = torch.device(self.prepared.device), self.model.module
         dense = module.get_submodule(name)
         assert isinstance(dense, nn.Linear)

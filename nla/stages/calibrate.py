@@ -1,4 +1,4 @@
-"""Samples for calibration, and the statistics of the layers' inputs."""
+"""Draw calibration samples, and collect the statistics of the layers' inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from nla.statistics.store import StatisticsStore
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration samples, and what the statistics made from them depend on."""
+    """Calibration samples. `made_from` are JSON values that identify all that their statistics depend on."""
 
     samples: Sequence[Sample]
     made_from: list[Any]
 
 
 def sample(prepared: PreparedRun, model: Model, state: str) -> Calibration:
-    """The calibration samples; none if nothing reads them. `state` is the digest of the model as it is."""
+    """The calibration samples, or no samples if the run needs none. `state` is the digest of the current model."""
     if prepared.calibration is None:
         return Calibration([], [])
     asked = prepared.values["statistics"]
@@ -35,12 +35,12 @@ def sample(prepared: PreparedRun, model: Model, state: str) -> Calibration:
 
 
 def dense_statistics(prepared: PreparedRun, calibration: Calibration) -> StatisticsStore:
-    """Where the statistics of the dense model's inputs are."""
+    """The store of the statistics of the dense model's inputs."""
     return StatisticsStore(prepared.cache, digest(calibration.made_from))
 
 
 def sequential_statistics(prepared: PreparedRun, calibration: Calibration) -> StatisticsStore:
-    """Where statistics of inputs behind compressed blocks are: what a block reads depends on the fits before it."""
+    """The store of statistics of inputs behind compressed blocks. They depend on the fits, and so does its key."""
     budgets = [[matrix.spec.name, matrix.bits] for matrix in prepared.plan.matrices]
     settings, seed = prepared.values["method"], prepared.values["seed"]
     fits = [budgets, settings, seed, code_digest(*target_modules(settings))]
@@ -48,7 +48,7 @@ def sequential_statistics(prepared: PreparedRun, calibration: Calibration) -> St
 
 
 def measure_inputs(prepared: PreparedRun, model: Model, calibration: Calibration) -> int:
-    """Collect what the method and the budget need of the dense model's inputs. Returns the peak bytes."""
+    """Collect the statistics of the dense model's inputs that method and budget need. Returns the peak memory in bytes."""
     asked, store = prepared.values["statistics"], dense_statistics(prepared, calibration)
     kinds = prepared.dense_needs.union(asked["collect"])
     with prepared.cache.lock("statistics", store.made_from), PeakMemory(torch.device(prepared.device)) as memory:

@@ -6,7 +6,7 @@ from nla.harness.record import RunRecord
 
 
 def draw(record: RunRecord, folder: Path) -> None:
-    """The figures that W&B shows too."""
+    """Draw the figures of a run into its folder, as PNG files."""
     from analysis import plots
     from analysis.frames import fits_frame
 

@@ -1,4 +1,4 @@
-"""Measure the model as it is now."""
+"""Evaluate the current model on the tasks of a run."""
 
 from nla.compressed.contents import matrix_terms
 from nla.harness.record import RunRecord
@@ -9,7 +9,7 @@ from nla.models.base import Model
 
 
 def state_of(prepared: PreparedRun, model: Model) -> str:
-    """Digest of everything that the outputs of the model as it is now depend on."""
+    """Digest of all that the current model's outputs depend on: weights, terms, architecture, device, code, packages."""
     terms = matrix_terms(model.module)
     kernels = {type(k).__module__ for term in terms.values() for m in term.modules() if (k := getattr(m, "kernel", None))}
     parts = {type(m).__module__ for term in terms.values() for m in term.modules() if type(m).__module__.startswith("nla.")}
@@ -27,7 +27,12 @@ def state_of(prepared: PreparedRun, model: Model) -> str:
 
 
 def evaluate(prepared: PreparedRun, record: RunRecord, model: Model, stage: str, state: str) -> None:
-    """Measure the model as it is now; what was measured before in this state is read from the cache."""
+    """Add the metrics of the current model to the record. Metrics of a model in the same state come from the cache.
+
+    Args:
+        stage: `dense`, `compressed` or `retrained`.
+        state: digest of the model, see state_of().
+    """
     metrics = record.metrics.setdefault(stage, {})
     for task in prepared.tasks:
         code = code_digest(type(task).__module__, type(task.data).__module__)

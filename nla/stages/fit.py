@@ -16,7 +16,7 @@ from nla.statistics.collect import StatisticsStream
 
 
 def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Calibration, folder: Path) -> None:
-    """Fit and swap all planned matrices. The losses of each are on disk and tracked as soon as it is fitted."""
+    """Fit all planned matrices and put the terms into the model. Losses of each fit are written and tracked at once."""
     fit_all = fit_block_by_block if prepared.method.sequential else fit_at_once
     with (folder / "losses.jsonl").open("w") as lines, progress(prepared) as bar:
         for fits in fit_all(prepared, model, calibration, bar):
@@ -29,7 +29,7 @@ def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Cal
 
 
 def fit_at_once(prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm) -> Iterator[NamedFits]:
-    """The fits of all groups; they are swapped in when all are done."""
+    """The fits of all groups. Their terms are put into the model at the end."""
     store, found = dense_statistics(prepared, calibration), NamedFits()
     settings, seed = prepared.values["method"], prepared.values["seed"]
     for fits in fit_groups(model.module, prepared.plan.groups, prepared.method, settings, seed, store, bar):
@@ -39,7 +39,7 @@ def fit_at_once(prepared: PreparedRun, model: Model, calibration: Calibration, b
 
 
 def fit_block_by_block(prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm) -> Iterator[NamedFits]:
-    """The same, each block measured behind the compressed blocks before it, and swapped in before the next is measured."""
+    """The fits of all groups, block by block. Each block is fitted to inputs that passed the compressed earlier blocks."""
     store, method, plan = sequential_statistics(prepared, calibration), prepared.method, prepared.plan
     settings, seed = prepared.values["method"], prepared.values["seed"]
     offload = prepared.values["statistics"]["offload"]

@@ -1,4 +1,4 @@
-"""Fit groups of matrices, with what was fitted before taken from the cache."""
+"""Fit groups of matrices, or load their fits from the cache."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -36,14 +36,14 @@ def fit_groups(
 ) -> Iterator[NamedFits]:
     """The fits of each group by the names of its matrices, in the order of the groups.
 
-    A result depends on the group's weights, statistics and budget, and on settings and seed, alone: each group has its own
-    random numbers and one thread.
+    A result depends only on the group's weights, statistics and budget, the settings and the seed. To ensure this, each group
+    has its own random generator and one thread.
 
     Args:
-        settings: of the method, as its configuration has them.
+        settings: the method's configuration.
 
     Raises:
-        NonFiniteError: names the matrices; the fits before them stay in the cache.
+        NonFiniteError: a fit is not finite. The message names the matrices; finished fits stay in the cache.
     """
     device = next(model.parameters()).device
 
@@ -82,7 +82,7 @@ def fit_groups(
 
 
 def load_fits(cache: Cache, key: str, device: torch.device) -> list[Fit] | None:
-    """The fits of a group, in the order in which they were stored; None if they are not there."""
+    """The fits of a group, in the order in which they were stored, or None if the cache has none."""
     entry = cache.load_tensors("fits", key)
     if entry is None:
         return None

@@ -1,4 +1,4 @@
-"""The retraining of a run: from the cache, in this process, or by several; and what its record says."""
+"""Retrain the compressed model in one or several processes, or load the result from the cache; and record it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ from nla.retrain import dropping
 from nla.retrain.history import Row
 from nla.retrain.stages import checkpoint_keys
 from nla.retrain.trainable import prepare_terms
-from nla.stages.retrain_here import retrain_here
-from nla.stages.retrain_together import retrain_together
+from nla.stages.train_here import train_here
+from nla.stages.train_together import train_together
 from nla.terms.state import pack
 from nla.training.processes import OneProcess
 
 
-def retrain_and_drop(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path, key: str) -> None:
-    """Retrain, or take the result of a finished retraining; masked triplets are gone afterwards."""
+def retrain(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path, key: str) -> None:
+    """Retrain the model in place, drop masked triplets, and add the figures to the record."""
     fitted = kept_parameters(model)
     with (folder / "steps.jsonl").open("w") as lines:
 
@@ -35,7 +35,7 @@ def retrain_and_drop(prepared: PreparedRun, record: RunRecord, model: Model, fol
             write_line(lines, row)
             prepared.tracker.step(row)
 
-        result = retrained(prepared, model, key, show)
+        result = train_or_load(prepared, model, key, show)
     record.peak_bytes["retrain"] = result.peak_bytes
     record.retraining, record.history = retrain_record(prepared, model, result), result.rows
     kept = kept_parameters(model)
@@ -45,12 +45,13 @@ def retrain_and_drop(prepared: PreparedRun, record: RunRecord, model: Model, fol
 
 @dataclass(frozen=True)
 class Retrained:
-    """What a retraining leaves beside the weights.
+    """The figures of a finished retraining.
 
     Attributes:
-        rows: as in `nla.retrain.history`.
-        peak_bytes: of one micro-batch's gradient.
-        trained: parameters that the optimiser moved at once; scored: those whose importance was followed.
+        rows: its history, see `nla.retrain.history`.
+        peak_bytes: peak memory of computing the gradient of one micro-batch.
+        trained: number of parameters that the optimiser changed at once.
+        scored: number of parameters whose importance was tracked.
     """
 
     rows: list[Row]
@@ -60,7 +61,11 @@ class Retrained:
 
 
 def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
-    """Digest of everything the result depends on, given the digests of both models' states."""
+    """Cache key of a retraining: digest of all that its result depends on.
+
+    Args:
+        compressed, dense: digests of both models' states.
+    """
     names = ("retrain", "budget", "ratio", "bits", "seed", "task")
     return digest(
         {
@@ -74,7 +79,7 @@ def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
 
 
 def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained | None:
-    """Put the numbers of a finished retraining into the prepared model and drop its masked triplets; None if there is none."""
+    """Load a finished retraining from the cache into the prepared model, or return None if the cache has none."""
     entry = prepared.cache.load_tensors("retrained", key)
     if entry is None:
         return None
@@ -85,8 +90,8 @@ def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained |
     return Retrained(**notes)
 
 
-def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:
-    """The model is the retrained one afterwards, its masked triplets dropped."""
+def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None]) -> Retrained:
+    """Retrain the model in place, or load the result from the cache. Masked triplets are dropped."""
     together = prepared.retraining.processes > 1
     with prepared.cache.lock("retrained", key):
         if together:
@@ -100,9 +105,9 @@ def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row
                 return result
             if together:
                 with on_the_cpu(model.module, prepared.device):
-                    retrain_together(prepared, key, show)
+                    train_together(prepared, key, show)
             else:
-                retrain_here(prepared, model, key, show, OneProcess())
+                train_here(prepared, model, key, show, OneProcess())
             result = load_retrained(prepared, model, key)
             assert result is not None
             return result
@@ -112,7 +117,7 @@ def retrained(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row
 
 @contextmanager
 def on_the_cpu(module: nn.Module, device: str) -> Iterator[None]:
-    """Meanwhile the model leaves a GPU to others."""
+    """Context in which the model is on the CPU, so that other processes can use the GPU."""
     module.to("cpu")
     torch.cuda.empty_cache()
     yield
@@ -120,7 +125,7 @@ def on_the_cpu(module: nn.Module, device: str) -> Iterator[None]:
 
 
 def retrain_record(prepared: PreparedRun, model: Model, result: Retrained) -> RetrainRecord:
-    """What the retraining took."""
+    """The size and cost of a retraining, for the record."""
     settings = prepared.retraining
     samples = settings.steps * settings.batch
     return RetrainRecord(

@@ -1,1 +1,1 @@
-"""What calibration data tells of the inputs of layers, collected block by block."""
+"""Statistics of the inputs of linear layers over calibration data, collected block by block."""

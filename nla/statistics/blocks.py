@@ -1,5 +1,5 @@
-"""A model as a chain of blocks: all samples go through one block before the next, so that what is known of a block's inputs
-is alive for one block at a time."""
+"""A model as a chain of blocks. All samples pass through one block before the next, so that the statistics of only one block
+are in memory."""
 
 import threading
 import uuid
@@ -16,12 +16,12 @@ from nla.machine.threads import ordered_map
 from nla.models.base import Model, Sample
 
 BATCH = 1024  # rows (tokens, or image positions) that one worker runs at once: enough for full-speed matrix products
-GROUP = 8 * BATCH  # rows whose layer inputs are alive together
+GROUP = 8 * BATCH  # rows whose layer inputs are in memory together
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the model, how it is run, and the qualified names of the chosen layers in it."""
+    """A part of the model, the function that runs it, and the qualified names of the chosen layers in it."""
 
     name: str
     module: nn.Module
@@ -30,9 +30,13 @@ class Block:
 
 
 def chain(model: Model, layers: Sequence[str]) -> list[Block]:
-    """The children of the smallest ModuleList or Sequential that holds all these layers, up to the last that holds one.
+    """The blocks of the model, up to the last one that holds a chosen layer.
 
-    Where there is none (a layer outside the stack is chosen), the whole model is the only block.
+    The blocks are the children of the smallest ModuleList or Sequential that holds all chosen layers. If none holds them all
+    (a layer outside the stack is chosen), the whole model is the only block.
+
+    Args:
+        layers: qualified names of the chosen layers.
     """
     path = common_path(layers)
     while path and not isinstance(model.module.get_submodule(path), nn.ModuleList | nn.Sequential):
@@ -49,7 +53,7 @@ def chain(model: Model, layers: Sequence[str]) -> list[Block]:
 
 
 def common_path(names: Sequence[str]) -> str:
-    """The longest dotted path that all names begin with, short of a whole name."""
+    """The longest dotted path that is a parent of all names."""
     parts = [name.split(".")[:-1] for name in names]
     shared = []
     for level in zip(*parts, strict=False):
@@ -60,14 +64,14 @@ def common_path(names: Sequence[str]) -> str:
 
 
 class CaughtError(Exception):
-    """Ends a forward once the first block's input is known."""
+    """Ends a forward pass once the first block's input is recorded."""
 
 
 class Stream:
-    """What flows between blocks: tensors (batch, ..., features), and the arguments that every block takes beside them.
+    """The hidden states of all samples between two blocks: tensors (batch, ..., features), and the blocks' other arguments.
 
     Args:
-        folder: keep the tensors in files there, mapped and already unlinked, instead of in memory (of the device).
+        folder: keep the tensors in memory-mapped files in this folder; None to keep them in the device's memory.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class Stream:
 
         def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             state, *others = arguments
-            self.arguments.setdefault(len(state), (others, keywords))  # samples are of one length, and nothing is padded
+            self.arguments.setdefault(len(state), (others, keywords))  # samples have one length and no padding
             self.states.append(self.kept(state))
             raise CaughtError
 
@@ -96,29 +100,29 @@ class Stream:
             handle.remove()
 
     def kept(self, state: Tensor) -> Tensor:
-        """The same numbers where they wait for the next block."""
+        """A state as it is kept until the next block: itself, or a copy in a memory-mapped file."""
         if self.folder is None:
             return state
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / uuid.uuid4().hex
         mapped = torch.from_file(str(file), shared=True, size=state.numel(), dtype=state.dtype).view(state.shape)
-        file.unlink()  # the system frees it when the tensor, or the process, is gone
+        file.unlink()  # the system frees the disk space when the tensor is freed or the process ends
         return mapped.copy_(state)
 
     @torch.no_grad()
     def through(self, block: Block, state: Tensor) -> Tensor:
-        """The output of a block for one batch."""
+        """The output of a block for one batch: (batch, ..., features)."""
         arguments, keywords = self.arguments[len(state)]
         output = block.run(state.to(self.device), *arguments, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
     def after(self, block: Block) -> list[Tensor]:
-        """All states behind a block."""
+        """The outputs of a block for all states."""
         with closing(ordered_map(lambda state: self.through(block, state), self.states, self.device)) as outputs:
             return [self.kept(output) for output in outputs]
 
     def groups(self) -> Iterator[list[Tensor]]:
-        """Consecutive states that together hold about GROUP rows."""
+        """Lists of consecutive states, each with about GROUP rows in all."""
         group: list[Tensor] = []
         for state in self.states:
             group.append(state)
@@ -130,19 +134,19 @@ class Stream:
 
 
 def batches(samples: Sequence[Sample]) -> Iterator[Tensor]:
-    """The inputs of samples, as many together as hold BATCH rows, or one."""
+    """The samples' inputs in batches of at most BATCH rows, but of at least one sample."""
     size = max(1, BATCH // rows(samples[0].inputs))
     for begin in range(0, len(samples), size):
         yield torch.cat([sample.inputs for sample in samples[begin : begin + size]])
 
 
 def rows(state: Tensor) -> int:
-    """Positions: of features (..., features), of token ids (batch, tokens), or rows of pixels."""
+    """Number of positions: of features (..., features) or token ids (batch, tokens); of images, rows of pixels."""
     return state.numel() // state.shape[-1] if state.is_floating_point() else state.numel()
 
 
 class Inputs:
-    """A context in which the inputs of some layers are recorded: (rows, in), each once, by the first layer that reads it."""
+    """Context that records the inputs (rows, in) of some layers, each once: for the first layer that reads it."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model, self.layers = model, layers
@@ -171,7 +175,7 @@ class Inputs:
         return catch
 
     def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The result of a forward, and what the layers read in it, by one thread."""
+        """The result of `run()`, and {layer: input (rows, in)} of the layers that it called in this thread."""
         self.local.caught = {}
         output = run()
         return output, {name: x.flatten(0, -2) for name, x in self.local.caught.items()}

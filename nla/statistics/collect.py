@@ -1,4 +1,4 @@
-"""What is known of the inputs of linear layers from calibration data: one pass, one block's statistics alive at a time."""
+"""Collects statistics of the inputs of linear layers in one pass. Only one block's statistics are in memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -13,8 +13,8 @@ from nla.statistics.blocks import Block, Inputs, Stream, chain
 from nla.statistics.fisher import fisher
 from nla.statistics.store import StatisticsStore
 
-STRIPE = 256  # columns of a Gram matrix that one worker adds up at a time
-STREAMED = ("gram", "magnitude")  # what a forward through the blocks gives; `fisher` needs gradients
+STRIPE = 256  # columns of a Gram matrix (sum of x x^T) that one worker adds up at a time
+STREAMED = ("gram", "magnitude")  # kinds that need only forward passes; `fisher` needs gradients
 
 
 def collect(
@@ -26,7 +26,14 @@ def collect(
     store: StatisticsStore,
     offload: bool,
 ) -> None:
-    """Put what is missing of these statistics into the store, gradients from the first `fisher_samples` samples only."""
+    """Compute the statistics that the store lacks, and store them.
+
+    Args:
+        layers: qualified names of the layers whose inputs are measured.
+        kinds: statistics to collect, by their names in `nla.matrix.inputs.Statistics`.
+        fisher_samples: `fisher` is computed from only so many samples, the first ones.
+        offload: keep the hidden states between two blocks in files instead of in memory.
+    """
     streamed = kinds.intersection(STREAMED)
     if any(not store.has(kind, layer) for kind, layer in product(streamed, layers)):
         stream = StatisticsStream(model, layers, streamed, samples, store, offload)
@@ -39,15 +46,13 @@ def collect(
 
 
 class StatisticsStream:
-    """All samples on their way through a model, which stop in front of each block.
+    """Passes all samples through a model, one block after the other, and collects statistics of the layers' inputs.
 
-    Call `measure` and then `advance` for each of `blocks()`, in order. Between the two calls the layers of the block may be
-    swapped: the blocks behind it then read what the new layers make of the samples.
+    Call `measure` and then `advance` for each of `blocks()`, in order. Between the two calls, the layers of the block may be
+    replaced. The following blocks then read the outputs of the new layers.
 
     Args:
-        layers: whose inputs are measured.
-        kinds: statistics that are collected.
-        offload: keep what waits for the next block in a file instead of in memory.
+        layers, kinds, offload: as in `collect`.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class StatisticsStream:
                 bar.set_postfix_str(f"{self.rows} rows", refresh=False)
 
     def measure(self, block: Block) -> None:
-        """Store what is missing of the block's statistics."""
+        """Compute and store those statistics of the block's layers that the store lacks."""
         missing = frozenset(kind for kind, layer in product(self.kinds, block.layers) if not self.store.has(kind, layer))
         self.outputs = []
         if missing:
@@ -85,13 +90,13 @@ class StatisticsStream:
             self.store.store_sources(inputs.source)
 
     def advance(self, block: Block, swapped: bool) -> None:
-        """Take the samples through the block as it is now. `swapped`: other layers were put into it after `measure`."""
+        """Pass all samples through the block as it is now. `swapped`: its layers were replaced after `measure`."""
         if block is not self.chain[-1]:
             self.stream.states = self.outputs if self.outputs and not swapped else self.stream.after(block)
 
 
 class Moments:
-    """Sums over tokens, in place: of x x^T (the upper triangle, stripe by stripe) and of |x|, for each input of one block."""
+    """Running sums over tokens, for each input x of one block: x x^T (upper triangle, stripe by stripe) and |x|."""
 
     def __init__(self, kinds: frozenset[str]) -> None:
         self.kinds = kinds
@@ -100,7 +105,7 @@ class Moments:
         self.rows: dict[str, int] = {}
 
     def add(self, stream: Stream, block: Block, inputs: Inputs, group: list[Tensor]) -> list[Tensor]:
-        """Run some samples through the block and add up what its layers read; their outputs."""
+        """Run some samples through the block, and add the inputs of its layers to the sums. Returns the block's outputs."""
 
         def forward(state: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return inputs.of(lambda: stream.through(block, state))
@@ -124,7 +129,7 @@ class Moments:
         return list(outputs)
 
     def store(self, store: StatisticsStore) -> int:
-        """Write all of a block's statistics; the number of rows that were read."""
+        """Store the statistics of the block. Returns the number of rows (tokens) that they are sums over."""
         for name, total in self.magnitude.items():
             store.store("magnitude", name, total / self.rows[name])
         for name, gram in self.gram.items():
@@ -133,14 +138,14 @@ class Moments:
 
 
 def stripes(size: int) -> list[slice]:
-    """range(size) in equal parts of at most STRIPE."""
+    """Slices that divide range(size) into nearly equal parts of at most STRIPE."""
     count = -(-size // STRIPE)
     edges = [size * i // count for i in range(count + 1)]
     return [slice(*edge) for edge in pairwise(edges)]
 
 
 def add_stripe(task: tuple[Tensor, list[Tensor], slice]) -> None:
-    """G[stripe, stripe.start:] += x[:, stripe]^T x[:, stripe.start:]: little more than half of the whole product."""
+    """G[stripe, stripe.start:] += x[:, stripe]^T x[:, stripe.start:]. All stripes cost little more than half of x^T x."""
     gram, parts, stripe = task
     for x in parts:
         gram[stripe, stripe.start :].addmm_(x[:, stripe].T, x[:, stripe.start :])

@@ -1,4 +1,4 @@
-"""Fisher information of weights from calibration data: squared gradients, none of which outlives its own layer."""
+"""Fisher information of weights from calibration data: squared gradients (FWSVD, Hsu et al., 2022)."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,9 +13,10 @@ from nla.models.base import Model, Sample
 
 
 def fisher(model: Model, layers: Sequence[str], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Per layer, (in,): the sum over outputs of the squared gradient of the weight, mean over samples.
+    """{layer: squared gradient of its weight, summed over outputs and averaged over samples, (in,)}.
 
-    The gradient is that of a sample's loss. Each weight's is squared and summed as soon as it is known, none is kept.
+    Each gradient is that of one sample's loss. It is squared and summed as soon as it is computed, so that no gradient of the
+    whole model is in memory.
     """
     device = next(model.module.parameters()).device
     trained = {p: p.requires_grad for p in model.module.parameters()}
@@ -38,7 +39,7 @@ def fisher(model: Model, layers: Sequence[str], samples: Sequence[Sample]) -> di
 
 
 class Gradients:
-    """While open, the squared gradients of some layers' weights are caught in each backward pass, by thread."""
+    """Context that computes squared gradients of some layers' weights in backward passes, separately for each thread."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model, self.layers = model, layers
@@ -61,7 +62,7 @@ class Gradients:
                 gradient = d_y.flatten(0, -2).T.float() @ x  # (out, in)
                 found[name] = found.get(name, 0) + gradient.square_().sum(0)
 
-            if not output.requires_grad:  # nothing before it does: the weights are frozen
+            if not output.requires_grad:  # the weights are frozen, so no earlier tensor requires a gradient
                 output.requires_grad_()
             output.register_hook(add)
 
@@ -69,7 +70,7 @@ class Gradients:
 
     @torch.enable_grad()
     def of(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """The squared gradients of a loss, by one thread."""
+        """{layer: squared gradient of `loss()`, summed over outputs, (in,)}, computed in this thread."""
         self.local.found = {}
         loss().backward()
         return self.local.found

@@ -1,1 +1,1 @@
-"""Terms: what a compressed matrix is a sum of. One file per kind of term."""
+"""Terms: the summands of a compressed matrix. One file per kind of term."""

@@ -1,4 +1,4 @@
-"""The contract of a term: a summand of a compressed matrix that knows its forward, its numbers and its bits."""
+"""The base class of terms. A term is a summand of a compressed matrix, with a forward pass, a parameter count and bits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Stored(NamedTuple):
-    """A tensor that has to be kept: how many of its numbers count, and the bits that they take."""
+    """A tensor that storing a term requires, how many of its numbers are stored, and the bits that these take."""
 
     tensor: Tensor
     numbers: int
@@ -28,62 +28,62 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """x @ dense().T: (..., in) -> (..., out), without ever holding out x in numbers."""
+        """x @ dense().T: (..., in) -> (..., out), without an (out, in) matrix in memory."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The matrix itself: (out, in)."""
+        """The matrix W' (out, in)."""
 
     @abstractmethod
     def stored(self) -> list[Stored]:
-        """All that must be kept to have the matrix again: numbers, codes, scales, indices, masks.
+        """All tensors that must be stored to restore the matrix: numbers, codes, scales, indices, masks.
 
-        A tensor that several terms share is the same object in each of them.
+        A tensor shared by several terms must be the same object in each of them.
         """
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The class under `class`, and the arguments of its `empty`, as JSON. With the state dict it is a checkpoint."""
+        """JSON values: the class under `class`, and the arguments of `empty`. A checkpoint is these and the state dict."""
 
     @classmethod
     @abstractmethod
     def empty(cls, **config: Any) -> "Term":
-        """A term of this shape without numbers (see `nla.terms.state.empty_term`)."""
+        """A term of this configuration without values (see `nla.terms.state.empty_term`)."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The term in a table: `phase h=43 r=1`."""
+        """Text for the term in tables, such as `phase h=43 r=1`."""
 
     @abstractmethod
     def forward_flops(self, tokens: int) -> int:
-        """Floating-point operations of forward() on so many rows."""
+        """Floating-point operations of forward() for an x of `tokens` rows."""
 
     @abstractmethod
     def scaled(self, factor: float) -> "Term":
-        """A term of `factor` times the matrix."""
+        """A term whose matrix is `factor` times this one's."""
 
     @abstractmethod
     def as_stored(self, dtype: torch.dtype) -> "Term":
-        """The term as a model keeps it: its numbers rounded to this type, and without those that do not matter."""
+        """The term as a model stores it: with numbers of this type, and without numbers that have no effect."""
 
     @abstractmethod
     def zero(self, like: Tensor) -> "Term":
-        """A term of this kind whose matrix is zero, that stores as little as it can, of the type and device of `like`."""
+        """The smallest term of this kind whose matrix is zero, with the type and device of `like`."""
 
     def rank_bound(self) -> int | None:
-        """The largest rank that the matrix can have, or None where the term does not bound it."""
+        """The largest rank that the matrix can have, or None if the term does not bound it."""
         return None
 
     def leaves(self) -> Iterator["Term"]:
-        """The terms that this one is a sum of; of any other term, the term itself."""
+        """The summands of a Sum, at any depth. Any other term yields only itself."""
         yield self
 
     def count(self) -> int:
-        """Numbers stored."""
+        """How many numbers are stored."""
         return sum(numbers for numbers, _ in shares([self]))
 
     def bits(self) -> int:
-        """Bits that storing the term takes."""
+        """How many bits storing the term takes."""
         return sum(bits for _, bits in shares([self]))
 
     def is_finite(self) -> bool:
@@ -95,7 +95,7 @@ class Term(nn.Module, ABC):
 
 
 class Sum(Term):
-    """W' = the sum of its terms."""
+    """A term whose matrix W' is the sum of the matrices of other terms."""
 
     def __init__(self, terms: Iterable[Term]) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Sum(Term):
 
 
 def shares(terms: Sequence[Term]) -> list[tuple[int, int]]:
-    """Numbers and bits of each term. A tensor that several terms share counts for the first of them."""
+    """(numbers, bits) stored for each term. A tensor shared by several terms counts for the first of them."""
     known: set[int] = set()
     found = []
     for term in terms:
@@ -165,5 +165,5 @@ def shares(terms: Sequence[Term]) -> list[tuple[int, int]]:
 
 
 def class_path(value: object) -> str:
-    """`nla.kernels.phase.Phase`"""
+    """Dotted name of an object's class, such as `nla.kernels.phase.Phase`."""
     return f"{type(value).__module__}.{type(value).__qualname__}"

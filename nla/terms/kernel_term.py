@@ -1,4 +1,4 @@
-"""The paper's term: triplets under a kernel."""
+"""The paper's term: triplets, and the kernel that makes a matrix of them."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from nla.kernels.base import Kernel
 from nla.matrix.triplets import Triplets
 from nla.terms.base import Stored, Term, class_path
 
-PARTS = ("A", "B", "mu")
+TENSORS = ("A", "B", "mu")
 
 
 class KernelTerm(Term):
     """W'[i, j] = sum_l mu_l k(A[i, l], B[j, l]), with A, B and mu as trainable parameters.
 
-    A triplet with mu = 0 is masked: it has no part in the matrix, is not counted, and `as_stored` leaves it out.
+    A triplet with mu = 0 is masked: it adds nothing to the matrix, is not counted, and `as_stored` drops it.
     """
 
     A: nn.Parameter  # (out, h, r)
@@ -32,12 +32,12 @@ class KernelTerm(Term):
     def empty(  # type: ignore[override]
         cls, kernel: Kernel, out_features: int, in_features: int, h: int, r: int, dtype: torch.dtype
     ) -> "KernelTerm":
-        """A and B are on the meta device, where tensors have no numbers; mu is 1, so that all triplets count."""
+        """A term with A and B on the meta device, where tensors have no values. mu is 1, so that all triplets count."""
         A, B = (torch.empty(n, h, r, dtype=dtype, device="meta") for n in (out_features, in_features))
         return cls(kernel, Triplets(A, B, torch.ones(h, dtype=dtype)))
 
     def hold(self, triplets: Triplets) -> None:
-        """Take these triplets in place of those before."""
+        """Replace the parameters A, B and mu by these triplets."""
         self.A, self.B, self.mu = (nn.Parameter(p.detach()) for p in triplets.tensors)
 
     @property

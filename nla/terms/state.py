@@ -1,4 +1,4 @@
-"""Terms as plain values and tensors, and back."""
+"""Conversion of terms to tensors and JSON values, and back."""
 
 import importlib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from nla.terms.base import Term
 
 
 def pack(terms: Mapping[str, Term]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and JSON: all that `unpack` needs. A tensor that several terms share is there once."""
+    """Tensors by name, and JSON values, from which `unpack` restores the terms. A shared tensor is stored once."""
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     shared: dict[str, str] = {}
@@ -28,7 +28,7 @@ def pack(terms: Mapping[str, Term]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Term]:
-    """The terms that were packed, bit for bit, on the tensors' device."""
+    """The terms that `pack` stored, bit for bit, on the device of the tensors."""
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
     terms = {}
     for name, config in info["terms"].items():
@@ -42,7 +42,7 @@ def unpack(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, 
 
 
 def empty_term(config: Mapping[str, Any]) -> Term:
-    """A term of this configuration (see `Term.config`) without numbers.
+    """A term of this configuration (see `Term.config`) without values.
 
     Raises:
         ValueError: `class` names no term or kernel of this package.
@@ -60,7 +60,11 @@ def empty_term(config: Mapping[str, Any]) -> Term:
 
 
 def named_class(path: str, base: type) -> Any:
-    """The class of this package under a dotted name; nothing else is imported."""
+    """The class with this dotted name, a subclass of `base`. Only modules of this package are imported.
+
+    Raises:
+        ValueError: the name is not that of such a class.
+    """
     module, _, name = path.rpartition(".")
     found = getattr(importlib.import_module(module), name, None) if module.startswith("nla.") else None
     if not isinstance(found, type) or not issubclass(found, base):

@@ -1,1 +1,1 @@
-"""A training loop that is exact to the bit, goes on after a crash, and may be shared by several processes."""
+"""A training loop that resumes after a crash, is reproducible to the bit, and can run in several processes."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training."""
+"""Checkpoints, from which a training resumes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from nla.training.processes import OneProcess
 
 @dataclass
 class Progress:
-    """Where a training stands.
+    """The progress of a training.
 
     Attributes:
-        done: steps.
-        smoothed: the loss that the next step's is compared with.
-        peak_bytes: of one micro-batch's gradient.
-        moments: what the optimiser keeps of the parameters of this process, by their names.
+        done: number of steps done.
+        smoothed: running average of the loss, which the loss of the next step is compared with; None before the first step.
+        peak_bytes: peak memory of the gradient of one micro-batch.
+        moments: {parameter name: its optimiser state}, for the parameters that this process owns.
     """
 
     done: int = 0
@@ -30,10 +30,12 @@ class Progress:
 
 
 class Checkpoints:
-    """The state before a step, one file for each process; which step all of them are of stands beside them.
+    """Saves and loads the state of a training: one file for each process, and one file with the step that all of them are of.
 
     Args:
-        own: what this process keeps the optimiser's numbers of.
+        key: cache key of the training.
+        own: the parameters whose optimiser state this process keeps.
+        observer: its state is saved and loaded too.
     """
 
     def __init__(
@@ -47,20 +49,21 @@ class Checkpoints:
         self.cache, self.key, self.own, self.observer, self.processes = cache, key, own, observer, processes
 
     def step(self) -> int:
-        """Of the last checkpoint that is whole; 0: there is none."""
+        """Step of the last complete checkpoint, or 0."""
         return self.cache.load_json("trainings", self.key) or 0
 
     def name(self, step: int) -> str:
+        """Cache key of this process's file."""
         return f"{self.key}.{step}.{self.processes.rank}"
 
     def told(self) -> str:
-        """Where the last good state is, for a person."""
+        """Part of an error message: the step and the file of the last checkpoint."""
         step = self.step()
         path = self.cache.root / "trainings" / f"{self.name(step)}.safetensors"
         return f"the last good checkpoint is of step {step}, {path}" if path.exists() else "there is no checkpoint before it"
 
     def save(self, progress: Progress) -> None:
-        """The state now, in place of an earlier one; killed at any moment, it leaves one of the two."""
+        """Save the current state and remove the previous checkpoint. A kill at any moment leaves one of the two complete."""
         before = self.step()
         tensors = {f"model.{t.name}": t.master for t in self.own}
         for name, moments in progress.moments.items():
@@ -76,7 +79,7 @@ class Checkpoints:
             self.cache.remove("trainings", self.name(before))
 
     def restore(self) -> Progress | None:
-        """Load the last checkpoint, if there is one."""
+        """Load the last checkpoint into parameters and observer. Returns None unless every process can read its file."""
         step = self.step()
         entry = self.cache.load_tensors("trainings", self.name(step))
         (found,) = self.processes.total(entry is not None)
@@ -95,5 +98,5 @@ class Checkpoints:
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The tensors whose names begin with `prefix` and a dot, without it."""
+    """The tensors whose names begin with `prefix` and a dot, under their names without it."""
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}

@@ -1,7 +1,7 @@
-"""A training loop whose result depends on its recipe alone, and that goes on after a crash.
+"""A training loop that resumes after a crash. Interruptions and the number of threads do not change its result.
 
-Several processes share the micro-batches, and what is kept of every parameter beside it: its gradient, the optimiser's
-numbers, its importance. Only weights are whole in each (ZeRO, stage 2, Rajbhandari et al., 2020; FSDP's SHARD_GRAD_OP).
+Several processes divide the micro-batches. They also divide the gradients, optimiser state and importance scores. Each process
+holds all weights (ZeRO, stage 2, Rajbhandari et al., 2020; FSDP's SHARD_GRAD_OP).
 """
 
 import math
@@ -24,21 +24,22 @@ from nla.training.observer import Observer
 from nla.training.parameters import TrainedParameter
 from nla.training.processes import OneProcess
 
-SMOOTHING = 0.9  # of the loss that a step's loss is compared with
+SMOOTHING = 0.9  # decay of the running average that a step's loss is compared with
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with a linear warm-up and a cosine to zero.
+    """Hyper-parameters of AdamW with a linear warm-up of the learning rate and a cosine decay to zero.
 
     Args:
-        steps, warmup: optimiser steps.
+        steps: number of optimiser steps.
         lr: the highest learning rate.
-        weight_decay: of matrices; vectors (biases, norms) have none.
+        warmup: number of steps in which the learning rate rises.
+        weight_decay: for matrices; vectors (biases, norms) have no decay.
         clip: largest norm of the whole gradient.
-        checkpoint: steps between two checkpoints; None: a tenth of all.
-        spike: a loss (nats) so far above its smoothed value ends the training; None: none does.
-        begin: the number of the first step, for what counts steps over several trainings.
+        checkpoint: steps between two checkpoints; None for a tenth of all steps.
+        spike: training stops with an error if the loss exceeds its running average by more than this; None for no limit.
+        begin: number of the first step, if steps are counted over several trainings.
     """
 
     steps: int
@@ -52,17 +53,17 @@ class Recipe:
 
     @property
     def end(self) -> int:
-        """How many steps are done when all of this training are."""
+        """The step count at the end of this training: begin + steps."""
         return self.begin + self.steps
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """The learning rate of step number `step`."""
         done = step - self.begin
         rising = min(1.0, (done + 1) / (self.warmup + 1))
         return self.lr * rising * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
     def checkpoints(self, done: int) -> bool:
-        """Whether the state after `done` steps is kept."""
+        """Whether a checkpoint is written after `done` steps."""
         return (done - self.begin) % (self.checkpoint or max(1, self.steps // 10)) == 0 and done < self.end
 
 
@@ -79,16 +80,22 @@ def train(
     progress: Progress | None = None,
     until: int | None = None,
 ) -> Progress:
-    """Train in place, from the last checkpoint under `key` if there is one, otherwise from `progress` or the beginning.
+    """Train in place. Resumes from the last checkpoint under `key` or, without one, starts from `progress` or the beginning.
 
-    Where it is to go on later, it stops when `until` steps are done, and a checkpoint is there of them.
+    Each micro-batch runs in a worker with one thread, and the gradients are averaged in order. So the result does not depend on
+    the number of threads. Returns the progress at the end.
 
-    `batch(step)` must be a function of the step alone. It gives the micro-batches of a step; each runs in a worker with one
-    thread, and their gradients are averaged in order, so that the result does not depend on the number of threads. The
-    processes share the micro-batches out.
+    Args:
+        loss: micro-batch -> its mean loss, ().
+        batch: step -> the micro-batches of that step. They must depend on the step alone.
+        label: shown before the progress bar and in error messages.
+        observer: called at every step.
+        progress: the state of an earlier training that this one continues; None for a new training.
+        until: stop when so many steps are done, and save a checkpoint; None to train to the end of the recipe.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite, or the loss leaps; it names step, batch and last checkpoint.
+        NonFiniteError: a loss or gradient is not finite, or the loss jumps by more than `recipe.spike`; it names the step, the
+            batch and the last checkpoint.
     """
     observer, processes = observer or Observer(), processes or OneProcess()
     parameters, own = [t.parameter for t in trained], [t for t in trained if t.owner == processes.rank]
@@ -136,7 +143,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate(step) * group["rate"]
         optimiser.step()
-        optimiser.zero_grad()  # the sums of this step are not alive beside those of the next
+        optimiser.zero_grad()  # frees this step's gradients before those of the next step are made
         mean.clear()
         observer.before_publishing(step + 1)
         publish(trained, processes)
@@ -149,7 +156,7 @@ def train(
 
 
 def publish(trained: Sequence[TrainedParameter], processes: OneProcess) -> None:
-    """Have the model compute with the optimiser's numbers, in every process."""
+    """Copy the numbers that the optimiser updates into the model's parameters, in every process."""
     for t in trained:
         if t.owner == processes.rank:
             t.publish()
@@ -157,7 +164,7 @@ def publish(trained: Sequence[TrainedParameter], processes: OneProcess) -> None:
 
 
 def groups(trained: Sequence[TrainedParameter], recipe: Recipe) -> list[dict[str, Any]]:
-    """The optimiser's groups: one for each weight decay and rate."""
+    """AdamW's parameter groups: one for each pair of weight decay and learning rate."""
     found: dict[tuple[float, float], list[Tensor]] = {}
     for t in trained:
         decay = recipe.weight_decay if t.parameter.ndim > 1 else 0.0
@@ -172,7 +179,7 @@ def mean_gradient(
     device: torch.device,
     processes: OneProcess,
 ) -> tuple[float, dict[str, Tensor]]:
-    """This process' part of the mean loss, and the mean gradient over the whole processes, fp32, of the parameters it owns."""
+    """This process's share of the mean loss, and {name: mean gradient over all processes, in fp32} of its own parameters."""
     total, mean = 0.0, {t.name: torch.zeros_like(t.master) for t in trained if t.owner == processes.rank}
     with closing(ordered_map(gradient, micro[processes.rank :: processes.size], device)) as results:
         for value, gradients in results:

@@ -1,4 +1,4 @@
-"""What goes along with a training."""
+"""The interface for code that runs at every training step, such as budgets, constraints and histories."""
 
 from typing import Any
 
@@ -6,27 +6,27 @@ from torch import Tensor
 
 
 class Observer:
-    """Goes along with a training: sees its gradients and steps, and is kept with its checkpoints."""
+    """Methods that `nla.training.loop.train` calls. By default they do nothing. An observer's state is saved in checkpoints."""
 
     def begin(self) -> None:
-        """Before the first step; not after a restore."""
+        """Called before the first step, but not when a training resumes."""
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
-        """With the mean gradient of the step after `done`, of what this process owns; may change it, before it is clipped."""
+        """Called before clipping with this process's {name: mean gradient}, which may be changed; `done`: steps so far."""
 
     def before_publishing(self, done: int) -> None:
-        """After the optimiser has moved the masters, before the model sees them."""
+        """Called after the optimiser's update, before the new numbers are copied into the model; `done` counts this step."""
 
     def after_step(self, done: int, figures: dict[str, float]) -> None:
-        """At the end of a step; `figures`: loss, lr and norm of the gradient."""
+        """Called at the end of a step. `figures` has loss, lr and norm (of the gradient)."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that its next steps depend on."""
+        """The tensors to save in a checkpoint: all that later steps depend on."""
         return {}
 
     def notes(self) -> Any:
-        """What else it needs, as JSON."""
+        """Other values to save in a checkpoint, as JSON."""
         return None
 
     def restore(self, tensors: dict[str, Tensor], notes: Any) -> None:
-        """Be as it was when tensors() and notes() were kept."""
+        """Load the state that tensors() and notes() returned when a checkpoint was saved."""

@@ -1,4 +1,4 @@
-"""What a training moves, and what goes along with it."""
+"""The parameters of a training, and the processes that own them."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,29 +11,35 @@ from nla.training.processes import OneProcess, assign_owners
 
 
 class TrainedParameter:
-    """A parameter, the process that keeps its optimiser's numbers, and its own learning rate, a factor."""
+    """A parameter to train.
+
+    Args:
+        name: qualified name.
+        rate: factor on the recipe's learning rate.
+        owner: rank of the process that keeps its gradient and optimiser state.
+    """
 
     def __init__(self, name: str, parameter: Tensor, rate: float = 1.0, owner: int = 0) -> None:
         self.name, self.parameter, self.rate, self.owner = name, parameter, rate, owner
 
     @cached_property
     def master(self) -> Tensor:
-        """The fp32 numbers that the optimiser moves, for the owner: the parameter itself, unless its type is narrower."""
+        """The tensor that the owner's optimiser updates: an fp32 copy of a 16-bit parameter, otherwise the parameter itself."""
         narrow = self.parameter.dtype in (torch.bfloat16, torch.float16)
         return self.parameter.detach().float() if narrow else self.parameter.detach()
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the optimiser's numbers to those the model computes with."""
+        """Copy the master into the parameter, rounded to the parameter's type."""
         if self.master.dtype != self.parameter.dtype:
             self.parameter.copy_(self.master)
 
 
 def owned_by_module(trained: Sequence[TrainedParameter], processes: OneProcess) -> None:
-    """Share the parameters out among the processes, those of one module to the same.
+    """Divide the parameters among the processes, in place. All parameters of a module get the same owner.
 
     Raises:
-        UserError: there are fewer modules than processes.
+        UserError: the model has fewer trained modules than processes.
     """
     sizes: dict[str, int] = {}
     for t in trained:
@@ -49,5 +55,5 @@ def owned_by_module(trained: Sequence[TrainedParameter], processes: OneProcess) 
 
 
 def whole_model(module: nn.Module) -> list[TrainedParameter]:
-    """Every parameter that asks for a gradient."""
+    """All parameters of the model that require a gradient."""
     return [TrainedParameter(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -8,34 +8,34 @@ from torch.distributed import all_reduce, broadcast, reduce
 
 
 class OneProcess:
-    """A training in a single process: there is nobody to add up with or to wait for.
+    """The only process of a training. Its collective operations do nothing.
 
     Attributes:
         rank: number of this process, from 0.
-        size: how many processes there are.
+        size: number of processes.
     """
 
     rank, size = 0, 1
 
     def total(self, *numbers: float) -> tuple[float, ...]:
-        """Each number, added up over all processes."""
+        """Each number, summed over all processes."""
         return numbers
 
     def sum(self, tensor: Tensor) -> None:
-        """Add up a tensor over all processes, in place, in each of them."""
+        """Sum a tensor over all processes, in place. Every process gets the sum."""
 
     def collect(self, tensor: Tensor, owner: int) -> None:
-        """Add up a tensor over all processes, in place, in the process `owner`. The others must not read it afterwards."""
+        """Sum a tensor over all processes, in place. Only `owner` gets the sum; the others must not read the tensor again."""
 
     def hand_out(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-        """Copy each tensor from the process that owns it to all others, in place."""
+        """Copy each tensor from the process that owns it to all other processes, in place."""
 
     def wait(self) -> None:
-        """Return when all processes have called it."""
+        """Wait until all processes have called this method."""
 
 
 class SeveralProcesses(OneProcess):
-    """One process of several, each with a GPU of its own where there are GPUs. accelerate finds and joins them."""
+    """One of several processes, each with one GPU if there are GPUs. `accelerate` connects them."""
 
     def __init__(self, device: str) -> None:
         from accelerate import Accelerator
@@ -64,7 +64,7 @@ class SeveralProcesses(OneProcess):
 
 
 def assign_owners(sizes: dict[str, int], count: int) -> dict[str, int]:
-    """{name: process that owns it}, for `count` processes: the largest first, each to the process that has least."""
+    """{name: rank of its owner} for `count` processes. The largest go first, each to the process with the smallest sum."""
     load, owners = [0] * count, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         owners[name] = load.index(min(load))

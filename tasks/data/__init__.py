@@ -1,6 +1,6 @@
-"""Where text, images and questions come from. `conf/data/` names the sets."""
+"""Data sets of text, images and questions. `conf/data/` holds their settings."""
 
-SETS = {  # of each kind, as error messages name them
+SETS = {  # {kind: names of its data sets}, for error messages
     "text": "sotu, wikitext2, ptb or c4",
     "images": "digits, fashion_mnist or imagenet",
     "questions": "everyday or commonsense",

@@ -1,4 +1,4 @@
-"""The contract of a data set."""
+"""The interface of a data set, which tasks, calibration and training read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -13,7 +13,7 @@ from tasks.data import SETS
 
 
 class Data(ABC):
-    """A named set of documents, images or questions, at one of its splits: `test`, which tasks measure on, or `train`."""
+    """A named set of documents, images or questions, with the split that is read: `test` (by tasks) or `train`."""
 
     name: str
     kind: Literal["text", "images", "questions"]
@@ -22,42 +22,50 @@ class Data(ABC):
 
     @property
     def group(self) -> str:
-        """The group of the command line that chose the set."""
+        """The setting that chose the data set, for error messages."""
         return "data" if self.split == "test" else "calibration"
 
     @abstractmethod
     def check(self) -> None:
-        """Raise UserError, in one sentence, if the contents cannot be had."""
+        """Raise UserError, with one sentence, if the contents cannot be loaded."""
 
     def identity(self, cache: Cache) -> str:
-        """What the configuration does not say of the contents, for the signature of a run."""
+        """Digest of the contents for a run's signature; empty if the configuration determines the contents."""
         return ""
 
     def training(self) -> Self:
-        """The same set at its split `train`, which methods, retraining and pretraining learn from."""
+        """The data set with the split `train`, which calibration, retraining and pretraining read.
+
+        Raises:
+            UserError: the data set has no training split.
+        """
         if "train" not in self.splits:
             raise UserError(f"calibration={self.name} has no training split; choose calibration={SETS[self.kind]}")
         other = copy(self)
         other.split = "train"
         for name in vars(self):
             if isinstance(getattr(type(self), name, None), cached_property):
-                delattr(other, name)  # the contents of the split `test`
+                delattr(other, name)  # cached contents of the split `test`
         return other
 
     def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
-        """`count` samples at random, of `length` tokens each where the data is text."""
+        """`count` random samples, of `length` tokens each if the data is text.
+
+        Raises:
+            UserError: data of this kind cannot be sampled.
+        """
         raise UserError(f"{self.group}={self.name} cannot be sampled; choose text or images")
 
 
 def training_set(setting: str, node: dict[str, Any], kind: str) -> Any:
-    """The training split of the set of this kind in a node of conf/data.
+    """The training split of the data set of this kind in a node of conf/data.
 
     Args:
-        setting: what the user chose the node by.
-        node: {kind: set}, and settings that the sets share.
+        setting: the setting that chose the node, for error messages.
+        node: {kind: data set}, and settings that the data sets share.
 
     Raises:
-        UserError: the node has no set of this kind, or the set no training split.
+        UserError: the node has no data set of this kind, or the data set has no training split.
     """
     sets = [value for value in node.values() if isinstance(value, Data)]
     chosen = next((data for data in sets if data.kind == kind), None)

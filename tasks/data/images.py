@@ -1,4 +1,4 @@
-"""Where labelled images come from: a package, local files, or the hub."""
+"""Labelled images from a package, local files, or the hub."""
 
 import gzip
 import importlib.util
@@ -22,7 +22,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-
 
 
 class Items(Sequence):
-    """(image, label) in a fixed order; an image is opened when it is asked for."""
+    """A sequence of pairs (image, label). An image is opened only when its pair is read."""
 
     def __init__(self, labels: Sequence[int], image: Callable[[int], "Image"]) -> None:
         self.labels, self.image = labels, image
@@ -36,29 +36,29 @@ class Items(Sequence):
 
 
 class Images(Data):
-    """A named sequence of images with labels 0, ..., classes - 1."""
+    """A named sequence of images with labels from 0 to classes - 1."""
 
     kind = "images"
     classes: int
 
     @abstractmethod
     def identity(self, cache: Cache) -> str:
-        """With name and split, all that the images depend on."""
+        """Digest of all that the images depend on, besides name and split."""
 
     @abstractmethod
     def items(self) -> Items:
-        """All images and their labels, in their own order."""
+        """All images and their labels, in a fixed order."""
 
     @cached_property
     def opened(self) -> Items:
-        """The same, kept for those who draw samples step by step."""
+        """`items()`, read only once, for callers that draw samples at every step."""
         return self.items()
 
     def check(self) -> None:
         self.items()
 
     def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
-        """Images at random, as the model's inputs; each image once before any comes again. `length` is for text."""
+        """Random images as model inputs. No image is repeated before all have been drawn. `length` is for text only."""
         assert isinstance(model, VisionModel)
         items, generator = self.opened, torch.Generator().manual_seed(seed)
         rounds = range(-(-count // len(items)))
@@ -71,7 +71,7 @@ class Digits(Images):
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels of 17 greys.
 
     Args:
-        held_out_fraction: of the images, the split `test`; the others are the split `train`.
+        held_out_fraction: fraction of the images in the split `test`. The others are the split `train`.
     """
 
     classes = 10
@@ -87,7 +87,7 @@ class Digits(Images):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        order = np.random.RandomState(0).permutation(len(digits.target))  # a stream that numpy has frozen
+        order = np.random.RandomState(0).permutation(len(digits.target))  # numpy never changes the numbers of RandomState
         held_out = round(self.held_out_fraction * len(order))
         chosen = order[:held_out] if self.split == "test" else order[held_out:]
         pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
@@ -102,10 +102,10 @@ class Digits(Images):
 
 
 class FashionMnist(Images):
-    """Fashion-MNIST (Xiao et al. 2017): 28 x 28 greys, 60,000 to train and 10,000 to test, in the IDX files of its authors.
+    """Fashion-MNIST (Xiao et al., 2017) in its authors' IDX files: 28 x 28 grey pixels, 60,000 images to train, 10,000 to test.
 
     Args:
-        path: the folder with the files, .gz or not; null is Debian's own.
+        path: folder with the files, compressed (.gz) or not; null for the folder of Debian's package.
     """
 
     classes = 10
@@ -124,11 +124,12 @@ class FashionMnist(Images):
         return Items(labels.tolist(), lambda i: Image.fromarray(pixels[i].numpy()))
 
     def files(self) -> list[Path]:
-        """Images, labels."""
+        """The file of the images and the file of the labels."""
         part = "t10k" if self.split == "test" else "train"
         return [self.file(f"{part}-images-idx3-ubyte"), self.file(f"{part}-labels-idx1-ubyte")]
 
     def file(self, name: str) -> Path:
+        """The file `name` or `name`.gz in the folder. Raises UserError if both are missing."""
         for path in (self.path / name, self.path / f"{name}.gz"):
             if path.is_file():
                 return path
@@ -143,7 +144,7 @@ class FashionMnist(Images):
 
 
 def read_idx(file: Path) -> torch.Tensor:
-    """The array of bytes in an IDX file: uint8, of the shape in its header."""
+    """The array in an IDX file: uint8, of the shape in its header. Raises UserError if the file is damaged."""
     try:
         data = bytearray(gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes())
         kind, dimensions = data[2], data[3]
@@ -156,13 +157,13 @@ def read_idx(file: Path) -> torch.Tensor:
 
 
 class HubImages(Images):
-    """A dataset of the hub, or local folders with the same images, one folder a class: <path>/<folder>/<class>/*.
+    """A dataset of the hub, or a local folder with the images, one subfolder per class: <path>/<folder>/<class>/*.
 
     Args:
-        dataset, revision: as `datasets` names them.
-        classes: how many there are; a label is the position of the class among the sorted folders, ImageNet's own order.
+        dataset, revision: as in `datasets`.
+        classes: number of classes. A label is the position of the class among the sorted subfolders, as in ImageNet.
         path: a local folder instead of the hub.
-        splits: for `test` and `train` what `datasets` calls the split, and its folder in `path`.
+        splits: for `test` and `train`, the name of the split in `datasets`, and its folder in `path`.
     """
 
     splits: dict[str, dict[str, str]]
@@ -176,7 +177,7 @@ class HubImages(Images):
 
     @property
     def folder(self) -> str:
-        """The split's folder in `path`."""
+        """Name of the split's folder in `path`."""
         return self.splits[self.split]["folder"]
 
     def items(self) -> Items:
@@ -220,7 +221,7 @@ class HubImages(Images):
         return Items(found.targets, lambda i: found[i][0])
 
     def identity(self, cache: Cache) -> str:
-        """Of a folder, the digest of all images; remembered as long as names, sizes and times of change are what they were."""
+        """Digest of all images of a local folder. It is cached until a file's name, size or modification time changes."""
         if self.path is None:
             return digest([self.dataset, self.revision])
         self.items()

@@ -1,4 +1,4 @@
-"""The paper's commonsense tasks as lm-eval ships them, from the hub or from local files; and a user's own tasks."""
+"""The paper's commonsense tasks as lm-eval defines them, with questions from the hub or local files; and users' own tasks."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tasks.data.questions import METRICS, Questions, own_questions
 
 @dataclass(frozen=True)
 class Shipped:
-    """One of lm-eval's tasks: its folder there, its dataset on the hub, and the fields of a question."""
+    """A task of lm-eval: its folder in lm-eval, its dataset on the hub, and the fields of a question."""
 
     folder: str
     dataset: str
@@ -36,11 +36,14 @@ OWN_SETTINGS = ("task", "doc_to_text", "doc_to_choice", "doc_to_target", "target
 
 
 class Published(Questions):
-    """The paper's seven tasks, or some of them; with `path` also a user's own.
+    """The paper's seven tasks, or some of them. With `path`, also tasks that the user defines.
 
     Args:
-        tasks: names; the paper's seven, or <path>/<name>.yaml.
+        tasks: names of the paper's tasks, or of the user's (<path>/<name>.yaml).
         path: a folder with <task>.jsonl, .json (a list) or .parquet, instead of the hub.
+
+    Raises:
+        UserError: `tasks` is empty, or has a repeated or unknown name.
     """
 
     def __init__(self, name: str, tasks: list[str], path: str | None) -> None:
@@ -55,7 +58,7 @@ class Published(Questions):
 
     @property
     def average(self) -> str:
-        """Only the mean over all seven is called by the name that the paper's tables use."""
+        """Name of the mean over all tasks: `average`, as in the paper, for all seven; otherwise `average_of_<number>`."""
         return "average" if set(self.names) == set(SHIPPED) else f"average_of_{len(self.names)}"
 
     def check(self) -> None:
@@ -89,17 +92,17 @@ class Published(Questions):
         folders = list({package / SHIPPED[name].folder: None for name in self.names if name in SHIPPED})
         manager = TaskManager(include_path=folders, include_defaults=False)
         try:
-            # a group, because only its members can be shipped tasks with settings of one's own
+            # in a group, because lm-eval changes settings of its own tasks only for members of groups
             group = {"group": self.name, "task": [self.settings(name) for name in self.names if name in SHIPPED]}
             own = [self.settings(name) for name in self.names if name not in SHIPPED]
             loaded = manager.load([group, *own])["tasks"]
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError, TemplateError) as error:
             reason = (str(error).splitlines() or [repr(error)])[0]
-            raise UserError(f"the questions of data={self.name} cannot be had or read: {reason}") from error
+            raise UserError(f"the questions of data={self.name} cannot be loaded: {reason}") from error
         return {name: loaded[name] for name in self.names}
 
     def settings(self, name: str) -> dict[str, Any]:
-        """What is added to lm-eval's configuration of a task, or the whole of a user's own."""
+        """Additions to lm-eval's configuration of a task, or the whole configuration of a user's task."""
         if self.path is None:
             return {"task": name}
         if name in SHIPPED:
@@ -108,18 +111,22 @@ class Published(Questions):
         return own | {"output_type": "multiple_choice", "metric_list": METRICS} | own_questions(self.rows(name))
 
     def file(self, name: str) -> Path:
-        """The local file of a task's questions."""
+        """The local file with a task's questions. Raises UserError if it is missing."""
         assert self.path is not None
         for end in FORMATS:
             if (self.path / f"{name}{end}").is_file():
                 return self.path / f"{name}{end}"
-        there = {file.stem for file in self.path.glob("*") if file.suffix in FORMATS}
-        known = [task for task in there if task in SHIPPED or (self.path / f"{task}.yaml").is_file()]
+        present = {file.stem for file in self.path.glob("*") if file.suffix in FORMATS}
+        known = [task for task in present if task in SHIPPED or (self.path / f"{task}.yaml").is_file()]
         advice = f"set data.tasks=[{','.join(sorted(known))}]" if known else "use data=everyday"
         raise UserError(f"data.path={self.path} has no {name}.jsonl, .json or .parquet; add it, or {advice}")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The questions of a local file, with the fields that the task reads (of a user's own task: all)."""
+        """The questions in a task's local file, with the fields that the task reads. A user's task may read all fields.
+
+        Raises:
+            UserError: the file cannot be read, or a question lacks a field.
+        """
         file = self.file(name)
         try:
             rows = read_rows(file)
@@ -144,10 +151,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 class DataLoader(yaml.SafeLoader):
-    """Reads YAML as data; a tag such as !function, by which lm-eval runs Python, is an error."""
+    """Reads YAML as data. Tags are errors, because lm-eval runs Python code for a tag such as !function."""
 
 
 def refuse(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> None:
+    """Raise UserError, which names the file and the tag."""
     raise UserError(
         f"{loader.name}: the tag {node.tag} would run Python code, which is allowed in lm-eval's own files only; "
         "write the templates as text, as in doc_to_text: '{{question}}'"
@@ -159,10 +167,10 @@ DataLoader.add_multi_constructor("tag:yaml.org,2002:python/", refuse)
 
 
 def own_settings(file: Path) -> dict[str, Any]:
-    """A user's own task, without anything that could load or run something else.
+    """The configuration of a user's task, with OWN_SETTINGS only, so that it cannot load other data or run code.
 
     Raises:
-        UserError: there is no such file, or it has another name inside, a `!function`, or a setting that is not allowed.
+        UserError: the file is missing, names another task, or has a tag such as `!function` or a setting that is not allowed.
     """
     try:
         with file.open("rb") as stream:
@@ -175,7 +183,7 @@ def own_settings(file: Path) -> dict[str, Any]:
     if excess:
         raise UserError(
             f"{file}: {excess[0]} cannot be set; allowed: {', '.join(OWN_SETTINGS)} "
-            f"(questions come from {file.stem}.jsonl, what is measured is acc and acc_norm)"
+            f"(questions come from {file.stem}.jsonl, and the metrics are acc and acc_norm)"
         )
     if settings.get("task") != file.stem:
         raise UserError(f"{file}: task must be {file.stem}, as the file is called, not {settings.get('task')}")
@@ -187,14 +195,14 @@ def own_settings(file: Path) -> dict[str, Any]:
 
 
 def is_downloaded(dataset: str) -> bool:
-    """Whether this machine's cache of `datasets` has it."""
+    """Whether this machine's cache of `datasets` has the dataset."""
     from datasets import config
 
     return (Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
 
 
 def hub_refusal(dataset: str) -> str:
-    """Why the hub does not offer this dataset, asked with a short time limit; empty if it does."""
+    """The reason why the hub does not provide this dataset, or "" if it does. Waits for the hub for 2 seconds at most."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 

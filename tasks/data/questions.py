@@ -1,4 +1,4 @@
-"""Multiple-choice questions as lm-eval's task objects, and the project's own set."""
+"""Multiple-choice questions as task objects of lm-eval, and the project's own questions."""
 
 import importlib.util
 import json
@@ -15,9 +15,9 @@ METRICS = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} f
 
 
 class Questions(Data):
-    """Named sets of multiple-choice questions, one of lm-eval's tasks each.
+    """Named sets of multiple-choice questions. Each set is one lm-eval task.
 
-    `prefix` stands before the name of every figure: it says so where a set is not the paper's.
+    `prefix` is put before the name of every figure. It marks sets that are not the paper's.
     """
 
     kind = "questions"
@@ -30,20 +30,23 @@ class Questions(Data):
 
     @abstractmethod
     def tasks(self) -> dict[str, Any]:
-        """{name: lm-eval's task with its questions loaded}, in the order of tables.
+        """{name: lm-eval task with its questions loaded}, in the order of tables.
 
         Raises:
-            UserError: the questions cannot be had or read.
+            UserError: the questions cannot be found or read.
         """
 
     @property
     def average(self) -> str:
-        """The name of the mean over all tasks."""
+        """Name of the mean over all tasks."""
         return f"{self.prefix}average"
 
 
 class Everyday(Questions):
-    """tasks/data/everyday.jsonl, a task for each kind: {"kind", "stem", "endings", "answer"}, the ending follows the stem."""
+    """The project's own questions in tasks/data/everyday.jsonl, one task for each kind.
+
+    A line is {"kind", "stem", "endings", "answer"}. An ending completes the stem. `answer` is the index of the right ending.
+    """
 
     prefix = "not_paper."
     file = Path(__file__).with_name("everyday.jsonl")
@@ -83,7 +86,7 @@ class Everyday(Questions):
 
 
 def own_questions(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The part of a task's configuration that makes these rows its questions, whatever dataset it had."""
+    """Settings that make these rows the questions of a lm-eval task, in place of its dataset."""
 
     def dataset(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
@@ -91,5 +94,5 @@ def own_questions(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"test": Dataset.from_list(rows)}
 
     load: Callable[..., dict[str, Any]] = dataset
-    nothing = dict.fromkeys(["dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split"])
-    return nothing | {"custom_dataset": load, "test_split": "test", "fewshot_split": None, "num_fewshot": 0}
+    unset = dict.fromkeys(["dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split"])
+    return unset | {"custom_dataset": load, "test_split": "test", "fewshot_split": None, "num_fewshot": 0}

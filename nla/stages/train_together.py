@@ -1,4 +1,4 @@
-"""Several processes that train one model: started here, each is `python -m nla.stages.retrain_together FILE`."""
+"""Retrain one model in several processes. Each of them is started as `python -m nla.stages.train_together FILE`."""
 
 import ctypes
 import json
@@ -19,7 +19,7 @@ from nla.machine.errors import NonFiniteError, UserError
 from nla.models.base import Model
 from nla.retrain.history import Row
 from nla.retrain.trainable import prepare_terms
-from nla.stages.retrain_here import retrain_here
+from nla.stages.train_here import train_here
 from nla.terms.state import unpack
 from nla.training.processes import SeveralProcesses
 
@@ -27,13 +27,14 @@ ROW = "row of the history: "
 KINDS = {"UserError": UserError, "NonFiniteError": NonFiniteError}
 
 
-def retrain_together(prepared: PreparedRun, key: str, show: Callable[[Row], None]) -> None:
-    """Have `retrain.processes` processes retrain the model whose terms the cache holds as `compressed`; it has the result too.
+def train_together(prepared: PreparedRun, key: str, show: Callable[[Row], None]) -> None:
+    """Start `retrain.processes` processes, which load the cache's `compressed` terms and store the retrained ones there.
 
-    The first of them prints each row of its history, for `show`.
+    The first process prints each row of its history, and `show` receives it.
 
     Raises:
-        UserError, NonFiniteError: what the first process raised.
+        UserError, NonFiniteError: the first process raised it.
+        RuntimeError: the processes failed in another way.
     """
     count = prepared.retraining.processes
     folder = prepared.cache.root / "launches"
@@ -44,7 +45,7 @@ def retrain_together(prepared: PreparedRun, key: str, show: Callable[[Row], None
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     threads = max(1, torch.get_num_threads() // count)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [*launch, "-m", "nla.stages.retrain_together", str(job)]
+    command = [*launch, "-m", "nla.stages.train_together", str(job)]
     process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -66,13 +67,13 @@ def retrain_together(prepared: PreparedRun, key: str, show: Callable[[Row], None
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when the one that started it dies, however it dies."""
+    """Ask Linux to kill this process when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def take_part(job: dict[str, Any]) -> None:
-    """One process: the same model from the same cache, and its share of every step."""
+    """Run one of the processes: load model and terms, and compute this process's share of every step."""
     processes = SeveralProcesses("cpu" if job["settings"]["device"] == "cpu" else "cuda")
     try:
         prepared = prepare(job["settings"] | {"device": processes.device})
@@ -82,7 +83,7 @@ def take_part(job: dict[str, Any]) -> None:
         terms = unpack({name: tensor.to(processes.device) for name, tensor in entry[0].items()}, entry[1])
         swap(model.module, terms)
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
-        retrain_here(prepared, model, job["key"], say if processes.rank == 0 else lambda row: None, processes)
+        train_here(prepared, model, job["key"], say if processes.rank == 0 else lambda row: None, processes)
     except tuple(KINDS.values()) as error:
         if processes.rank == 0:
             told = {"kind": type(error).__name__, "message": str(error)}

@@ -1,4 +1,4 @@
-"""Retrain in this process: from a run's settings to the arguments of `nla.retrain.stages.retrain`."""
+"""Retrain in this process: call `nla.retrain.stages.train_in_stages` with the settings of a run."""
 
 from collections.abc import Callable
 
@@ -6,18 +6,18 @@ from nla.budget.adaptive import Adaptive
 from nla.harness.request import PreparedRun
 from nla.models.base import Model
 from nla.retrain.history import Row
-from nla.retrain.stages import retrain, watched_loss
+from nla.retrain.stages import train_in_stages, watched_loss
 from nla.training.processes import OneProcess
 
 
-def retrain_here(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None], processes: OneProcess) -> None:
-    """Train the model, whose terms are prepared. The result is in the cache under `key`."""
+def train_here(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None], processes: OneProcess) -> None:
+    """Train the model, whose terms must be prepared, and store the result in the cache under `key`."""
     settings, values = prepared.retraining, prepared.values
     data = next((task.data for task in prepared.tasks if task.data.kind == model.reads), None)
     watch = None
     if data is not None and settings.watch and processes.rank == 0:
         watch = watched_loss(model, data, settings.watch, settings.length, values["seed"])
-    retrain(
+    train_in_stages(
         model,
         prepared.plan.layers,
         settings,
