@@ -207,3 +207,13 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(change):
     ((name, value),) = change.items()
     with pytest.raises(UserError, match=rf"solver\.{name}={value}"):
         make_solver(**change)
+
+
+@pytest.mark.parametrize("name", ["1.self_attn.o_proj", "11.self_attn.k_proj", "18.self_attn.v_proj"])
+def test_the_self_terms_are_solved_although_the_first_step_that_helps_helps_little(smollm2, name):
+    """Three of five matrices of SmolLM2 whose solve once ended after one small step, at 1.2 to 4.9 times the optimum."""
+    weight, kernel = smollm2(name), make_kernel("kernel=piecewise")
+    h, r = kernel.size(*weight.shape, int(0.3 * weight.numel()))
+    solution = fit(kernel, weight, h, r, steps=0)
+    assert solution.status is Status.OPTIMAL
+    assert relative_error(kernel, solution.triplets, weight) == pytest.approx(centred_tail(weight, h * r), rel=2e-4)
