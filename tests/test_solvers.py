@@ -197,6 +197,15 @@ def test_products_in_bf16_end_within_one_percent_of_fp32():
     assert low == pytest.approx(exact, rel=0.01)
 
 
+@pytest.mark.parametrize("kernel", [Linear(), Piecewise()])
+def test_a_start_at_the_optimum_takes_no_step_though_products_are_in_bf16(kernel):
+    """Rounding adds more to the error than the tolerance of the optimum allows; fp32 sees that the start is there."""
+    weight = random_weight(96, 128)
+    solution = fit(kernel, weight, 60, products="bfloat16", tolerance=0.0)
+    assert solution.status is Status.OPTIMAL and solution.steps == 0
+    assert solution.losses[0][1] > solution.optimum * (1 + 1e-4)
+
+
 def test_a_diverging_fit_is_an_error_with_a_remedy():
     with pytest.raises(NonFiniteError, match=r"solver\.lr="):
         fit(make_kernel("kernel=polynomial"), random_weight(8, 8), 2, lr=1e12, warmup=0, start="random")
