@@ -118,16 +118,20 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         for data, figures in sets.items()
     ]
     log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
-    p = record.parameters
-    assert p is not None
+    p, bits = record.parameters, record.bits
+    assert p is not None and bits is not None
     log.info(
-        "\nremoved %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)",
+        "\nremoved %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)\n"
+        "kept    %.2f bits per selected weight; %.1f of the model's %.1f MB",
         f"{100 * p.ratio:.1f} %",
         millions(p.selected_before),
         millions(p.selected_after),
         f"{100 * p.model_ratio:.1f} %",
         millions(p.model_before),
         millions(p.model_after),
+        bits.selected_per_weight,
+        bits.model_bytes_after / 1e6,
+        bits.model_bytes_before / 1e6,
     )
     log.info(
         "mean relative error %.4f; SVD with as many parameters %.4f; floor %.4f",
