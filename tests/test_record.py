@@ -13,7 +13,7 @@ from nla.harness.terminal import told_of_endings
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.pipeline import run
-from nla.solvers.base import REPAIRS, Status, in_words
+from nla.solvers.base import REPAIRS, Status
 from nla.terms.base import Sum
 from nla.terms.kernel_term import KernelTerm
 from tests.conftest import TINY, configuration, only_folder, only_record, options
@@ -38,11 +38,6 @@ def test_terms_are_read_back_from_their_text():
     for damaged in ("", "h=43 r=20", "linear h=43 + "):
         with pytest.raises(ValueError, match="no sum of terms"):
             parse_terms(damaged)
-
-
-def test_every_status_is_a_code_that_is_explained_in_words():
-    assert all(in_words(status.code) == status.value for status in Status)
-    assert in_words("optimal gram+1.1e-01").startswith(f"{Status.OPTIMAL.value}; the Gram matrix")
 
 
 def ended(**counts: int) -> str:

@@ -78,7 +78,7 @@ class FitRecord(BaseModel):
     Attributes:
         terms: kernel, h and r of each term, as text; `parse_terms` reads it.
         n_params, bits: size of the fit, in numbers and in bits.
-        status: code of how the fit ended, and codes of repairs; `nla.solvers.base.in_words` explains them.
+        status: code of how the fit ended, and codes of repairs; `nla.solvers.base` explains them.
         fitted, kept: number of parameters before and after retraining; None without retraining.
     """
 

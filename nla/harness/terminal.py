@@ -1,7 +1,6 @@
 """Terminal output: the plan of a run, its result, and the table of a sweep. Lines have at most 80 columns."""
 
 import logging
-import math
 import re
 import textwrap
 from collections import Counter, defaultdict
@@ -16,6 +15,7 @@ from nla.harness.estimate_fits import estimate
 from nla.harness.estimate_retraining import retraining_cost
 from nla.harness.record import RunRecord, read_record
 from nla.harness.request import PreparedRun
+from nla.harness.units import duration, flop, millions, number
 from nla.matrix.triplets import triplet_size
 from nla.models.base import DTYPES
 from nla.solvers.base import Status
@@ -118,16 +118,20 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         for data, figures in sets.items()
     ]
     log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
-    p = record.parameters
-    assert p is not None
+    p, bits = record.parameters, record.bits
+    assert p is not None and bits is not None
     log.info(
-        "\nremoved %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)",
+        "\nremoved %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)\n"
+        "kept    %.2f bits per selected weight; %.1f of the model's %.1f MB",
         f"{100 * p.ratio:.1f} %",
         millions(p.selected_before),
         millions(p.selected_after),
         f"{100 * p.model_ratio:.1f} %",
         millions(p.model_before),
         millions(p.model_after),
+        bits.selected_per_weight,
+        bits.model_bytes_after / 1e6,
+        bits.model_bytes_before / 1e6,
     )
     log.info(
         "mean relative error %.4f; SVD with as many parameters %.4f; floor %.4f",
@@ -228,28 +232,3 @@ def stage_headline(record: RunRecord, stage: str) -> str:
     if not tasks:
         return ""
     return headline(list(tasks[0].values())[-1])[1]
-
-
-def number(value: float, metric: str) -> str:
-    if not math.isfinite(value):
-        return "infinite"
-    if metric != "perplexity":
-        return f"{value:.4f}"
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def millions(count: int) -> str:
-    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
-
-
-def flop(count: float) -> str:
-    size = next((size for size in (15, 12, 9, 6) if count >= 10**size), 0)
-    return f"{count / 10**size:.1f} {dict(zip((15, 12, 9, 6, 0), ('P', 'T', 'G', 'M', ''), strict=True))[size]}FLOP"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 0.01:
-        return "less than 0.01 s"
-    if seconds < 90:
-        return f"about {seconds:.0f} s" if seconds >= 9.5 else f"about {seconds:.1g} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

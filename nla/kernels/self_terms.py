@@ -27,7 +27,8 @@ from nla.matrix.spectrum import balanced_factors
 from nla.matrix.triplets import Triplets, alternating_signs
 
 SOLVED = 1e-11  # relative squared error of the self-terms at which they count as solved
-MAX_STEPS = 40
+MAX_STEPS = 60
+STALLED = 5  # steps in a row that lower the squared residual by less than 1 %
 AT_OPTIMUM = 1e-4  # relative excess over the optimum up to which no second solution is tried
 RIDGE = 1e-3  # added to the diagonal of the Gram matrix, relative to its mean
 
@@ -153,10 +154,10 @@ def solve(equations: SelfTerms, gauge: Gauge, energy: float) -> Gauge:
     """
     residual, H = equations.residual(gauge)
     negative = int((torch.linalg.eigvalsh(gauge.P) < 0).sum())
-    error, damping = residual.square().sum(), 1e-5
+    error, damping, small_steps = residual.square().sum(), 1e-5, 0
     K = equations.normal_matrix(H)
     for _ in range(MAX_STEPS):
-        if error <= SOLVED * energy or damping > 1e3:
+        if error <= SOLVED * energy or damping > 1e3 or small_steps == STALLED:
             break
         shifted = K.clone()
         shifted.diagonal().add_(damping * float(K.diagonal().mean()))
@@ -170,10 +171,9 @@ def solve(equations: SelfTerms, gauge: Gauge, energy: float) -> Gauge:
                 trial_residual, trial_H = equations.residual(trial)
                 trial_error = trial_residual.square().sum()
                 if trial_error < error:
-                    stalled = trial_error > 0.99 * error
+                    # A single small step is no end: the first accepted step after the damping has risen often is one.
+                    small_steps = small_steps + 1 if trial_error > 0.99 * error else 0
                     gauge, residual, H, error = trial, trial_residual, trial_H, trial_error
-                    if stalled:
-                        break
                     damping = max(damping / 10, 1e-6)
                     K = equations.normal_matrix(H)
                     continue

@@ -1,9 +1,7 @@
 """Forward and backward pass of any kernel, tile by tile, so that the whole matrix W' is never in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +9,19 @@ from torch.autograd.function import once_differentiable
 
 from nla.matrix.triplets import Triplets
 
-if TYPE_CHECKING:
-    from nla.kernels.base import Kernel
-
 PANEL = 2**19  # numbers of W' in memory at once; enough rows for a matrix product at full speed
 TILE = {"cpu": 2**17, "cuda": 2**25}  # numbers evaluated at once: 0.5 MiB in fp32 fits a core's cache; a GPU needs larger ones
 
 
-def matrix_rows(kernel: Kernel, t: Triplets, panel: slice) -> Tensor:
+class PairKernel(Protocol):
+    """The part of a kernel that tiles are made with (see `nla.kernels.base.Kernel`)."""
+
+    def pairs(self, a: Tensor, b: Tensor) -> Tensor: ...
+
+    def pairs_gradient(self, a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def matrix_rows(kernel: PairKernel, t: Triplets, panel: slice) -> Tensor:
     """The rows W'[panel] (rows, in). Triplets in bf16 are evaluated in fp32, because terms of opposite signs cancel."""
     parts, dtype = [], t.mu.dtype
     t = t.map(widen)
@@ -28,7 +31,7 @@ def matrix_rows(kernel: Kernel, t: Triplets, panel: slice) -> Tensor:
     return torch.cat(parts).to(dtype)
 
 
-def add_gradient(kernel: Kernel, t: Triplets, panel: slice, d_panel: Tensor, into: Triplets) -> None:
+def add_gradient(kernel: PairKernel, t: Triplets, panel: slice, d_panel: Tensor, into: Triplets) -> None:
     """Add the gradient of sum(W'[panel] * d_panel) with respect to the triplets to `into`. Each tile is evaluated again."""
     t, d_panel = t.map(widen), widen(d_panel)
     for row, blocks in tiles(t, panel):

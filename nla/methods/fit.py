@@ -34,7 +34,7 @@ class Fit:
     Attributes:
         term: W'.
         n_params, bits: numbers and bits stored. A tensor shared by several matrices counts for the first of them.
-        status: how the fit ended, as codes (`nla.solvers.base.in_words` explains them).
+        status: how the fit ended, as codes (`nla.solvers.base` explains them).
         losses: (step, error) during the fit, in the norm that the method minimises.
         relative_error: error of the term as stored.
         svd_error: error of truncated SVD with as many parameters.

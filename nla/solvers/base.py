@@ -1,6 +1,5 @@
 """The start and the result of a fit, and the codes for how it ended."""
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,17 +19,10 @@ class Status(str, Enum):
         return self.name.lower()
 
 
-REPAIRS = {
+REPAIRS = {  # code beside a status, and its meaning
     "gram": "the Gram matrix of the inputs was not positive definite; a multiple of the identity was added",
     "fisher": "the Fisher information is zero; all inputs count alike",
 }
-
-
-def in_words(status: str) -> str:
-    """Sentences that explain the status of a fit in a record: its code and any repairs, such as `optimal gram+1.1e-01`."""
-    code, *repairs = status.split()
-    names = [re.match("[a-z]*", repair)[0] for repair in repairs]  # type: ignore[index]
-    return "; ".join([Status[code.upper()].value, *(REPAIRS[name] for name in names)])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,28 @@
+"""Numbers as a person reads them."""
+
+import math
+
+
+def number(value: float, metric: str) -> str:
+    if not math.isfinite(value):
+        return "infinite"
+    if metric != "perplexity":
+        return f"{value:.4f}"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def flop(count: float) -> str:
+    size = next((size for size in (15, 12, 9, 6) if count >= 10**size), 0)
+    return f"{count / 10**size:.1f} {dict(zip((15, 12, 9, 6, 0), ('P', 'T', 'G', 'M', ''), strict=True))[size]}FLOP"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 0.01:
+        return "less than 0.01 s"
+    if seconds < 90:
+        return f"about {seconds:.0f} s" if seconds >= 9.5 else f"about {seconds:.1g} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

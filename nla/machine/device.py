@@ -1,0 +1,27 @@
+"""The device that a run computes on."""
+
+import torch
+
+from nla.machine.errors import UserError
+
+
+def find_device(asked: str) -> str:
+    """The torch device that `device=...` selects on this machine."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(asked).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device={asked} is not known; allowed: auto, cpu, cuda, cuda:<number>")
+    if kind == "cuda" and (torch.device(asked).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={asked} is not there: torch sees {torch.cuda.device_count()} GPUs; use device=cpu")
+    return asked
+
+
+def has_matrix_units(device: str) -> bool:
+    """Whether bfloat16 products are several times faster than fp32 ones here: AMX on a CPU, Ampere or later on CUDA."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()
