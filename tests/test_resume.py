@@ -12,7 +12,7 @@ import pytest
 
 from nla.machine.cache import Cache, Journal
 from tests import forked
-from tests.conftest import TINY, figures, only_record, within
+from tests.conftest import TINY, command, figures, only_record
 
 # random starts and many steps, so that the fit of a matrix takes long enough to be interrupted
 SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=250", "solver.tolerance=0"]
@@ -35,11 +35,11 @@ def quiet(quiet_outputs) -> dict:
 
 
 def start(outputs: Path) -> BaseProcess:
-    return forked.start(within(outputs, *SLOW))
+    return forked.start(command(outputs, *SLOW))
 
 
 def finish(outputs: Path) -> subprocess.CompletedProcess:
-    result = forked.finish(within(outputs, *SLOW))
+    result = forked.finish(command(outputs, *SLOW))
     assert result.returncode == 0, result.stderr
     return result
 

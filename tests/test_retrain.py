@@ -12,7 +12,7 @@ from nla.machine.cache import Cache
 from nla.pipeline import run
 from nla.retrain import stages
 from tests import forked
-from tests.conftest import SHORT, TINY, configuration, figures, only_folder, only_record, records, within
+from tests.conftest import SHORT, TINY, command, configuration, figures, only_folder, only_record, records
 
 ADAPTIVE = [*SHORT, "retrain.steps=12", "budget=adaptive", "schedule.interval=2"]
 
@@ -39,7 +39,7 @@ def timeless(record: dict) -> dict:
 
 def kill_when(outputs, arguments: list[str], reached) -> None:
     """Start a run, and `kill -9` it as soon as reached() is true."""
-    process = forked.start(within(outputs, *arguments))
+    process = forked.start(command(outputs, *arguments))
     while process.is_alive() and not reached():
         time.sleep(0.005)
     process.kill()
@@ -49,7 +49,7 @@ def kill_when(outputs, arguments: list[str], reached) -> None:
 @pytest.fixture(scope="module")
 def adaptive_run(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("adaptive")
-    result = forked.finish(within(outputs, *ADAPTIVE))
+    result = forked.finish(command(outputs, *ADAPTIVE))
     assert result.returncode == 0, result.stderr
     return outputs, result.stdout
 
@@ -98,7 +98,7 @@ def test_a_retraining_killed_at_any_moment_goes_on_to_the_same_weights(adaptive_
         return any(step and step >= stopped_after for step in steps)
 
     kill_when(tmp_path, ADAPTIVE, reached)
-    result = forked.finish(within(tmp_path, *ADAPTIVE))
+    result = forked.finish(command(tmp_path, *ADAPTIVE))
     assert result.returncode == 0, result.stderr
     quiet = weights_of(adaptive_run[0])
     assert all(torch.equal(tensor, quiet[name]) for name, tensor in weights_of(tmp_path).items())
