@@ -14,6 +14,7 @@ from nla.harness.record import read_record
 from nla.harness.settings import check_settings
 from nla.machine.errors import UserError
 from nla.pipeline import run
+from tests import forked
 from tests.conftest import ROOT, TINY, command, configuration, figures, only_folder, only_record, options, records, settings
 
 FAST = [*TINY, "solver.steps=10"]
@@ -94,9 +95,12 @@ READ_FIRST += ["seconds", "peak_bytes", "retraining", "made_from", "environment"
 def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(whole_run, cli, tmp_path):
     two = tmp_path / "two"
     # here the second layer is fitted first, and the first layer beside other matrices
-    threads = {"OMP_NUM_THREADS": "2"}
-    cli(*FAST, r"select.include='layers\.1'", f"outputs_dir={two}", fresh=True, environment=threads)
-    cli(*FAST, f"outputs_dir={two}", fresh=True, environment=threads)
+    second_layer = command(two, *FAST, r"select.include='layers\.1'")
+    two_threads = "import torch, runpy, sys; torch.set_num_threads(2); "
+    result = forked.finish(["-c", f"{two_threads} sys.argv = {second_layer}; runpy.run_path('run.py', run_name='__main__')"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    cli(*FAST, f"outputs_dir={two}", fresh=True, environment={"OMP_NUM_THREADS": "2"})
+    assert {record["environment"]["threads"] for record in records(two)} == {2}
     whole = next(record for record in records(two) if len(record["fits"]) == 14)
     assert figures(whole) == figures(only_record(whole_run[0]))
 

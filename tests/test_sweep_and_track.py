@@ -74,7 +74,7 @@ def test_an_absent_or_failing_tracker_never_loses_a_run(cli, tmp_path, module):
     (tmp_path / "fake" / "wandb.py").write_text(module)
     arguments = [a for a in TINY if a != "track=none"]
     result = cli(*arguments, "solver.steps=5", environment={"PYTHONPATH": str(tmp_path / "fake")})
-    assert "Weights & Biases failed" in result.stdout and only_record(tmp_path)["status"] == "done"
+    assert f"Weights & Biases failed ({module.split("'")[1]})" in result.stdout and only_record(tmp_path)["status"] == "done"
 
 
 def account(tmp_path, **environment: str) -> bool:
