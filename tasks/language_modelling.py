@@ -40,6 +40,7 @@ class LanguageModelling(Task):
         require_integer("task.window", window, 2)
         require_integer("task.max_windows", 1 if max_windows is None else max_windows, 1)
         self.data, self.window, self.max_windows = data, window, max_windows
+        self.kept: tuple[LanguageModel, Tensor] | None = None
 
     def check(self, inventory: Inventory) -> None:
         super().check(inventory)
@@ -47,11 +48,16 @@ class LanguageModelling(Task):
             raise UserError(f"task.window={self.window} is longer than the {inventory.limit} tokens the model can read")
 
     def windows(self, model: LanguageModel) -> Tensor:
-        """All complete windows of the text: (windows, window) token ids.
+        """All complete windows of the text: (windows, window) token ids, cut once for a model that is measured again.
 
         Raises:
             UserError: the text is shorter than one window.
         """
+        if self.kept is None or self.kept[0] is not model:
+            self.kept = model, self.cut(model)
+        return self.kept[1]
+
+    def cut(self, model: LanguageModel) -> Tensor:
         tokens = model.encode(self.data.joined())
         count = len(tokens) // self.window
         if count == 0:

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 # Two busy processes (pytest -n 2) with two threads each would fight for two cores; set before torch is imported.
@@ -13,9 +15,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import settings as hypothesis_settings
+
+from tests import forked
 
 hypothesis_settings.register_profile("same every time", derandomize=True)  # a test that fails fails again
 hypothesis_settings.load_profile("same every time")
@@ -23,6 +28,7 @@ hypothesis_settings.load_profile("same every time")
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 TINY = ["model=tiny_llama", "task.window=64", "task.max_windows=3", "track=none"]
+ENCODED: dict[tuple[str, str], torch.Tensor] = {}
 SHORT = [*TINY, "solver.steps=0", "kernel=linear", "ratio=0.5", "retrain.length=64", "retrain.watch=4", "retrain.checkpoint=4"]
 
 
@@ -32,6 +38,11 @@ def options(group: str) -> list[str]:
 
 
 def configuration(*overrides: str):
+    return deepcopy(composed(*overrides))
+
+
+@cache
+def composed(*overrides: str):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
@@ -51,10 +62,16 @@ def kernel(request):
 
 @pytest.fixture
 def cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """`python run.py ...` as a user types it, with its outputs in a temporary folder."""
+    """`python run.py ...` as a user types it, with its outputs in a temporary folder: forked, or a `fresh` Python."""
 
-    def run(*arguments: str, check: bool = True, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        result = subprocess.run(command(tmp_path, *arguments), **settings(environment))
+    def run(
+        *arguments: str, check: bool = True, fresh: bool = False, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        asked = command(tmp_path, *arguments)
+        if fresh:
+            result = subprocess.run([sys.executable, *asked], **settings(environment))
+        else:
+            result = forked.finish(asked, environment)
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
 
@@ -62,17 +79,36 @@ def cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture
-def run_here(tmp_path) -> Callable[..., object]:
-    """The same without a process of its own, for what the command line does not change: nla.pipeline.run."""
+def run_here(tmp_path, monkeypatch) -> Callable[..., object]:
+    """The same without a process of its own, for what the command line does not change: nla.pipeline.run.
+
+    Figures are made but not painted, and a long text that was read by the same tokeniser before is not read again.
+    """
+    from matplotlib.figure import Figure
+
     from nla.harness.settings import check_settings
+    from nla.models.base import LanguageModel
     from nla.pipeline import run
 
+    encode = LanguageModel.encode
+
+    def encode_once(model: LanguageModel, text: str):
+        if len(text) < 100_000:
+            return encode(model, text)
+        key = model.tokenizer.backend_tokenizer.to_str(), text
+        if key not in ENCODED:
+            ENCODED[key] = encode(model, text)
+        return ENCODED[key]
+
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: path.touch())
+    monkeypatch.setattr(LanguageModel, "encode", encode_once)
     return lambda *arguments: run(check_settings(configuration(*arguments, f"outputs_dir={tmp_path}")))
 
 
 def command(outputs: Path, *arguments: str) -> list[str]:
-    own = any(a.startswith("outputs_dir=") for a in arguments) or "--help" in arguments
-    return [sys.executable, "run.py", *arguments, *([] if own else [f"outputs_dir={outputs}"])]
+    """What follows `python`."""
+    own = any(a.startswith("outputs_dir=") for a in arguments)
+    return ["run.py", *arguments, *([] if own else [f"outputs_dir={outputs}"])]
 
 
 def settings(environment: dict[str, str] | None = None) -> dict:

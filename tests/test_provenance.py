@@ -27,12 +27,12 @@ def project(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
 
     def digest_of(module: str = "nla.fits") -> str:
-        for function in (provenance.code_digest, provenance.imported, provenance.statements):
+        for function in (provenance.code_digest, provenance.read):
             function.cache_clear()
         return provenance.code_digest(module)
 
     yield SimpleNamespace(root=tmp_path, digest=digest_of)
-    for function in (provenance.code_digest, provenance.imported, provenance.statements):
+    for function in (provenance.code_digest, provenance.read):
         function.cache_clear()
 
 
@@ -75,7 +75,7 @@ def test_no_folder_is_imported_by_a_folder_that_it_imports():
     """Imports run one way between the folders of nla/, tasks/ and the files beside them."""
     arrows: dict[str, set[str]] = {}
     for file in [*(ROOT / "nla").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
-        for other in provenance.imported(file):
+        for other in provenance.read(file)[1]:
             a, b = room(file), room(other)
             if a != b and other.name != "__init__.py":
                 arrows.setdefault(a, set()).add(b)

@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from nla.machine.cache import Cache, Journal
-from tests.conftest import TINY, command, figures, only_record, settings
+from tests import forked
+from tests.conftest import TINY, command, figures, only_record
 
 # random starts and many steps, so that the fit of a matrix takes long enough to be interrupted
 SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=250", "solver.tolerance=0"]
@@ -32,14 +34,12 @@ def quiet(quiet_outputs) -> dict:
     return figures(only_record(quiet_outputs))
 
 
-def start(outputs: Path) -> subprocess.Popen:
-    quietly = settings() | {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    del quietly["capture_output"], quietly["timeout"]
-    return subprocess.Popen(command(outputs, *SLOW), **quietly)
+def start(outputs: Path) -> BaseProcess:
+    return forked.start(command(outputs, *SLOW))
 
 
 def finish(outputs: Path) -> subprocess.CompletedProcess:
-    result = subprocess.run(command(outputs, *SLOW), **settings())
+    result = forked.finish(command(outputs, *SLOW))
     assert result.returncode == 0, result.stderr
     return result
 
@@ -55,10 +55,10 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_record(quiet, tmp_path, moment):
     process = start(tmp_path)
-    while process.poll() is None and not MOMENTS[moment](tmp_path):
+    while process.is_alive() and not MOMENTS[moment](tmp_path):
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/fits/*.safetensors")}
     finish(tmp_path)
     assert figures(only_record(tmp_path)) == quiet
@@ -87,7 +87,9 @@ def test_damaged_cache_files_are_named_and_made_again(quiet, quiet_outputs, tmp_
 
 def test_two_concurrent_runs_with_one_cache_give_the_same_record(quiet, tmp_path):
     first, second = start(tmp_path), start(tmp_path)
-    assert first.wait() == second.wait() == 0
+    first.join()
+    second.join()
+    assert first.exitcode == second.exitcode == 0
     assert figures(only_record(tmp_path)) == quiet
 
 

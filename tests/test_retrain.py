@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
 import time
 
 import pytest
@@ -14,7 +11,8 @@ from nla.harness.settings import check_settings
 from nla.machine.cache import Cache
 from nla.pipeline import run
 from nla.retrain import stages
-from tests.conftest import SHORT, TINY, command, configuration, figures, only_folder, only_record, records, settings
+from tests import forked
+from tests.conftest import SHORT, TINY, command, configuration, figures, only_folder, only_record, records
 
 ADAPTIVE = [*SHORT, "retrain.steps=12", "budget=adaptive", "schedule.interval=2"]
 
@@ -41,19 +39,17 @@ def timeless(record: dict) -> dict:
 
 def kill_when(outputs, arguments: list[str], reached) -> None:
     """Start a run, and `kill -9` it as soon as reached() is true."""
-    quietly = settings() | {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    del quietly["capture_output"], quietly["timeout"]
-    process = subprocess.Popen(command(outputs, *arguments), **quietly)
-    while process.poll() is None and not reached():
+    process = forked.start(command(outputs, *arguments))
+    while process.is_alive() and not reached():
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 @pytest.fixture(scope="module")
 def adaptive_run(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("adaptive")
-    result = subprocess.run(command(outputs, *ADAPTIVE), **settings())
+    result = forked.finish(command(outputs, *ADAPTIVE))
     assert result.returncode == 0, result.stderr
     return outputs, result.stdout
 
@@ -102,7 +98,7 @@ def test_a_retraining_killed_at_any_moment_goes_on_to_the_same_weights(adaptive_
         return any(step and step >= stopped_after for step in steps)
 
     kill_when(tmp_path, ADAPTIVE, reached)
-    result = subprocess.run(command(tmp_path, *ADAPTIVE), **settings())
+    result = forked.finish(command(tmp_path, *ADAPTIVE))
     assert result.returncode == 0, result.stderr
     quiet = weights_of(adaptive_run[0])
     assert all(torch.equal(tensor, quiet[name]) for name, tensor in weights_of(tmp_path).items())

@@ -8,12 +8,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from nla.harness import estimate_fits
 from nla.harness.fits_table import COLUMNS, parse_terms
 from nla.harness.record import read_record
 from nla.harness.settings import check_settings
 from nla.machine.errors import UserError
 from nla.pipeline import run
-from tests.conftest import ROOT, TINY, configuration, figures, only_folder, only_record, options, records
+from tests.conftest import ROOT, TINY, command, configuration, figures, only_folder, only_record, options, records, settings
 
 FAST = [*TINY, "solver.steps=10"]
 
@@ -43,13 +44,23 @@ def test_help_is_a_page_with_every_option_and_needs_no_heavy_import():
     assert not imported & {"torch", "transformers", "wandb", "datasets", "pandas"}
 
 
-def test_a_run_leaves_a_valid_record_a_row_per_fit_and_its_configuration(cli, tmp_path):
-    result = cli(*FAST)
-    record, folder = only_record(tmp_path), only_folder(tmp_path)
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The outputs of a run in a Python of its own, and what it said."""
+    outputs = tmp_path_factory.mktemp("whole")
+    result = subprocess.run([sys.executable, *command(outputs, *FAST)], **settings())
+    assert result.returncode == 0, result.stdout + result.stderr
+    return outputs, result
+
+
+@pytest.mark.xdist_group("whole run")
+def test_a_run_leaves_a_valid_record_a_row_per_fit_and_its_configuration(whole_run):
+    outputs, result = whole_run
+    record, folder = only_record(outputs), only_folder(outputs)
     assert folder.name == f"tiny_llama-nla-piecewise-0.7-{record['signature'][:8]}"
     assert read_record(folder).status == "done"
     assert list(json.loads((folder / "record.json").read_text())) == READ_FIRST
-    assert record["command"] == " ".join(["python run.py", *FAST, f"outputs_dir={tmp_path}"])
+    assert record["command"] == " ".join(["python run.py", *FAST, f"outputs_dir={outputs}"])
     assert record["started"] <= record["finished"] and set(record["made_from"]) == {"inputs", "code", "packages"}
     assert "removing" in result.stdout and "perplexity" in result.stdout and str(folder / "record.json") in result.stdout
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
@@ -79,14 +90,15 @@ READ_FIRST = ["schema", "signature", "status", "error", "command", "started", "f
 READ_FIRST += ["seconds", "peak_bytes", "retraining", "made_from", "environment", "config"]
 
 
-def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(cli, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    cli(*FAST, f"outputs_dir={one}")
+@pytest.mark.xdist_group("whole run")
+def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(whole_run, cli, tmp_path):
+    two = tmp_path / "two"
     # here the second layer is fitted first, and the first layer beside other matrices
-    cli(*FAST, r"select.include='layers\.1'", f"outputs_dir={two}", environment={"OMP_NUM_THREADS": "2"})
-    cli(*FAST, f"outputs_dir={two}", environment={"OMP_NUM_THREADS": "2"})
+    threads = {"OMP_NUM_THREADS": "2"}
+    cli(*FAST, r"select.include='layers\.1'", f"outputs_dir={two}", fresh=True, environment=threads)
+    cli(*FAST, f"outputs_dir={two}", fresh=True, environment=threads)
     whole = next(record for record in records(two) if len(record["fits"]) == 14)
-    assert figures(whole) == figures(only_record(one))
+    assert figures(whole) == figures(only_record(whole_run[0]))
 
 
 @pytest.mark.parametrize("method", options("method"))
@@ -180,7 +192,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("arguments, expected", REFUSED, ids=lambda value: " ".join(value) if "=" in value[0] else "")
 def test_the_command_line_refuses_in_words_with_an_exit_code_and_no_traceback(cli, tmp_path, arguments, expected):
-    result = cli(*replaced(TINY, *arguments), check=False)
+    fresh = arguments in (["ratio=1.5"], ["rato=0.5"])
+    result = cli(*replaced(TINY, *arguments), check=False, fresh=fresh)
     said = result.stdout + result.stderr
     assert result.returncode != 0
     assert all(text in said for text in expected), said
@@ -212,8 +225,9 @@ def test_a_changed_data_file_is_a_new_run(run_here, tmp_path):
 
 
 @pytest.mark.parametrize("model", options("model"))
-def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog, model):
+def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog, monkeypatch, model):
     caplog.set_level("INFO")
+    monkeypatch.setattr(estimate_fits, "LARGEST", 128)  # the machine's speed is measured quickly
     cfg = configuration(f"model={model}", "dry_run=true", "ratio=0.7", f"outputs_dir={tmp_path}")
     assert run(check_settings(cfg)) is None
     for text in ("matrix", "shape", "FLOP/s measured", "a step of all fits", "bytes of the model", "Nothing was fitted"):

@@ -1,8 +1,6 @@
 """Statistics of layer inputs, compared with plain hooks for all models, thread counts and sample orders; and their memory."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,8 @@ from nla.statistics.collect import collect
 from nla.statistics.fisher import fisher
 from nla.statistics.store import StatisticsStore
 from tasks.data.base import training_set
-from tests.conftest import ROOT, configuration, options
+from tests import forked
+from tests.conftest import configuration, options
 
 BOTH = frozenset({"gram", "magnitude"})
 CPU = torch.device("cpu")
@@ -207,9 +206,9 @@ def test_a_damaged_statistic_is_collected_again(run_here, tmp_path, caplog):
 
 
 def test_collecting_holds_the_gram_matrices_of_one_block_and_one_group_of_inputs():
-    """LLaMA-7B's shapes at an eighth of its width: more blocks need no more memory."""
-    command = [sys.executable, "-m", "analysis.benchmarks.statistics_memory", "0.125"]
-    found = [json.loads(subprocess.run([*command, n], cwd=ROOT, capture_output=True, check=True).stdout) for n in ("1", "3")]
+    """LLaMA-7B's shapes at a sixteenth of its width: more blocks need no more memory."""
+    command = ["-m", "analysis.benchmarks.statistics_memory", "0.0625"]
+    found = [json.loads(forked.finish([*command, n]).stdout) for n in ("1", "3")]
     for figures in found:
         assert figures["gram_bytes"] < figures["peak_bytes"] < figures["gram_bytes"] + 2 * figures["group_bytes"]
     assert found[1]["blocks"] == 3 and found[1]["peak_bytes"] < 1.1 * found[0]["peak_bytes"]

@@ -1,14 +1,14 @@
 """Tests of sweeps and their table, and of the figures that Weights & Biases receives."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, only_folder, only_record, records
+from tests import forked
+from tests.conftest import TINY, only_folder, only_record, records
 
 SWEEP = ["-m", *TINY, "solver.steps=5"]
 
@@ -16,7 +16,7 @@ SWEEP = ["-m", *TINY, "solver.steps=5"]
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_sweep_survives_a_failing_job_shares_the_dense_baseline_and_ends_with_one_table(cli, tmp_path, launcher):
     arguments = [*SWEEP, f"hydra/launcher={launcher}", "ratio=0.5,0.999", "kernel=linear,phase"]
-    result = cli(*arguments, check=False)
+    result = cli(*arguments, check=False, fresh=launcher == "joblib")
     assert result.returncode != 0
     table = result.stdout[result.stdout.rindex("sweep ") :]
     assert table.count("failed: ratio=0.999") == 2 and "use ratio=0.936" in table
@@ -81,7 +81,7 @@ def account(tmp_path, **environment: str) -> bool:
     """Whether a new process with its own home directory finds an account."""
     code = "from nla.harness.track import has_account; print(has_account())"
     own = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")} | environment
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | own)
+    result = forked.finish(["-c", code], own)
     return result.stdout.strip().endswith("True")
 
 

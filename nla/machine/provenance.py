@@ -36,8 +36,8 @@ def code_digest(*modules: str) -> str:
         file = waiting.pop()
         if file not in found:
             found.add(file)
-            waiting += imported(file)
-    return digest({str(file.relative_to(ROOT)): statements(file) for file in found})
+            waiting += read(file)[1]
+    return digest({str(file.relative_to(ROOT)): read(file)[0] for file in found})
 
 
 def source(module: str) -> Path:
@@ -50,20 +50,24 @@ def source(module: str) -> Path:
 
 
 @cache
-def statements(file: Path) -> str:
-    """Digest of a file's syntax tree without docstrings."""
+def read(file: Path) -> tuple[str, tuple[Path, ...]]:
+    """Digest of a file, and the files of the project that it imports."""
     tree = ast.parse(file.read_bytes())
+    return statements(tree), imported(tree)
+
+
+def statements(tree: ast.Module) -> str:
+    """Digest of a syntax tree without docstrings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return digest(ast.dump(tree))
 
 
-@cache
-def imported(file: Path) -> tuple[Path, ...]:
-    """Project files that a file imports, at module level or inside functions, and the `__init__.py` of their packages."""
+def imported(tree: ast.Module) -> tuple[Path, ...]:
+    """Project files that are imported, at module level or inside functions, and the `__init__.py` of their packages."""
     found: list[Path] = []
-    for name in imported_names(ast.parse(file.read_bytes())):
+    for name in imported_names(tree):
         parts = name.split(".")
         if parts[0] in PROJECT:
             found += [source(".".join(parts[:i])) for i in range(1, len(parts) + 1)]
