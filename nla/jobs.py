@@ -42,7 +42,8 @@ def attempt(cfg: DictConfig) -> None:
         checked = check_settings(cfg)
         from nla.pipeline import run
 
-        record = run(checked, command_line(outcome["overrides"] if sweeping else sys.argv[1:]))
+        command = command_line(outcome["overrides"] if sweeping else sys.argv[1:])
+        record = run(checked, command, outcome["overrides"])
         outcome["folder"] = record and str(Path(cfg.outputs_dir) / "runs" / record.name)
     except (UserError, NonFiniteError) as error:
         log.error("error: %s", error)
