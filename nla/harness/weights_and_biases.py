@@ -34,16 +34,16 @@ class WandbTracker:
     What W&B receives:
 
     - Run: its name is that of the run's folder, its group the experiment or the sweep, its job type the method and kernel.
-    - Id: the signature. A killed run that is started again tracks all figures from the beginning, those from the cache too.
-      W&B replaces the earlier run by a new one with the same id. Offline there are two folders with this id, and `wandb sync`
-      uploads the later one last. W&B cannot append to a run offline.
+    - Id: the signature. A killed run that is started again tracks all figures from the beginning, also those from the cache,
+      under the same id. By W&B's documentation it then overwrites the earlier run. W&B cannot resume a run offline (0.31), so
+      there are two folders with this id; the later one is complete, and `wandb sync` uploads it last.
     - Summary: `tracked_figures.summary`, as soon as a figure is known.
     - Charts `fits/...`: errors of the matrices over their number, in the order of the model. They grow while fits run, and
       W&B draws several runs in one chart, which it does not do for tables.
     - Charts `retrain/...`: the history of retraining over its steps.
     - Tables: `plan`; `fits` (the columns of fits.csv), also of a failed run; `metrics`; `kept` after retraining.
     - Losses: only of matrices that took steps. The table `losses` has all of them, with at most 200 points each, because W&B
-      refuses tables above 200,000 rows (losses.jsonl has every point). The chart `largest_errors` has the curves of the ten
+      cuts a table after 200,000 rows (losses.jsonl has every point). The chart `largest_errors` has the curves of the ten
       matrices with the largest errors. One chart for each matrix would be hundreds of charts.
     - Images `images/...` of a finished run, and system metrics.
 
@@ -102,7 +102,7 @@ class WandbTracker:
         self.run = self._start(record, outputs)
         log.info("Weights & Biases: %s", self.run.url or self.run.dir.removesuffix("/files"))
         for prefix, number in (("fits", "matrix"), ("retrain", "step")):
-            self.run.define_metric(f"{prefix}/{number}", summary="none")
+            self.run.define_metric(f"{prefix}/{number}", summary="none", hidden=True)
             self.run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/{number}", summary="none")
         self._table("plan", ["matrix", "bits", "terms"], [[m.spec.name, m.bits, m.term.describe()] for m in plan.matrices])
 
