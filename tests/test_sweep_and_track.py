@@ -14,7 +14,7 @@ from nla.harness.fits_table import COLUMNS
 from nla.harness.record import read_history, read_record
 from nla.harness.tracked_figures import loss_rows, ratio, summary
 from tests import forked
-from tests.conftest import TINY, only_folder, only_record, records
+from tests.conftest import TINY, configuration, only_folder, only_record, records
 
 SWEEP = ["-m", *TINY, "solver.steps=5"]
 
@@ -128,8 +128,12 @@ def test_the_group_is_the_sweep_or_the_experiment_and_ratios_to_both_baselines_a
     assert not {"losses", "largest_errors_table", "kept"} & set(read.tables)  # no steps were taken
 
 
-def test_a_failed_run_shows_the_fits_it_has_and_is_the_same_run_when_it_goes_on(run_here, tmp_path, monkeypatch):
+def test_a_failed_run_shows_the_fits_it_has_and_is_the_same_run_when_it_goes_on(tmp_path, monkeypatch):
+    from nla.harness.settings import check_settings
+    from nla.pipeline import run
     from nla.stages import fit
+
+    settings = check_settings(configuration(*TRACKED, "solver.steps=5", f"outputs_dir={tmp_path}"))
 
     def write_some(file, value, write=fit.write_line):
         write(file, value)
@@ -138,8 +142,8 @@ def test_a_failed_run_shows_the_fits_it_has_and_is_the_same_run_when_it_goes_on(
     with monkeypatch.context() as broken:
         broken.setattr("nla.stages.fit.write_line", write_some)
         with pytest.raises(AssertionError):
-            run_here(*TRACKED, "solver.steps=5")
-    run_here(*TRACKED, "solver.steps=5")
+            run(settings)
+    run(settings)
     failed, done = tracked(tmp_path)
     assert (failed.exit_code, done.exit_code) == (1, 0) and failed.run["run_id"] == done.run["run_id"]
     assert (len(failed.tables["fits"][1]), len(done.tables["fits"][1])) == (8, 14)
