@@ -163,10 +163,10 @@ def test_phase_on_a_real_weight_leaves_three_quarters_of_svds_error(smollm2):
 
 @pytest.mark.parametrize("name", ["gaussian", "spline"])
 def test_local_kernels_on_a_real_weight_leave_55_percent_of_svds_error(smollm2, name):
-    weight = smollm2("10.self_attn.k_proj")
+    weight = smollm2("10.self_attn.k_proj")[:96]
     kernel = make_kernel(f"kernel={name}")
-    solution = fit(kernel, weight, 43, steps=600)
-    assert relative_error(kernel, solution.triplets, weight) <= 0.55 * Spectrum(weight).tail(43)
+    solution = fit(kernel, weight, 24, steps=600)
+    assert relative_error(kernel, solution.triplets, weight) <= 0.55 * Spectrum(weight).tail(24)
 
 
 def test_no_fit_is_worse_than_its_start_and_the_trace_begins_there(kernel):
