@@ -18,7 +18,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from analysis.settings import ROOT, run_settings
+from analysis.composed import ROOT
+from analysis.settings import run_settings
 from nla.harness.fits_table import COLUMNS, first_problem, parse_fits, table_text, to_cell, to_row
 from nla.harness.record import NOT_IN_SIGNATURE, SCHEMA, RunRecord, read_history, read_record
 from nla.machine.cache import write_atomically

@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
+from analysis.composed import CONF, composed, leaves
 from nla.harness.fits_table import parse_terms
 from nla.harness.record import RunRecord, module_name
 
-ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "conf"
 NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompute"}
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = {"products", "degree"}  # the first depends on the machine; the second is part of a kernel's name
+NOT_OF_THE_MODEL = {"path", "device_map", "licence"}  # a local copy of the files, spread or not, is the same model
 Pair = tuple[str, Any]
 
 
@@ -22,13 +22,14 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
     """The settings by which runs are compared. `changed` names all others that differ from conf/."""
     config = record.config
     return {
-        "model": config["model"]["name"],
+        "model": model_name(config["model"]),
         "method": nearest_option("method", config["method"])[0],
         "kernel": "+".join(sorted({term.kernel for text in {fit.terms for fit in record.fits} for term in parse_terms(text)})),
         "ratio": config["ratio"],
         "bits": config.get("bits"),
         "select": selection(config["select"]),
         "tasks": "+".join(task_names(config)),
+        "data": "+".join(data_names(config)),
         "changed": " ".join(changed_settings(config, stepped=any(fit.steps for fit in record.fits))),
         "budget": " ".join(named_budget(config["budget"])),
         "retraining": retraining_name(config),
@@ -37,6 +38,20 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "matrices": len(record.fits),
         "signature": record.signature,
     }
+
+
+def model_name(model: dict[str, Any]) -> str:
+    """Name of the option of conf/model with these settings, and `key=value` of settings that differ from it.
+
+    Of options with the same hub name, the nearest is taken. A model whose hub name no option has is named by its hub name.
+    """
+    own, found = leaves(model, NOT_OF_THE_MODEL), []
+    for name, content in group_options("model").items():
+        if content.get("model", content).get("name") == model["name"]:
+            usual = leaves(composed(f"model={name}")["model"], NOT_OF_THE_MODEL)
+            found.append((name, [(k, v) for k, v in own.items() if k in usual and v != usual[k]]))
+    name, changed = min(found, key=lambda option: len(option[1]), default=(model["name"], []))
+    return " ".join([name, *as_typed(changed)])
 
 
 def nearest_option(group: str, settings: dict[str, Any], ignored: Iterable[str] = ()) -> tuple[str, list[Pair]]:
@@ -87,8 +102,25 @@ def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
     pairs += [("budget", nearest_option("budget", config["budget"])[0], "uniform")]
     changed += [(key, value) for key, value, default in pairs if value != default]
+    changed += [("calibration", name) for name in other_calibration(config)]
     unused = () if stepped else ("steps",)
     return as_typed((key, value) for key, value in changed if key not in unused or not value)
+
+
+def data_names(config: dict[str, Any]) -> list[str]:
+    """The names of the data on which the tasks of a run measure."""
+    return [config["task"][name]["data"]["name"] for name in task_names(config)]
+
+
+def other_calibration(config: dict[str, Any]) -> list[str]:
+    """The name of the calibration data, unless it is that of conf/ or, for images, the test data's own training split."""
+    data = config.get("statistics", {}).get("data")
+    if data is None:
+        return []
+    defaults = [entry for entry in read_yaml(CONF / "config.yaml")["defaults"] if isinstance(entry, dict)]
+    text = [entry["calibration"] for entry in defaults if "calibration" in entry]
+    usual = data_names(config) if ".images." in data["_target_"] else text
+    return [name for name in [data["name"]] if name not in usual]
 
 
 def retraining_name(config: dict[str, Any]) -> str:

@@ -1,19 +1,8 @@
-"""Tables of the notebooks, from the data frames of `analysis.frames`. A cell is empty if no run gives its figure."""
+"""Tables of our own runs, from the data frames of `analysis.frames`. A cell is empty if no run gives its figure."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
-
-PAPER = Path(__file__).with_name("paper.yaml")
-
-
-def paper(table: str) -> pd.DataFrame:
-    """One table of published figures, with the full source in the last column."""
-    content = yaml.safe_load(PAPER.read_text())
-    return pd.DataFrame(content[table]).assign(source=lambda rows: rows["source"].map(content["sources"]))
-
 
 WHOLE = ["layers", "blocks"]  # selections of all linear layers in the blocks of a model
 PAPERS_NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "pela": "PELA"}
@@ -45,43 +34,6 @@ def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     table = rows.pivot(index="name_of_method", columns="ratio", values=f"compressed.{metric}")
     table.insert(0, 0.0, rows.groupby("name_of_method")[f"dense.{metric}"].first())
     return table.rename_axis(index="method", columns="removed")
-
-
-def perplexity_beside_paper(runs: pd.DataFrame, model: str, stand_in: str, data: str) -> pd.DataFrame:
-    """Published perplexities of LLaMA-7B without retraining, one column per source, beside measured ones.
-
-    `measured` and `difference` have the same model and data as the published figures, and are empty without such a run.
-    `stand-in` is another model on other text, with the defaults of each method (NLA: the paper's kernel). It is never
-    subtracted from a published figure. `x dense` is a figure divided by that of its own dense model.
-    """
-    published = pd.DataFrame(yaml.safe_load(PAPER.read_text())["perplexity"])
-    published = published[~published["retrained"]]
-    table = published.pivot(index=["ratio", "method"], columns="source", values="wikitext2")
-    table.columns = pd.Index([f"published by {source}" for source in table.columns])
-    dense = table.reindex([(0.0, "Original")]).iloc[0].dropna().iloc[0]
-    first = table.bfill(axis=1).iloc[:, 0]
-    table["published x dense"] = first / dense
-    table["measured"] = papers_rows(runs, model, "wikitext2")
-    table["difference"] = table["measured"] - first
-    column = f"stand-in: {stand_in}, {data}"
-    table[column] = papers_rows(runs, stand_in, data)
-    table["stand-in x dense"] = table[column] / table[column].reindex([(0.0, "Original")]).iloc[0]
-    return table.rename_axis(index=["removed", "method"])
-
-
-def papers_rows(runs: pd.DataFrame, model: str, data: str) -> pd.Series:
-    """Measured perplexities of runs with default settings, by (ratio, method as the paper names it). `Original` is dense."""
-    metric = f"language_modelling.{data}.perplexity"
-    if f"compressed.{metric}" not in runs:
-        return pd.Series(dtype=float)
-    rows = runs[(runs["model"] == model) & (runs["changed"] == "") & runs["select"].isin(WHOLE) & (runs["retrain_steps"] == 0)]
-    rows = rows[rows[f"compressed.{metric}"].notna()]
-    rows = rows[(rows["method"] != "nla") | (rows["kernel"] == "piecewise")]
-    names = rows["method"].map(lambda method: PAPERS_NAMES.get(method, "NLA"))
-    figures = {(ratio, name): x for ratio, name, x in zip(rows["ratio"], names, rows[f"compressed.{metric}"], strict=True)}
-    if len(rows):
-        figures[(0.0, "Original")] = rows[f"dense.{metric}"].iloc[0]
-    return pd.Series(figures, dtype=float)
 
 
 def retrained(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:

@@ -42,7 +42,10 @@ def attempt(cfg: DictConfig) -> None:
         checked = check_settings(cfg)
         from nla.pipeline import run
 
-        record = run(checked, command_line(outcome["overrides"] if sweeping else sys.argv[1:]))
+        if sweeping and "group" in checked["track"]:
+            checked["track"]["group"] = checked["track"]["group"] or sweep_name(settings)
+        command = command_line(outcome["overrides"] if sweeping else sys.argv[1:])
+        record = run(checked, command, outcome["overrides"])
         outcome["folder"] = record and str(Path(cfg.outputs_dir) / "runs" / record.name)
     except (UserError, NonFiniteError) as error:
         log.error("error: %s", error)
@@ -56,6 +59,11 @@ def attempt(cfg: DictConfig) -> None:
         folder = Path(settings.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"job-{settings.job.num}.json").write_text(json.dumps(outcome))
+
+
+def sweep_name(settings: Any) -> str:
+    """The experiment of a sweep, or the name of the sweep's folder, from Hydra's own settings."""
+    return settings.runtime.choices.get("experiment") or Path(settings.sweep.dir).name
 
 
 def command_line(arguments: list[str]) -> str:

@@ -1,7 +1,7 @@
 """One run: check, load, evaluate, collect statistics, allocate the budget, fit, evaluate, retrain, evaluate, record."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from nla.harness import terminal as report
 from nla.harness.record import MadeFrom, RunRecord, make_up, read_record, run_name, signature
 from nla.harness.recording import bits, kept_parameters, parameters
 from nla.harness.request import PreparedRun, prepare
+from nla.harness.unused import tell_unused
 from nla.machine.cache import exclusive, write_atomically
 from nla.machine.errors import UserError
 from nla.machine.provenance import environment
@@ -26,7 +27,7 @@ from nla.stages.fit import fit
 from nla.stages.retrain import key_of, retrain
 
 
-def run(settings: dict[str, Any], command: str | None = None) -> RunRecord | None:
+def run(settings: dict[str, Any], command: str | None = None, arguments: Sequence[str] = ()) -> RunRecord | None:
     """Carry out a request and return its record, or read the record of a finished run. A dry run returns None.
 
     If a run fails or is interrupted, its record has the status `failed` and the reason. Finished parts stay in the cache.
@@ -34,12 +35,14 @@ def run(settings: dict[str, Any], command: str | None = None) -> RunRecord | Non
     Args:
         settings: checked settings, from `nla.harness.settings.check_settings`.
         command: the command line, for the record.
+        arguments: the settings that the user named; a line is logged for each that the request does not use.
 
     Raises:
         UserError: the request cannot be met.
         NonFiniteError: a weight, a fit or a loss is not finite.
     """
     prepared = prepare(settings)
+    tell_unused(arguments, prepared)
     if prepared.values["dry_run"]:
         report.show_plan(prepared)
         return None

@@ -100,4 +100,4 @@ def test_the_papers_kernel_is_retrained_at_the_rate_of_the_others(run_here):
     retraining = ["retrain.steps=20", "retrain.length=64", "retrain.lr=5e-3", "budget=adaptive", "schedule.interval=2"]
     record = run_here(*TINY, "ratio=0.5", *retraining)
     losses = [row["loss"] for row in record.history if "loss" in row]
-    assert max(losses) < losses[0] + 0.1 and losses[-1] < losses[0] - 0.1
+    assert max(losses) < losses[0] + 0.1 and losses[-1] < losses[0] - 0.05

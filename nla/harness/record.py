@@ -136,14 +136,18 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 def run_name(config: dict[str, Any], signature: str) -> str:
     """Name of a run's folder, such as `smollm2_135m-nla-piecewise-0.7-adaptive-retrained-1288f677`."""
-    method, bits = config["method"], config.get("bits")
-    parts = [config["model"]["name"], module_name(method)]
-    if "kernel" in method:
-        parts.append(module_name(method["kernel"]))
+    bits = config.get("bits")
+    parts = [config["model"]["name"], *method_names(config)]
     parts.append(f"{config['ratio']:g}" if bits is None else f"{bits:g}bits")
     budget = module_name(config["budget"])
     parts += [budget] * (budget != "uniform") + ["retrained"] * ("retrain" in config) + [signature[:8]]
     return "-".join(re.sub(r"[^\w.]+", "_", part, flags=re.ASCII).strip(".")[:40] for part in parts)
+
+
+def method_names(config: dict[str, Any]) -> list[str]:
+    """The name of the method, and that of its kernel if it has one: `["nla", "piecewise"]`."""
+    method = config["method"]
+    return [module_name(settings) for settings in (method, method.get("kernel")) if settings]
 
 
 def module_name(settings: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ continues from it.
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,10 +27,11 @@ from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors
 from nla.matrix.triplets import Triplets, alternating_signs
 
+FIRST_SIZES = (1.0, 0.5, 2.0)  # of the first gauge P, relative to the one that balances rows and columns; tried in this order
 SOLVED = 1e-11  # relative squared error of the self-terms at which they count as solved
 MAX_STEPS = 60
 STALLED = 5  # steps in a row that lower the squared residual by less than 1 %
-AT_OPTIMUM = 1e-4  # relative excess over the optimum up to which no second solution is tried
+AT_OPTIMUM = 1e-4  # relative excess over the optimum that needs no further try
 RIDGE = 1e-3  # added to the diagonal of the Gram matrix, relative to its mean
 
 
@@ -54,16 +56,17 @@ def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, floa
     a, b = left * (ratio / 2**0.5), right * (-1 / ratio / 2**0.5)  # -2 a b^T is the truncated SVD
     signs = alternating_signs(h, w).repeat_interleave(r)
     best, least = None, math.inf
-    for inputs in (torch.ones_like(column), G.diagonal()):
-        # An exact solution is exact in every norm. The plain norm comes first: a nearly singular S would give some equations
-        # hardly any weight. The objective's own norm comes second, if the first solution is not exact.
+    # An exact solution is exact in every norm. The plain norm comes first: a nearly singular S would give some equations
+    # hardly any weight. The objective's own norm and other sizes of the first gauge follow, if no solution so far is exact.
+    norms = [torch.ones_like(column)] if objective.factor is None else [torch.ones_like(column), G.diagonal()]
+    for size, inputs in product(FIRST_SIZES, norms):
         weights = torch.cat(((inputs.sum()).sqrt().expand(m), (m * inputs).sqrt()))
         equations = SelfTerms(a, b, row, column, weights)
-        gauge = solve(equations, equations.begin(signs), float((w.square() @ inputs).sum()))
+        gauge = solve(equations, equations.begin(signs * size), float((w.square() @ inputs).sum()))
         excess = equations.excess(gauge, S) / objective.energy
         if excess < least:
             best, least = gauge, excess
-        if least <= AT_OPTIMUM * optimum or objective.factor is None:
+        if least <= AT_OPTIMUM * optimum:
             break
     assert best is not None
     return best.triplets(a, b, h, r).map(lambda p: p.to(objective.weight.dtype)), optimum

@@ -37,7 +37,7 @@ def evaluate(prepared: PreparedRun, record: RunRecord, model: Model, stage: str,
     for task in prepared.tasks:
         code = code_digest(type(task).__module__, type(task.data).__module__)
         metrics[task.name] = task.evaluate(model, prepared.cache, digest([state, code]), stage)
-        for data, figures in metrics[task.name].items():
+        for figures in metrics[task.name].values():
             peak = int(figures.get("peak_bytes", 0))
             record.peak_bytes[stage] = max(record.peak_bytes.get(stage, 0), peak)
-            prepared.tracker.metrics(f"{stage}/{task.name}/{data}", figures)
+        prepared.tracker.measured(record)

@@ -19,12 +19,15 @@ def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Cal
     """Fit all planned matrices and put the terms into the model. Losses of each fit are written and tracked at once."""
     fit_all = fit_block_by_block if prepared.method.sequential else fit_at_once
     with (folder / "losses.jsonl").open("w") as lines, progress(prepared) as bar:
-        for fits in fit_all(prepared, model, calibration, bar):
-            for name, result in fits.items():
-                entry = fit_record(name, result)
-                record.fits.append(entry)
-                write_line(lines, {"name": name, "losses": result.losses})
-                prepared.tracker.fit(entry, result.losses)
+        try:
+            for fits in fit_all(prepared, model, calibration, bar):
+                for name, result in fits.items():
+                    entry = fit_record(name, result)
+                    record.fits.append(entry)
+                    write_line(lines, {"name": name, "losses": result.losses})
+                    prepared.tracker.fit(entry, result.losses)
+        finally:
+            prepared.tracker.fitted(record)
     record.peak_bytes["fit"] = max(f.peak_bytes for f in record.fits)
 
 
