@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.utils import get_class
 
 from analysis.composed import CONF, composed, leaves
 from nla.harness.fits_table import parse_terms
 from nla.harness.record import RunRecord, module_name
+from nla.kernels.base import Kernel
 
 NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompute"}
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
@@ -127,8 +129,17 @@ def retraining_name(config: dict[str, Any]) -> str:
     """The nearest option of conf/retrain, the data, and `key=value` of settings that differ; empty without retraining."""
     if "retrain" not in config:
         return ""
-    name, changed = nearest_option("retrain", config["retrain"], NOT_TRAINED_BY)
-    return " ".join([name, f"on {config['retrain']['data']['name']}", *as_typed(changed)])
+    settings = config["retrain"]
+    if settings["lr"] == own_rate(config["method"]):
+        settings = settings | {"lr": None}  # null means the same
+    name, changed = nearest_option("retrain", settings, NOT_TRAINED_BY)
+    return " ".join([name, f"on {settings['data']['name']}", *as_typed(changed)])
+
+
+def own_rate(method: dict[str, Any]) -> float:
+    """The learning rate of retraining that the method's kernel brings with it."""
+    kernel = get_class(method["kernel"]["_target_"]) if "kernel" in method else Kernel
+    return kernel.training_rate
 
 
 def named_budget(budget: dict[str, Any]) -> list[str]:
