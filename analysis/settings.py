@@ -138,7 +138,7 @@ def retraining_name(config: dict[str, Any]) -> str:
 
 def own_rate(method: dict[str, Any]) -> float:
     """The learning rate of retraining that the method's kernel brings with it."""
-    kernel = get_class(method["kernel"]["_target_"]) if "kernel" in method else Kernel
+    kernel: Any = get_class(method["kernel"]["_target_"]) if "kernel" in method else Kernel
     return kernel.training_rate
 
 
