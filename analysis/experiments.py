@@ -3,6 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -74,6 +75,7 @@ def same_kind(settings: dict[str, Any], config: dict[str, Any]) -> bool:
     )
 
 
+@cache
 def values(experiment: str, key: str) -> list[Any]:
     """The values of a setting in the sweep of an experiment, or the experiment's own value."""
     found = sweep(experiment).get(key) or [labels(composed(f"experiment={experiment}"))[key]]

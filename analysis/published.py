@@ -1,6 +1,8 @@
 """Published figures of analysis/paper.yaml as data frames, and their joins with measured figures."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -8,15 +10,21 @@ import yaml
 PAPER = Path(__file__).with_name("paper.yaml")
 
 
+@cache
+def contents() -> dict[str, Any]:
+    """The content of paper.yaml."""
+    return yaml.safe_load(PAPER.read_text())
+
+
 def paper(table: str) -> pd.DataFrame:
     """One table of published figures, with the full source in the last column."""
-    content = yaml.safe_load(PAPER.read_text())
+    content = contents()
     return pd.DataFrame(content[table]).assign(source=lambda rows: rows["source"].map(content["sources"]))
 
 
 def sources() -> pd.DataFrame:
     """The full sources by the names that columns use."""
-    return pd.Series(yaml.safe_load(PAPER.read_text())["sources"], name="source").to_frame()
+    return pd.Series(contents()["sources"], name="source").to_frame()
 
 
 def published_by(table: str, keys: dict[str, str]) -> pd.DataFrame:
@@ -27,7 +35,7 @@ def published_by(table: str, keys: dict[str, str]) -> pd.DataFrame:
 
 def perplexity_by_source(data: str, retrained: bool) -> pd.DataFrame:
     """Published perplexities of LLaMA-7B on a text by (removed, method): one column per source."""
-    rows = pd.DataFrame(yaml.safe_load(PAPER.read_text())["perplexity"]).rename(columns={"ratio": "removed"})
+    rows = pd.DataFrame(contents()["perplexity"]).rename(columns={"ratio": "removed"})
     rows = rows[(rows["retrained"] == retrained) & rows[data].notna()]
     return rows.pivot(index=["removed", "method"], columns="source", values=data).add_prefix("published by ")
 
