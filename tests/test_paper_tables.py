@@ -18,8 +18,6 @@ from nla.harness.record import Parameters, RunRecord
 from nla.harness.request import prepare
 from tests.conftest import options
 
-pytestmark = pytest.mark.xdist_group("paper tables")  # each experiment is composed once for all tests
-
 EXPERIMENTS = [name for name in options("experiment") if name.endswith(tuple(TWINS))]
 NAMES = {"nla": "NLA", "svd": "SVD", "svd_llm": "SVD-LLM", "asvd": "ASVD", "fwsvd": "FWSVD"}
 TEXTS = ("wikitext2", "ptb", "c4")

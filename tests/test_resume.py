@@ -17,8 +17,6 @@ from tests.conftest import TINY, command, figures, only_record
 # random starts and many steps, so that the fit of a matrix takes long enough to be interrupted
 SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=250", "solver.tolerance=0"]
 
-pytestmark = pytest.mark.xdist_group("resume")  # all tests share one quiet run
-
 
 @pytest.fixture(scope="module")
 def quiet_outputs(tmp_path_factory) -> Path:

@@ -54,7 +54,6 @@ def adaptive_run(tmp_path_factory):
     return outputs, result.stdout
 
 
-@pytest.mark.xdist_group("adaptive run")
 def test_retraining_lowers_the_loss_and_ends_within_the_ratio(adaptive_run):
     outputs, told = adaptive_run
     record = only_record(outputs)
@@ -72,7 +71,6 @@ def test_retraining_lowers_the_loss_and_ends_within_the_ratio(adaptive_run):
     assert not list((outputs / "cache" / "trainings").glob("*"))
 
 
-@pytest.mark.xdist_group("adaptive run")
 def test_every_step_leaves_a_row_and_the_budget_is_never_exceeded(adaptive_run):
     rows = rows_of(adaptive_run[0])
     assert [row["step"] for row in rows] == list(range(13))
@@ -88,7 +86,6 @@ def test_every_step_leaves_a_row_and_the_budget_is_never_exceeded(adaptive_run):
     assert rows[-1]["budget"] == final and {row["step"] for row in rows if "watched" in row} == {0, 4, 8, 12}
 
 
-@pytest.mark.xdist_group("adaptive run")
 @pytest.mark.parametrize("stopped_after", [0, 8])
 def test_a_retraining_killed_at_any_moment_goes_on_to_the_same_weights(adaptive_run, tmp_path, stopped_after):
     def reached() -> bool:

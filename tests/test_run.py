@@ -54,7 +54,6 @@ def whole_run(tmp_path_factory):
     return outputs, result
 
 
-@pytest.mark.xdist_group("whole run")
 def test_a_run_leaves_a_valid_record_a_row_per_fit_and_its_configuration(whole_run):
     outputs, result = whole_run
     record, folder = only_record(outputs), only_folder(outputs)
@@ -91,7 +90,6 @@ READ_FIRST = ["schema", "signature", "status", "error", "command", "started", "f
 READ_FIRST += ["seconds", "peak_bytes", "retraining", "made_from", "environment", "config"]
 
 
-@pytest.mark.xdist_group("whole run")
 def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(whole_run, cli, tmp_path):
     two = tmp_path / "two"
     # here the second layer is fitted first, and the first layer beside other matrices

@@ -95,7 +95,7 @@ def measured(norms: Norms, term: Term, scale: float, equal: int) -> dict[str, fl
     Args:
         equal: rank of the SVD with which the term is compared.
     """
-    unit = as_float(term).scaled(1 / scale)
+    unit = term.as_stored(torch.float32).scaled(1 / scale)
     plain = errors(norms.plain, unit, equal)
     found: dict[str, float | None] = {"relative_error": plain.own, "svd_error": plain.equal, "floor": plain.floor}
     weighted = None if norms.statistics.gram is None else errors(norms.outputs, unit, equal)
@@ -103,11 +103,6 @@ def measured(norms: Norms, term: Term, scale: float, equal: int) -> dict[str, fl
     if weighted is None:
         return found | dict.fromkeys(names)
     return found | dict(zip(names, (weighted.own, weighted.equal, weighted.floor), strict=True))
-
-
-def as_float(term: Term) -> Term:
-    """The term in fp32."""
-    return term.as_stored(torch.float32)
 
 
 def counted_once(fits: Sequence[Fit]) -> list[Fit]:
