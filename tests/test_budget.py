@@ -164,7 +164,7 @@ def test_the_best_fill_the_budget_in_order_and_ties_go_to_the_earlier(triplets, 
 
 
 def adaptive(**changes) -> Adaptive:
-    settings = {"schedule": Linear(2.0, 0.0, 0.2, 1), "beta1": 0.5, "beta2": 0.5, "rank": "score"}
+    settings = {"schedule": Linear(2.0, 0.0, 0.2, 1), "beta1": 0.5, "beta2": 0.5, "rank": "score", "gradient": "loss"}
     return Adaptive(**(settings | changes))
 
 

@@ -75,7 +75,7 @@ def test_dropping_masked_triplets_does_not_change_the_rest_of_a_training(tmp_pat
         layer = CompressedLinear(KernelTerm(Linear(), start), None)
         moved, terms = chosen_parts(layer, ["triplets"]), kernel_terms(layer)
         masters = Triplets(*(t.master for t in moved))
-        masks = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score").tightening([masters], 3 * 19, recipe.steps)
+        masks = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score", "loss").tightening([masters], 3 * 19, recipe.steps)
 
         def train_until(moved, masks, key, progress=None, until=None):
             history = History(Constraints({}, {}), dict.fromkeys(terms, ""), masks, 57, 57, None, recipe, lambda row: None)

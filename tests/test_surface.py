@@ -7,12 +7,16 @@ fitted self-terms.
 import pytest
 import torch
 
+from nla.budget.adaptive import Adaptive
+from nla.budget.schedule import Constant
 from nla.kernels.linear import Linear
 from nla.kernels.piecewise import Piecewise
 from nla.kernels.self_term_surface import self_term
-from nla.matrix.triplets import alternating_signs
+from nla.matrix.triplets import Triplets, alternating_signs
 from nla.retrain.constraints import Constraints
+from nla.retrain.history import History
 from nla.terms.kernel_term import KernelTerm
+from nla.training.loop import Recipe
 from nla.training.parameters import TrainedParameter
 from tests.conftest import TINY
 
@@ -101,3 +105,21 @@ def test_the_papers_kernel_is_retrained_at_the_rate_of_the_others(run_here):
     record = run_here(*TINY, "ratio=0.5", *retraining)
     losses = [row["loss"] for row in record.history if "loss" in row]
     assert max(losses) < losses[0] + 0.1 and losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("gradient", ["loss", "constrained"])
+def test_importance_is_that_of_the_losss_gradient_unless_the_constrained_one_is_asked_for(gradient):
+    """Compared with |w dL/dw| by autograd. In both cases, the gradient that the optimiser gets is the constrained one."""
+    term, surface, _ = on_surface()
+    found = gradients(term, term.A.square().sum() + term.B.sum() + term.mu.exp().sum())
+    on_the_surface = {name: g.clone() for name, g in found.items()}
+    surface.project(on_the_surface)
+    scored = {"loss": {name: g.clone() for name, g in found.items()}, "constrained": on_the_surface}[gradient]
+    budget = Adaptive(Constant(2.0, 0.0, 0.5, 1), 0.0, 0.0, "score", gradient)
+    masks = budget.tightening([Triplets(term.A.detach(), term.B.detach(), term.mu.detach())], 10, 4)
+    recipe = Recipe(steps=4, lr=0.1, warmup=0, weight_decay=0.0, clip=1.0)
+    history = History(surface, {"t": "t"}, masks, 10, 10, None, recipe, lambda row: None)
+    history.after_gradient(0, found)
+    for part, sensitivity in zip(PARTS, masks.importance.smoothed[0].tensors, strict=True):
+        torch.testing.assert_close(sensitivity, (getattr(term, part).detach() * scored[f"t.{part}"]).abs())
+        assert torch.equal(found[f"t.{part}"], on_the_surface[f"t.{part}"])

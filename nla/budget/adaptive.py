@@ -22,7 +22,10 @@ class Adaptive(Budget):
     Args:
         schedule: the budget b(t).
         beta1, beta2: smoothing of the sensitivity and of its uncertainty (see `nla.budget.importance.Importance`).
-        rank: compare triplets by `score` or by `score_per_parameter`. Triplets of larger matrices have more parameters.
+        rank: compare triplets by `score` (the papers') or by `score_per_parameter`. Triplets of larger matrices have more
+            parameters.
+        gradient: the dL/dw of the importance: `loss` for the loss's own (the papers'), or `constrained` for the part of it
+            that the constraint of the kernel lets through (see `nla.kernels.base.Constraint`).
 
     Raises:
         UserError: an argument is out of range; it names the setting.
@@ -30,12 +33,13 @@ class Adaptive(Budget):
 
     tightens = True
 
-    def __init__(self, schedule: Schedule, beta1: float, beta2: float, rank: str) -> None:
+    def __init__(self, schedule: Schedule, beta1: float, beta2: float, rank: str, gradient: str) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not isinstance(beta, int | float) or not 0 <= beta < 1:
                 raise UserError(f"budget.{name}={beta} must be from 0 and below 1")
         require_choice("budget.rank", rank, ["score", "score_per_parameter"])
-        self.schedule, self.beta1, self.beta2, self.rank = schedule, beta1, beta2, rank
+        require_choice("budget.gradient", gradient, ["loss", "constrained"])
+        self.schedule, self.beta1, self.beta2, self.rank, self.gradient = schedule, beta1, beta2, rank, gradient
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
         """{matrix: bits at the start}: b0 times the uniform share, but at most the dense matrix."""
@@ -90,7 +94,8 @@ class Tightening:
         processes: OneProcess,
         owners: Sequence[int],
     ) -> None:
-        self.schedule, self.rank, self.final, self.steps, self.processes = budget.schedule, budget.rank, final, steps, processes
+        self.schedule, self.rank, self.gradient = budget.schedule, budget.rank, budget.gradient
+        self.final, self.steps, self.processes = final, steps, processes
         self.triplets = list(triplets)
         self.own = [i for i, owner in enumerate(owners) if owner == processes.rank]
         self.importance = Importance([self.triplets[i] for i in self.own], budget.beta1, budget.beta2)

@@ -14,6 +14,7 @@ from nla.machine.threads import ordered_map
 from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
 from nla.retrain.constraints import Constraints
+from nla.terms.kernel_term import TENSORS
 from nla.training.loop import Recipe
 from nla.training.observer import Observer
 
@@ -61,12 +62,17 @@ class History(Observer):
         self.since = time.perf_counter()
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:
+        if self.tightening and self.tightening.gradient == "loss":
+            self.score(self.tightening, done, gradients)
         self.constraints.project(gradients)
-        if self.tightening:
-            names = list(self.matrices)
-            own = [names[i] for i in self.tightening.own]
-            parts = [Triplets(*(gradients[f"{name}.{part}"] for part in ("A", "B", "mu"))) for name in own]
-            self.tightening.after_gradient(done, parts)
+        if self.tightening and self.tightening.gradient == "constrained":
+            self.score(self.tightening, done, gradients)
+
+    def score(self, tightening: Tightening, done: int, gradients: dict[str, Tensor]) -> None:
+        """Update the importance of this process's triplets from the gradients as they are now."""
+        names = list(self.matrices)
+        parts = [Triplets(*(gradients[f"{names[i]}.{part}"] for part in TENSORS)) for i in tightening.own]
+        tightening.after_gradient(done, parts)
 
     def before_publishing(self, done: int) -> None:
         if self.tightening:
