@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 .PHONY: demo test lint notebooks clean
 
 demo: $(READY)
-	$(BIN)/python run.py
+	$(BIN)/python run.py experiment=demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

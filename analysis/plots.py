@@ -10,10 +10,23 @@ from nla.harness.fits_table import FitRecord
 
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:
-    """Relative error of each matrix by layer, one panel per kind, one line per kernel or method; SVD and floor as references.
+    """Relative error of each matrix by layer, one panel per kind, one line per kernel or method; SVD and floor as references."""
+    return by_layer(fits, "relative_error", "svd", "floor", "relative squared error")
+
+
+def weighted_loss_by_layer(fits: pd.DataFrame) -> Figure:
+    """Relative error of each matrix's outputs, as in `loss_by_layer`; the references are SVD-LLM and the weighted floor."""
+    return by_layer(fits, "weighted_error", "svd_llm", "weighted_floor", "relative squared error of the outputs")
+
+
+def by_layer(fits: pd.DataFrame, error: str, rival: str, floor: str, label: str) -> Figure:
+    """A figure with one panel per kind of matrix, and in it one line per kernel or method.
 
     Args:
         fits: rows of `fits_frame`, of one model at one ratio.
+        error, floor: the columns to draw.
+        rival: the method whose error at equal parameters is a reference: its column is <rival>_error.
+        label: of the vertical axes.
     """
     kinds = list(dict.fromkeys(fits["kind"]))
     columns = min(4, len(kinds))
@@ -23,22 +36,23 @@ def loss_by_layer(fits: pd.DataFrame) -> Figure:
     for axis, kind in zip(axes, kinds, strict=False):
         of_kind = fits[fits["kind"] == kind].sort_values("layer")
         reference = of_kind.drop_duplicates("layer")
-        axis.plot(reference["layer"], reference["svd_error"], "k--", linewidth=1, label="SVD, equal parameters")
-        label = of_kind["kernel"].where(of_kind["method"] == "nla", of_kind["method"])
-        for name, line in of_kind[of_kind["method"] != "svd"].groupby(label, sort=True):
-            drawn = axis.plot(line["layer"], line["relative_error"], marker=".", markersize=3, linewidth=1, label=name)
+        name = f"{rival.upper().replace('_', '-')}, equal parameters"
+        axis.plot(reference["layer"], reference[f"{rival}_error"], "k--", linewidth=1, label=name)
+        names = of_kind["kernel"].where(of_kind["method"] == "nla", of_kind["method"])
+        for name, line in of_kind[of_kind["method"] != rival].groupby(names, sort=True):
+            drawn = axis.plot(line["layer"], line[error], marker=".", markersize=3, linewidth=1, label=name)
             if name == "piecewise":
                 colour = drawn[0].get_color()
-                axis.plot(line["layer"], line["floor"], ":", color=colour, linewidth=1, label="floor of piecewise")
+                axis.plot(line["layer"], line[floor], ":", color=colour, linewidth=1, label="floor of piecewise")
         axis.set_title(kind, fontsize=9)
-    highest = max(float(fits[key].max()) for key in ("relative_error", "svd_error"))
+    highest = max(float(fits[key].max()) for key in (error, f"{rival}_error"))
     axes[0].set_ylim(0, 1.05 * highest)  # shared by all panels
     for axis in axes[len(kinds) :]:
         axis.set_visible(False)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.supxlabel("layer", fontsize=9)
-    figure.supylabel("relative squared error", fontsize=9)
+    figure.supylabel(label, fontsize=9)
     return figure
 
 

@@ -17,6 +17,7 @@ NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompu
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = {"products", "degree"}  # the first depends on the machine; the second is part of a kernel's name
 NOT_OF_THE_MODEL = {"path", "device_map", "licence"}  # a local copy of the files, spread or not, is the same model
+PRESETS = {"nla_outputs"}  # options that set one setting of another option; tables show the other one and the setting
 Pair = tuple[str, Any]
 
 
@@ -73,8 +74,8 @@ def nearest_option(group: str, settings: dict[str, Any], ignored: Iterable[str] 
 
 @cache
 def group_options(group: str) -> dict[str, dict[str, Any]]:
-    """The settings of every option of a group, by name."""
-    return {path.stem: option(group, path.stem) for path in sorted((CONF / group).glob("*.yaml"))}
+    """The settings of every option of a group, by name, without PRESETS."""
+    return {path.stem: option(group, path.stem) for path in sorted((CONF / group).glob("*.yaml")) if path.stem not in PRESETS}
 
 
 def option(group: str, name: str) -> dict[str, Any]:

@@ -72,17 +72,19 @@ def command_line(arguments: list[str]) -> str:
 
 
 class SweepTable(Callback):
-    """Hydra callback that logs the table of a sweep, in the process that launched the jobs."""
+    """Hydra callback that logs the table of a sweep and draws its figure, in the process that launched the jobs."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         global _exit_code
         from nla.harness.terminal import show_sweep
+        from nla.stages.draw import draw_sweep
 
         configure_log(config.hydra.job_logging)  # the jobs may have run, and logged, in other processes
         files = sorted(Path(config.hydra.sweep.dir).glob("job-*.json"), key=lambda p: int(p.stem.split("-")[1]))
         outcomes = [json.loads(file.read_text()) for file in files]
         if len(outcomes) > 1:  # a single job has already shown its result
             show_sweep(outcomes)
+            draw_sweep([Path(outcome["folder"]) for outcome in outcomes if outcome.get("folder")], Path(config.hydra.sweep.dir))
         if any("error" in outcome for outcome in outcomes):
             _exit_code = FAILED
 
