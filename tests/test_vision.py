@@ -92,7 +92,7 @@ def test_weights_that_are_nowhere_are_an_error_that_says_what_to_give(tmp_path):
 
 def local(path, *changes: str) -> TimmModel:
     architecture = source("tiny_swin", *changes).architecture
-    return TimmModel("timm/tiny_swin", str(path), "none", "float32", architecture)
+    return TimmModel("timm/tiny_swin", str(path), "float32", architecture)
 
 
 def old_names(weights: dict) -> dict:
