@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class CausalLM(ModelSource):
     def empty(self, configuration: dict[str, Any]) -> tuple[nn.Module, int]:
         with torch.device("meta"):
             model = from_architecture(configuration)
-        return model, model.config.max_position_embeddings
+        # models without position embeddings, such as BLOOM and Mamba, read texts of any length
+        return model, getattr(model.config, "max_position_embeddings", sys.maxsize)
 
 
 def from_architecture(architecture: dict[str, Any]) -> Any:
