@@ -20,7 +20,7 @@ from nla.machine.errors import UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
 from nla.machine.threads import ordered_map
 from nla.models.base import LanguageModel
-from tasks.base import Figures, Task
+from tasks.base import STDERR, Figures, Task, accuracy
 from tasks.data.questions import Questions
 
 SHARD = 128  # questions scored at once; a killed run loses at most so many for each worker
@@ -172,9 +172,7 @@ def summary(parts: list[dict[str, Any]], available: int, version: float) -> Figu
     questions = sum(part["questions"] for part in parts)
     figures: Figures = {}
     for metric in parts[0]["right"]:
-        p = sum(part["right"][metric] for part in parts) / questions
-        figures[metric] = p
-        figures[f"{metric}_stderr"] = math.sqrt(p * (1 - p) / (questions - 1)) if questions > 1 else math.inf
+        figures |= accuracy(metric, sum(part["right"][metric] for part in parts), questions)
     return figures | {
         "chance": sum(part["chance"] for part in parts) / questions,
         "questions": questions,
@@ -188,7 +186,7 @@ def summary(parts: list[dict[str, Any]], available: int, version: float) -> Figu
 
 
 def average(tasks: list[Figures]) -> Figures:
-    """Unweighted means over tasks, with their standard errors. A task without acc_norm counts with its acc.
+    """Unweighted means over tasks, with standard errors if all tasks have one. A task without acc_norm counts with its acc.
 
     Numbers of questions and seconds are sums. peak_bytes is the maximum.
     """
@@ -196,8 +194,9 @@ def average(tasks: list[Figures]) -> Figures:
     for metric in ("acc", "acc_norm"):
         used = [metric if metric in task else "acc" for task in tasks]
         figures[metric] = sum(task[m] for task, m in zip(tasks, used, strict=True)) / len(tasks)
-        spread = sum(task[f"{m}_stderr"] ** 2 for task, m in zip(tasks, used, strict=True))
-        figures[f"{metric}_stderr"] = math.sqrt(spread) / len(tasks)
+        errors = [task[m + STDERR] for task, m in zip(tasks, used, strict=True) if m + STDERR in task]
+        if len(errors) == len(tasks):
+            figures[metric + STDERR] = math.hypot(*errors) / len(tasks)
     sums = ["questions", "questions_available", "infinite_questions", "unanswerable_questions", "seconds"]
     return figures | {
         "chance": sum(task["chance"] for task in tasks) / len(tasks),

@@ -15,7 +15,7 @@ from nla.machine.errors import NonFiniteError, UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
 from nla.machine.threads import ordered_map
 from nla.models.base import Inventory, VisionModel
-from tasks.base import Figures, Task, resident_bytes
+from tasks.base import Figures, Task, accuracy, resident_bytes
 from tasks.data.images import Images, Items
 
 
@@ -124,14 +124,15 @@ def flops(model: VisionModel, images: Tensor) -> int:
 
 
 def summary(results: list[dict[str, Any]], available: int, flops_per_image: int, resident: int) -> dict[str, float]:
-    """top1 and top5 (fractions); loss (nats per image); images, images_available; flops_per_image of the forward pass;
-    images_per_second and seconds of one worker (a thread, or the GPU) without opening the images; peak_bytes of one batch
-    without its inputs; resident_bytes of the model."""
+    """top1 and top5 (fractions) with standard errors; loss (nats per image); images, images_available; flops_per_image of the
+    forward pass; images_per_second and seconds of one worker (a thread, or the GPU) without opening the images; peak_bytes of
+    one batch without its inputs; resident_bytes of the model."""
     images = sum(r["images"] for r in results)
     seconds = sum(r["seconds"] for r in results)
+    top1, top5 = (accuracy(metric, sum(r[metric] for r in results), images) for metric in ("top1", "top5"))
     return {
-        "top1": sum(r["top1"] for r in results) / images,
-        "top5": sum(r["top5"] for r in results) / images,
+        **top1,
+        **top5,
         "loss": sum(r["loss"] for r in results) / images,
         "images": images,
         "images_available": available,

@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import closing
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from nla.machine.errors import UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
 from nla.machine.threads import ordered_map
 from nla.models.base import Inventory, LanguageModel
-from tasks.base import Figures, Task, resident_bytes
+from tasks.base import STDERR, Figures, Task, resident_bytes
 from tasks.data.text import Text
 
 CHUNK = 256  # tokens whose logits are converted to fp32 at once
@@ -105,13 +106,12 @@ def score_window(model: LanguageModel, tokens: Tensor) -> dict[str, float]:
 
 
 def summary(results: list[dict[str, Any]], scored: int) -> dict[str, float]:
-    """perplexity; nll (nats per token); tokens (scored); windows, infinite_windows (loss not finite); seconds and
-    tokens_per_second of one worker (a thread, or the GPU); peak_bytes of one window."""
+    """perplexity with its standard error; nll (nats per token); tokens (scored); windows, infinite_windows (loss not finite);
+    seconds and tokens_per_second of one worker (a thread, or the GPU); peak_bytes of one window."""
     tokens = scored * len(results)
     nll = sum(r["nll"] for r in results) / tokens
     seconds = sum(r["seconds"] for r in results)
-    return {
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
+    return perplexity(nll, [r["nll"] / scored for r in results]) | {
         "nll": nll,
         "tokens": tokens,
         "windows": len(results),
@@ -120,3 +120,19 @@ def summary(results: list[dict[str, Any]], scored: int) -> dict[str, float]:
         "tokens_per_second": tokens / seconds,
         "peak_bytes": max(r["peak_bytes"] for r in results),
     }
+
+
+def perplexity(mean: float, losses: list[float]) -> Figures:
+    """exp(mean) and, if it is finite and of several windows, its standard error.
+
+    To first order (the delta method) the error of exp(x) is exp(x) times that of x: here the sample deviation of the windows'
+    losses, divided by the square root of their number. `tasks.base` says what it leaves out.
+
+    Args:
+        mean: of the losses.
+        losses: nats per token of each window. All windows have as many tokens, so they count the same.
+    """
+    figure = math.exp(mean) if mean < 700 else math.inf
+    if len(losses) == 1 or math.isinf(figure):
+        return {"perplexity": figure}
+    return {"perplexity": figure, "perplexity" + STDERR: figure * stdev(losses) / math.sqrt(len(losses))}

@@ -153,6 +153,39 @@ def figures(record: dict) -> dict:
     return record
 
 
+def save_as_folder(model: str, folder: Path) -> Path:
+    """A folder with the model of an option of conf/model, as transformers or timm save it."""
+    from timm.models import save_for_hf
+
+    from nla.machine.cache import Cache
+
+    loaded = instantiate(configuration(f"model={model}").model, _convert_="all").load("cpu", "float32", Cache(folder))
+    if loaded.reads == "text":
+        loaded.module.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    else:
+        save_for_hf(loaded.module, folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def of_model(tmp_path_factory) -> Callable[[str], list[str]]:
+    """The arguments that choose an option of conf/model. One without an architecture gets a folder and fitting data."""
+    folders: dict[str, list[str]] = {}
+
+    def arguments(name: str) -> list[str]:
+        model = composed(f"model={name}").model
+        if "path" not in model or model.name is not None:
+            return [f"model={name}"]
+        if name not in folders:
+            small, data = ("tiny_swin", "digits") if model._target_.endswith("TimmModel") else ("tiny_llama", "sotu")
+            folder = save_as_folder(small, tmp_path_factory.mktemp(name))
+            folders[name] = [f"model={name}", f"model.path={folder}", f"data={data}"]
+        return folders[name]
+
+    return arguments
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """name -> fp32 weight of SmolLM2-135M, from the project's own cache (fetched and converted on first use)."""

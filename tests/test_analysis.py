@@ -1,17 +1,21 @@
 """Tests of the notebooks, tables and figures, and of the records in git."""
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 
 from analysis.benchmarks.forward import compare_forms
 from analysis.execute import NOTEBOOKS, execute
 from analysis.frames import fits_frame, runs_frame
+from analysis.paper_runs import evaluated
 from analysis.plots import kept_by_matrix, loss_by_layer, retraining
 from analysis.records import IN_GIT, add, load_records, read_collection, write_collection
 from analysis.settings import nearest_option
 from analysis.tables import accuracy, adaptive_or_not, by_ratio, retrained
 from nla.harness.fits_table import FitRecord
+from nla.harness.record import RunRecord
+from nla.harness.tracked_figures import metric_rows, summary
 from nla.kernels.piecewise import Piecewise
 from nla.machine.errors import UserError
 from tests import forked
@@ -151,6 +155,34 @@ def test_accuracies_have_the_dense_model_first(runs):
     table = accuracy(runs, "swin_micro", "imagenet.digits")
     assert table.index[0] == (0.0, "dense") and table["top1"].iloc[0] >= 0.97
     assert (table["top1"] <= table["top5"]).all()
+
+
+def with_standard_errors(record: RunRecord) -> RunRecord:
+    """A record as it is now: with a standard error beside the first metric of each data set."""
+    metrics = {
+        stage: {
+            task: {data: {**figures, f"{next(iter(figures))}_stderr": 0.5} for data, figures in sets.items()}
+            for task, sets in tasks.items()
+        }
+        for stage, tasks in record.metrics.items()
+    }
+    return record.model_copy(update={"metrics": metrics})
+
+
+def test_a_standard_error_stands_beside_its_metric_and_is_no_metric_and_older_records_have_none(records, runs):
+    older = [r for r in records if "language_modelling" in r.metrics["dense"]]
+    newer = [with_standard_errors(r) for r in older]
+    assert (runs_frame(newer)[f"dense.{PERPLEXITY}_stderr"].dropna() == 0.5).all()
+    for model in ("smollm2_135m", "opt_micro"):
+        pd.testing.assert_frame_equal(by_ratio(runs_frame(newer), model, PERPLEXITY), by_ratio(runs, model, PERPLEXITY))
+    evaluated_by = evaluated("compressed", "perplexity")
+    for before, after in zip(older, newer, strict=True):
+        known, shown = metric_rows(before), metric_rows(after)
+        assert [row[:5] for row in shown] == [row[:5] for row in known] and {row[5] for row in known} == {None}
+        assert {row[3]: row[5] for row in shown if row[5]} == {"perplexity": 0.5} and evaluated_by(before) == evaluated_by(
+            after
+        )
+        assert summary(after).items() - summary(before).items() == {(f"perplexity_stderr/{s}", 0.5) for s in after.metrics}
 
 
 def test_the_figure_has_a_panel_per_kind_of_matrix(fits):

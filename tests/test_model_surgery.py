@@ -116,8 +116,8 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", options("model"))
-def test_every_models_inventory_is_known_without_weights_and_has_the_published_count(name, tmp_path):
-    source = instantiate(configuration(f"model={name}").model, _convert_="all")
+def test_every_models_inventory_is_known_without_weights_and_has_the_published_count(name, of_model, tmp_path):
+    source = instantiate(configuration(*of_model(name)).model, _convert_="all")
     inventory = source.inventory(Cache(tmp_path))
     assert inventory.parameters > sum(s.n_params for s in select_linears(inventory.linears, r"\blayers\.", None))
     assert source.inventory(Cache(tmp_path)) == inventory  # remembered

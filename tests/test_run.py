@@ -163,6 +163,8 @@ ERRORS = [
     (["task.window=1"], ["task.window"]),
     (["model=llama7b", "model.path=/no/such"], ["model.path=/no/such", "is not a folder"]),
     (["model=llama7b"], ["huggyllama/llama-7b", "model.path=", "13.5 GB", "licence"]),
+    (["model=causal_lm"], ["model.path is missing", "give model.path=<folder", "config.json", "tokeniser"]),
+    (["model=causal_lm", "model.path=conf"], ["model.path=conf has no config.json"]),
     (["data=wikitext2", "data.path=/no/such"], ["data.path=/no/such"]),
     (["model=tiny_swin", "task=language_modelling", "data=sotu"], ["task=language_modelling", "reads images", "task=imagenet"]),
     (["data=digits"], ["task=language_modelling needs text", "data=sotu"]),
@@ -227,10 +229,10 @@ def test_a_changed_data_file_is_a_new_run(run_here, tmp_path):
 
 
 @pytest.mark.parametrize("model", options("model"))
-def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog, monkeypatch, model):
+def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog, monkeypatch, of_model, model):
     caplog.set_level("INFO")
     monkeypatch.setattr(estimate_fits, "LARGEST", 128)  # the machine's speed is measured quickly
-    cfg = configuration(f"model={model}", "dry_run=true", "ratio=0.7", f"outputs_dir={tmp_path}")
+    cfg = configuration(*of_model(model), "dry_run=true", "ratio=0.7", f"outputs_dir={tmp_path}")
     assert run(check_settings(cfg)) is None
     for text in ("matrix", "shape", "FLOP/s measured", "a step of all fits", "bytes of the model", "Nothing was fitted"):
         assert text in caplog.text

@@ -92,11 +92,14 @@ def test_an_offline_run_read_back_holds_one_table_of_fits_the_summary_and_curves
     assert read.tables["losses"][1] == [[name, *pair] for name, pairs in losses.items() for pair in pairs]
     worst = sorted(record.fits, key=lambda fit: -fit.relative_error)[:10]
     assert read.tables["largest_errors_table"][1] == [[step, f.name, x] for f in worst for step, x in losses[f.name]]
-    metrics = {tuple(row[:4]): row[4] for row in read.tables["metrics"][1]}
+    metrics = {tuple(row[:4]): row[4:] for row in read.tables["metrics"][1]}
     for stage in ("dense", "compressed", "retrained"):
-        figures = record.metrics[stage]["language_modelling"]["sotu"]
-        assert all(metrics[stage, "language_modelling", "sotu", name] == value for name, value in figures.items())
+        figures = dict(record.metrics[stage]["language_modelling"]["sotu"])
+        error = figures.pop("perplexity_stderr")
+        found = {metric: rest for (*where, metric), rest in metrics.items() if where == [stage, "language_modelling", "sotu"]}
+        assert found == {name: [value, error if name == "perplexity" else None] for name, value in figures.items()}
         assert read.summary[f"perplexity/{stage}"] == figures["perplexity"]
+        assert read.summary[f"perplexity_stderr/{stage}"] == error
 
     assert read.series("fits/error") == [fit.relative_error for fit in record.fits]
     for name in ("loss", "lr", "norm", "kept", "budget", "watched_perplexity"):

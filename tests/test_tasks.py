@@ -10,6 +10,7 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
+from nla.harness.terminal import headline
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from nla.models.base import LanguageModel
@@ -59,6 +60,31 @@ def test_perplexity_is_that_of_transformers_own_loss_over_disjoint_windows(tiny,
     assert len(tokens) % 16  # there was a tail to drop
 
 
+class Certain(nn.Module):
+    """Gives the token that it has just read a probability, that of its number in this list, and shares the rest among three."""
+
+    def __init__(self, *probabilities: float) -> None:
+        super().__init__()
+        again = torch.tensor(probabilities)
+        self.table = nn.Parameter((torch.eye(4) * again + (1 - torch.eye(4)) * ((1 - again) / 3)[:, None]).log())
+
+    def forward(self, tokens, use_cache):
+        return SimpleNamespace(logits=self.table[tokens])
+
+
+def test_the_standard_error_of_the_perplexity_is_that_of_the_windows_mean_loss_times_the_perplexity(tmp_path):
+    """Losses of ln 2, ln 4 and ln 8: the mean is 2 ln 2, the perplexity 4, and the sample deviation ln 2."""
+    model = LanguageModel(
+        Certain(1 / 2, 1 / 4, 1 / 8, 1 / 2), lambda text, **_: {"input_ids": torch.tensor([[int(c) for c in text]])}
+    )
+    text = Given("0000" + "1111" + "2222")
+    figures = evaluate(LanguageModelling(text, 4, None), model, tmp_path)
+    assert list(figures)[:3] == ["perplexity", "perplexity_stderr", "nll"]
+    assert figures["perplexity"] == pytest.approx(4) and figures["nll"] == pytest.approx(2 * math.log(2))
+    assert figures["perplexity_stderr"] == pytest.approx(4 * math.log(2) / math.sqrt(3))
+    assert "perplexity_stderr" not in evaluate(LanguageModelling(text, 4, 1), model, tmp_path)  # of one window
+
+
 def test_max_windows_takes_the_first_ones_and_the_journal_carries_on(tiny, tmp_path):
     text = Given("x" * 100)
     first = evaluate(LanguageModelling(text, 16, 2), tiny, tmp_path)
@@ -93,7 +119,29 @@ def test_one_window_without_a_finite_loss_makes_the_perplexity_infinite_and_is_c
     good = evaluate(LanguageModelling(Given("0120" * 4), 4, None), model, tmp_path / "good")
     assert good["perplexity"] == pytest.approx(4) and good["infinite_windows"] == 0
     bad = evaluate(LanguageModelling(Given("0120" * 3 + "0123"), 4, None), model, tmp_path / "bad")
-    assert bad["perplexity"] == math.inf and bad["infinite_windows"] == 1 and bad["windows"] == 4
+    assert (
+        bad["perplexity"] == math.inf
+        and "perplexity_stderr" not in bad
+        and bad["infinite_windows"] == 1
+        and bad["windows"] == 4
+    )
+
+
+@pytest.mark.parametrize(
+    "figures, shown",
+    [
+        ({"perplexity": 20.617, "perplexity_stderr": 1.2609}, "20.62 +- 1.3"),
+        ({"perplexity": 1489.2, "perplexity_stderr": 123.4}, "1,489 +- 120"),
+        ({"perplexity": 17_775_174, "perplexity_stderr": 1_934_567}, "17,775,174 +- 1.9e+06"),
+        ({"perplexity": 4.58e43, "perplexity_stderr": 1e43}, "4.580e+43 +- 1e+43"),
+        ({"perplexity": math.inf}, "infinite"),
+        ({"top1": 0.9689, "top1_stderr": 0.00817, "top5": 1.0}, "0.9689 +- 0.0082"),
+        ({"acc": 1.0, "acc_stderr": 0.0}, "1.0000 +- 0"),
+        ({"perplexity": 20.617, "nll": 3.0}, "20.62"),  # as in records without it
+    ],
+)
+def test_a_figure_is_shown_with_two_digits_of_its_standard_error_where_that_is_known(figures, shown):
+    assert headline(figures) == (next(iter(figures)), shown)
 
 
 def test_text_shorter_than_a_window_is_an_error_with_both_lengths(tiny, tmp_path):

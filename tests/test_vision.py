@@ -92,7 +92,7 @@ def test_weights_that_are_nowhere_are_an_error_that_says_what_to_give(tmp_path):
 
 def local(path, *changes: str) -> TimmModel:
     architecture = source("tiny_swin", *changes).architecture
-    return TimmModel("timm/tiny_swin", str(path), "none", "float32", architecture)
+    return TimmModel("timm/tiny_swin", str(path), "float32", architecture)
 
 
 def old_names(weights: dict) -> dict:
@@ -171,12 +171,15 @@ def test_accuracy_on_hand_made_logits_is_counted_by_hand(tmp_path):
     table[2, 1:6] = 1  # label 6: after 1, .., 5 not among five
     table[3, 0] = 2  # label 1: second
     figures = evaluate(ImageNet(Given(3, 4, 6, 1), 3, None), hand_made(table), tmp_path)
-    assert list(figures)[:5] == ["top1", "top5", "loss", "images", "images_available"]
-    assert (figures["top1"], figures["top5"], figures["images"]) == (0.25, 0.75, 4)
+    assert list(figures)[:6] == ["top1", "top1_stderr", "top5", "top5_stderr", "loss", "images"]
+    assert (figures["top1"], figures["top5"], figures["images"], figures["images_available"]) == (0.25, 0.75, 4, 4)
+    assert figures["top1_stderr"] == pytest.approx(0.25)  # variance ((3/4)^2 + 3 (1/4)^2) / 3 = 1/4, of 4 images
     expected = nn.functional.cross_entropy(table, torch.tensor([3, 4, 6, 1]))
     assert figures["loss"] == pytest.approx(float(expected), rel=1e-6)
     few = evaluate(ImageNet(Given(1, 0), 2, None), hand_made(torch.zeros(2, 3)), tmp_path / "few")
     assert few["top1"] == 0.5 and few["top5"] == 1  # fewer than six classes: every label is among five
+    one = evaluate(ImageNet(Given(1, 0), 2, 1), hand_made(torch.zeros(2, 3)), tmp_path / "one")
+    assert not any(name.endswith("stderr") for name in one)  # of one image nothing is known
 
 
 def test_accuracy_of_a_swin_is_that_of_a_plain_loop_whatever_the_threads(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """Checks the plain values at the top of the configuration, before heavy packages are imported."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -78,7 +79,7 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
     """
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        return with_one_target(Settings.model_validate(values).model_dump())
+        return with_model_name(with_one_target(Settings.model_validate(values).model_dump()))
     except InterpolationKeyError as error:
         for kind, choices in SETS.items():
             if f"'data.{kind}'" in str(error):
@@ -108,6 +109,15 @@ def with_one_target(values: dict[str, Any]) -> dict[str, Any]:
             "give one of them (ratio=null removes that of an experiment)"
         )
     return values | {"ratio": DEFAULT_RATIO} if values["ratio"] is None and values["bits"] is None else values
+
+
+def with_model_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings, in which a model without a name has that of its folder or, without its ending, of its file."""
+    model = values["model"]
+    if model.get("name") is not None or model.get("path") is None:
+        return values
+    path = Path(str(model["path"])).expanduser().resolve()
+    return values | {"model": model | {"name": path.name if path.is_dir() else path.stem}}
 
 
 def cfg_task(cfg: DictConfig) -> str:

@@ -15,10 +15,11 @@ from nla.harness.estimate_fits import estimate
 from nla.harness.estimate_retraining import retraining_cost
 from nla.harness.record import RunRecord, read_record
 from nla.harness.request import PreparedRun
-from nla.harness.units import duration, flop, millions, number
+from nla.harness.units import duration, flop, millions, number, with_error
 from nla.matrix.triplets import triplet_size
 from nla.models.base import DTYPES
 from nla.solvers.base import Status
+from tasks.base import STDERR
 
 log = logging.getLogger(__name__)
 REPAIRED = {"gram": "Gram matrices (diagonal raised)", "fisher": "Fisher information (zero)"}  # by code in a fit's status
@@ -213,8 +214,7 @@ def mean(record: RunRecord, figure: str) -> float:
 def headline(figures: dict[str, float]) -> tuple[str, str]:
     """The name of a task's first metric, and its figure with the standard error if there is one."""
     name, value = next(iter(figures.items()))
-    error = figures.get(f"{name}_stderr")
-    return name, number(value, name) + (f" +- {error:.3f}" if error is not None else "")
+    return name, with_error(value, name, figures.get(name + STDERR))
 
 
 def measured_on(figures: dict[str, float]) -> str:
@@ -227,8 +227,12 @@ def measured_on(figures: dict[str, float]) -> str:
 
 
 def stage_headline(record: RunRecord, stage: str) -> str:
-    """The first metric of a stage's first task, on its last data set, which is the average if it has several."""
+    """The first metric of a stage's first task, on its last data set, which is the average if it has several.
+
+    Its standard error is left out: jobs are compared on the same data, on which their difference is known better.
+    """
     tasks = list(record.metrics.get(stage, {}).values())
     if not tasks:
         return ""
-    return headline(list(tasks[0].values())[-1])[1]
+    name, value = next(iter(list(tasks[0].values())[-1].items()))
+    return number(value, name)

@@ -8,6 +8,7 @@ from typing import Any
 from nla.budget.importance import IMPORTANCE_QUANTILES
 from nla.harness.fits_table import FitRecord
 from nla.harness.record import RunRecord
+from tasks.base import STDERR
 
 Losses = list[tuple[int, float]]  # (step, error)
 Rows = list[list[Any]]
@@ -17,16 +18,17 @@ def summary(record: RunRecord) -> dict[str, float]:
     """The figures by which runs are compared, as far as they are known.
 
     error, to_svd, weighted_error, to_svd_llm: means over the matrices, see `point`. `<metric>/<stage>`: the first metric of
-    each task, such as perplexity/compressed. ratio: removed fraction. bits: per selected weight. bytes_before, bytes: of the
-    model. peak_bytes: the largest of all stages. seconds: of the whole run.
+    each task, such as perplexity/compressed; `<metric>_stderr/<stage>`: its standard error. ratio: removed fraction. bits: per
+    selected weight. bytes_before, bytes: of the model. peak_bytes: the largest of all stages. seconds: of the whole run.
     """
     points = [point(fit) for fit in record.fits]
     names = dict.fromkeys(name for p in points for name in p)
     figures = {name: fmean(p[name] for p in points if name in p) for name in names}
     for stage, tasks in record.metrics.items():
         for sets in filter(None, tasks.values()):
-            metric, value = next(iter(list(sets.values())[-1].items()))  # the last set is the average if there are several
-            figures[f"{metric}/{stage}"] = value
+            measured = list(sets.values())[-1]  # the last set is the average if there are several
+            metric = next(iter(measured))
+            figures |= {f"{name}/{stage}": measured[name] for name in (metric, metric + STDERR) if name in measured}
     if record.parameters is not None:
         figures["ratio"] = record.parameters.ratio
     if record.bits is not None:
@@ -77,13 +79,14 @@ def thinned(losses: Losses, points: int) -> Losses:
 
 
 def metric_rows(record: RunRecord) -> Rows:
-    """Rows (stage, task, data, metric, value) of all metrics."""
+    """Rows (stage, task, data, metric, value, standard error or None) of all metrics."""
     return [
-        [stage, task, data, metric, float(value)]
+        [stage, task, data, metric, float(value), figures.get(metric + STDERR)]
         for stage, tasks in record.metrics.items()
         for task, sets in tasks.items()
         for data, figures in sets.items()
         for metric, value in figures.items()
+        if not metric.endswith(STDERR)
     ]
 
 

@@ -8,7 +8,18 @@ def number(value: float, metric: str) -> str:
         return "infinite"
     if metric != "perplexity":
         return f"{value:.4f}"
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e9 else f"{value:.3e}"
+
+
+def with_error(value: float, metric: str, error: float | None) -> str:
+    """A figure and, if it is known, its standard error with two significant digits: `20.62 +- 1.3`."""
+    figure = number(value, metric)
+    if error is None:
+        return figure
+    if not 0 < error < 1e6:
+        return f"{figure} +- {error:.2g}"
+    digits = 1 - math.floor(math.log10(error))
+    return f"{figure} +- {round(error, digits):,.{max(digits, 0)}f}"
 
 
 def millions(count: int) -> str:

@@ -168,7 +168,7 @@ class WandbTracker:
     def _finish(self, record: RunRecord, folder: Path) -> None:
         import wandb
 
-        self._table("metrics", ["stage", "task", "data", "metric", "value"], metric_rows(record))
+        self._table("metrics", ["stage", "task", "data", "metric", "value", "stderr"], metric_rows(record))
         self._table("kept", ["matrix", "fitted", "kept", "kept_fraction"], kept_rows(record))
         if record.status == "done":
             self.run.log({f"images/{figure.stem}": wandb.Image(figure) for figure in sorted(folder.glob("*.png"))})

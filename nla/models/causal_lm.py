@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class CausalLM(ModelSource):
     def empty(self, configuration: dict[str, Any]) -> tuple[nn.Module, int]:
         with torch.device("meta"):
             model = from_architecture(configuration)
-        return model, model.config.max_position_embeddings
+        # models without position embeddings, such as BLOOM and Mamba, read texts of any length
+        return model, getattr(model.config, "max_position_embeddings", sys.maxsize)
 
 
 def from_architecture(architecture: dict[str, Any]) -> Any:
@@ -59,31 +61,37 @@ class HubModel(CausalLM):
     """A model of the Hugging Face hub, or of a local folder with the same files.
 
     Args:
-        name: hub name. If the hub's local cache has the model, nothing is downloaded.
-        revision: branch, tag or commit on the hub.
+        name: hub name. If the hub's local cache has the model, nothing is downloaded. With `path` it only names the model.
         path: a folder with config.json, weights and tokeniser, instead of the hub.
         device_map: as in transformers; null puts the whole model on `device`.
-        licence: the licence that the user must have accepted, for messages.
         dtype: the run's default type, which the configuration reads; not used here.
-        architecture: the transformers configuration. With it, a plan needs neither weights nor network.
+        architecture: the transformers configuration. With it, a plan needs neither weights nor network. A model without one is
+            read from `path`.
+        revision: branch, tag or commit on the hub.
+        licence: the licence that the user must have accepted, for messages.
     """
 
     def __init__(
         self,
-        name: str,
-        revision: str,
+        name: str | None,
         path: str | None,
         device_map: str | None,
-        licence: str,
         dtype: str,
-        architecture: dict[str, Any],
+        architecture: dict[str, Any] | None = None,
+        revision: str = "main",
+        licence: str = "",
     ) -> None:
-        self.name, self.revision, self.device_map, self.licence = name, revision, device_map, licence
+        self.name, self.revision, self.device_map, self.licence = name or "", revision, device_map, licence
         self.path = None if path is None else Path(path).expanduser()
-        self.architecture = dict(architecture)
+        self.architecture = architecture
 
     def configuration(self, cache: Cache) -> dict[str, Any]:
         if self.path is None:
+            if self.architecture is None:
+                raise UserError(
+                    "model.path is missing; give model.path=<folder that save_pretrained wrote, with config.json, "
+                    "*.safetensors and the tokeniser>"
+                )
             return self.architecture
         file = self.path / "config.json"
         if not file.is_file():

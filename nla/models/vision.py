@@ -1,5 +1,6 @@
 """Image classifiers of timm, with weights from the hub or a local file."""
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -57,28 +58,40 @@ class TimmModel(ImageClassifier):
     """A model of timm with the weights that timm publishes, or with those of a local file.
 
     Args:
-        name: hub name of the weights. If the hub's local cache has them, nothing is downloaded.
+        name: hub name of the weights. If the hub's local cache has them, nothing is downloaded. With `path` it only names the
+            model.
         path: a .safetensors or .pth file, or a folder with one, instead of the hub.
-        licence: the licence that the user must have accepted, for messages.
         dtype: the run's default type, which the configuration reads; not used here.
-        architecture: timm's name and tag of the weights under `model`, and arguments of timm.create_model.
+        architecture: timm's name and tag of the weights under `model`, and arguments of timm.create_model. If `model` is None,
+            both are read from the config.json beside the weights; arguments that are not None replace those of the file.
+        licence: the licence that the user must have accepted, for messages.
     """
 
-    def __init__(self, name: str, path: str | None, licence: str, dtype: str, architecture: dict[str, Any]) -> None:
-        self.name, self.licence = name, licence
+    def __init__(self, name: str | None, path: str | None, dtype: str, architecture: dict[str, Any], licence: str = "") -> None:
+        self.name, self.licence = name or "", licence
         self.path = None if path is None else Path(path).expanduser()
         self.architecture = dict(architecture)
 
     def configuration(self, cache: Cache) -> dict[str, Any]:
-        return self.architecture
+        if self.architecture["model"] is not None:
+            return self.architecture
+        if self.path is None:
+            raise UserError(
+                "model.path is missing; give model.path=<folder that timm's save_for_hf wrote, with config.json and "
+                "model.safetensors, or a file with weights>"
+            )
+        given = {key: value for key, value in self.architecture.items() if value is not None}
+        return read_architecture(weights_file(self.path).with_name("config.json")) | given
 
     def identity(self, cache: Cache) -> str:
-        return "" if self.path is None else digest(cache.file_digest(weights_file(self.path)))
+        if self.path is None:
+            return ""
+        return digest([cache.file_digest(weights_file(self.path)), self.configuration(cache)])
 
     def check(self, dtype: str, cache: Cache) -> None:
         if self.path is not None:
             file = weights_file(self.path)
-            require_fit(file, read_weights(file), self.empty(self.architecture)[0])
+            require_fit(file, read_weights(file), self.empty(self.configuration(cache))[0])
             return
         if self.is_downloaded():
             return
@@ -100,10 +113,32 @@ class TimmModel(ImageClassifier):
         return any(isinstance(try_to_load_from_cache(self.name, file), str) for file in files)
 
     def load(self, device: str, dtype: str, cache: Cache) -> VisionModel:
-        module = from_architecture(self.architecture, pretrained=self.path is None)
+        module = from_architecture(self.configuration(cache), pretrained=self.path is None)
         if self.path is not None:
             load_weights(module, weights_file(self.path))
         return classifier(module, device, dtype)
+
+
+def read_architecture(file: Path) -> dict[str, Any]:
+    """timm's name of a model under `model`, and arguments of timm.create_model, from a config.json that timm wrote.
+
+    Raises:
+        UserError: the file does not exist, or timm did not write it.
+    """
+    if not file.is_file():
+        raise UserError(
+            f"{file} does not exist; give model.architecture.model=<timm's name of the model> and "
+            "model.architecture.num_classes=<number of classes>"
+        )
+    try:
+        config = json.loads(file.read_text())
+        preparation = config["pretrained_cfg"] | {"num_classes": config["num_classes"]}  # of images, and classes
+        return config.get("model_args", {}) | {"model": config["architecture"], "pretrained_cfg": preparation}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is not as timm's save_for_hf writes it, with architecture, num_classes and pretrained_cfg ({error!r}); "
+            "model=causal_lm reads folders of transformers"
+        ) from error
 
 
 def weights_file(path: Path) -> Path:
