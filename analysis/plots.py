@@ -10,7 +10,7 @@ from nla.harness.fits_table import FitRecord
 
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:
-    """Relative error of each matrix by layer: one panel per kind, one line per kernel or method, SVD and floor as references."""
+    """Relative error of each matrix by layer: one panel per kind, a line per kernel or method, SVD and floor as references."""
     return by_layer(fits, "relative_error", "svd", "floor", "relative squared error")
 
 
