@@ -12,17 +12,15 @@ from analysis.paper_runs import (
     Figure,
     Records,
     average_accuracy,
+    bytes_of,
     column,
     column_name,
     columns,
     evaluated,
-    gradient_megabytes,
     mean_error,
     mean_to_svd,
     million_parameters,
     pair,
-    window_gigabytes,
-    window_seconds,
 )
 from analysis.published import beside, perplexity_by_source, published_by
 
@@ -121,27 +119,29 @@ def adaptive(records: Records) -> pd.DataFrame:
 
 
 def kernel_inference(records: Records) -> pd.DataFrame:
-    """Seconds, and gigabytes of weights and peak, of LLaMA-7B's inference of one window of text.
+    """Seconds, and gigabytes of weights and peak, of LLaMA-7B's inference of one window of text, by kernel.
 
     The paper does not say how many tokens its figures are of, so that nothing is subtracted.
     """
+    found = {
+        unit: columns("kernels", "llama7b", records, ("kernel",), figure)
+        for unit, figure in (("seconds", evaluated("compressed", "inference_seconds")), ("gigabytes", bytes_of("inference", 1e9)))
+    }
     table = published_by("kernel_inference", {"kernel": "kernel"})
-    for unit, figure in (("seconds", window_seconds), ("gigabytes", window_gigabytes)):
-        own, twin = columns("kernels", "llama7b", records, ("kernel",), figure)
+    table = table.reindex(found["seconds"][0].index.rename("kernel"))
+    for unit, (own, twin) in found.items():
         table = table.assign(**{f"measured {unit}": own, f"{twin.name}: {unit}": twin})
     return table
 
 
 def forward_memory(records: Records) -> pd.DataFrame:
-    """Megabytes of a training step of OPT-1.3B. `measured` is the peak of a gradient in adaptive_opt_1_3b, uniform budget.
+    """Megabytes of a training step of OPT-1.3B, weights and peak, with algorithm 1 (`three terms`) and without.
 
-    The paper does not give its batch, so that nothing is subtracted. No run reconstructs matrices: that row stays empty.
+    The paper does not give its batch, so that nothing is subtracted.
     """
     published = published_by("forward_memory", {"form": "form"})
-    own, twin = (
-        column(records, name, ("budget",), gradient_megabytes).reindex(["uniform"]).rename({"uniform": "three terms"})
-        for name in pair("adaptive", "opt_1_3b")
-    )
+    found = columns("forward", "opt_1_3b", records, ("forward",), bytes_of("training", 1e6))
+    own, twin = (figures.rename({"triplets": "three terms", "reconstruct": "reconstructing"}) for figures in found)
     return beside(published, own, twin, None)
 
 
