@@ -13,7 +13,6 @@ from analysis.paper_runs import (
     Records,
     average_accuracy,
     bytes_of,
-    column,
     column_name,
     columns,
     evaluated,
@@ -125,7 +124,10 @@ def kernel_inference(records: Records) -> pd.DataFrame:
     """
     found = {
         unit: columns("kernels", "llama7b", records, ("kernel",), figure)
-        for unit, figure in (("seconds", evaluated("compressed", "inference_seconds")), ("gigabytes", bytes_of("inference", 1e9)))
+        for unit, figure in (
+            ("seconds", evaluated("compressed", "inference_seconds")),
+            ("gigabytes", bytes_of("inference", 1e9)),
+        )
     }
     table = published_by("kernel_inference", {"kernel": "kernel"})
     table = table.reindex(found["seconds"][0].index.rename("kernel"))

@@ -54,7 +54,9 @@ def test_without_algorithm_1_the_whole_model_needs_more_memory_and_computes_the_
 
 
 def test_a_retraining_without_algorithm_1_takes_the_same_steps(run_here):
-    runs = [run_here(*SHORT, "kernel=piecewise", "solver.start=random", "retrain.steps=3", f"forward={form}") for form in LAYERS]
+    runs = [
+        run_here(*SHORT, "kernel=piecewise", "solver.start=random", "retrain.steps=3", f"forward={form}") for form in LAYERS
+    ]
     losses = [[row["loss"] for row in run.history if "loss" in row] for run in runs]
     assert len(losses[0]) >= 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert runs[0].peak_bytes["retrain"] < runs[1].peak_bytes["retrain"]

@@ -1,5 +1,6 @@
 """Turns Hydra's configuration into plain values and objects, and checks the request before the work begins."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -82,7 +83,8 @@ class PreparedRun:
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
         sets = [*(task.data for task in self.tasks), self.calibration, self.training_data]
-        checks = [partial(self.model.check, self.values["dtype"], self.cache), *(data.check for data in sets if data)]
+        checks: list[Callable[[], None]] = [partial(self.model.check, self.values["dtype"], self.cache)]
+        checks += [data.check for data in sets if data]
         refusals = []
         for check in checks:
             try:
