@@ -13,6 +13,7 @@ from analysis.paper_runs import (
     Records,
     average_accuracy,
     bytes_of,
+    column,
     column_name,
     columns,
     evaluated,
@@ -30,14 +31,16 @@ SWIN_ROWS = {"pela": "PELA", "adaptive": "NLA", "uniform": "NLA without adaptive
 def perplexity(records: Records, data: str) -> pd.DataFrame:
     """LLaMA-7B without retraining, on `wikitext2`, `ptb` or `c4`. `x dense` is a figure divided by that of its dense model.
 
-    `difference` is `measured` minus the figure of the first source that has one.
+    `difference` is `measured` minus the figure of the first source that has one. The last column is of the twin on the same
+    text, from runs with `data.path=FILE`.
     """
     published = perplexity_by_source(data, retrained=False)
     own, twin = conversions(records, data)
     first = published.bfill(axis=1).iloc[:, 0]
     table = beside(published, own, twin, first)
     table.insert(len(published.columns), "published x dense", first / first[ORIGINAL])
-    return table.assign(**{f"{twin.name}, x dense": twin / twin[ORIGINAL]})
+    same = on_text(records, pair("perplexity", "llama7b")[1], {"data": data}).rename_axis(table.index.names)
+    return table.assign(**{f"{twin.name}, x dense": twin / twin[ORIGINAL], f"{str(twin.name).split()[0]} on {data}": same})
 
 
 def conversion(records: Records) -> pd.DataFrame:
@@ -48,12 +51,16 @@ def conversion(records: Records) -> pd.DataFrame:
 
 
 def conversions(records: Records, data: str) -> tuple[pd.Series, pd.Series]:
-    """Perplexities by (ratio, method) of the runs of perplexity_llama7b on a text, and of its twin's. `Original` is dense."""
-    keys, arguments = ("ratio", "method"), {"data": data}
-    found = columns("perplexity", "llama7b", records, keys, evaluated("compressed", "perplexity"), arguments)
-    dense = columns("perplexity", "llama7b", records, keys, evaluated("dense", "perplexity"), arguments)
-    for figures, originals in zip(found, dense, strict=True):
-        figures[ORIGINAL] = originals.mean()
+    """Perplexities by (ratio, method) of the runs of perplexity_llama7b on a text, and of its twin's on the twin's own text."""
+    own, twin = pair("perplexity", "llama7b")
+    return on_text(records, own, {"data": data}), on_text(records, twin, {})
+
+
+def on_text(records: Records, experiment: str, fixed: dict[str, str]) -> pd.Series:
+    """Perplexities by (ratio, method) of the runs of an experiment with these further settings. `Original` is dense."""
+    keys = ("ratio", "method")
+    found, dense = (column(records, experiment, keys, evaluated(s, "perplexity"), fixed) for s in ("compressed", "dense"))
+    found[ORIGINAL] = dense.mean()
     return found
 
 
@@ -122,13 +129,8 @@ def kernel_inference(records: Records) -> pd.DataFrame:
 
     The paper does not say how many tokens its figures are of, so that nothing is subtracted.
     """
-    found = {
-        unit: columns("kernels", "llama7b", records, ("kernel",), figure)
-        for unit, figure in (
-            ("seconds", evaluated("compressed", "inference_seconds")),
-            ("gigabytes", bytes_of("inference", 1e9)),
-        )
-    }
+    figures = {"seconds": evaluated("compressed", "inference_seconds"), "gigabytes": bytes_of("inference", 1e9)}
+    found = {unit: columns("kernels", "llama7b", records, ("kernel",), figure) for unit, figure in figures.items()}
     table = published_by("kernel_inference", {"kernel": "kernel"})
     table = table.reindex(found["seconds"][0].index.rename("kernel"))
     for unit, (own, twin) in found.items():

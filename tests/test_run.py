@@ -11,7 +11,6 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from nla.harness import estimate_fits
 from nla.harness.fits_table import COLUMNS, parse_terms
 from nla.harness.record import read_record
-from nla.harness.request import prepare
 from nla.harness.settings import check_settings
 from nla.machine.errors import UserError
 from nla.pipeline import run
@@ -262,18 +261,3 @@ def test_a_model_folder_that_save_pretrained_wrote_is_a_model(run_here, tmp_path
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
     run_here(*replaced(FAST, "model=opt_125m", "data=sotu"), f"model.path={folder}")
     assert only_record(tmp_path)["parameters"]["selected_before"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)
-
-
-@pytest.mark.parametrize("model", ["llama7b", "llama13b", "llama2_7b", "llama3_8b", "opt_125m", "opt_1_3b", "opt_6_7b"])
-def test_a_published_language_model_is_measured_on_the_papers_data_by_default(tmp_path, model):
-    """All of WikiText-2's test split, with its training split for calibration and retraining; or the seven questions."""
-    asked = [f"model={model}", "method=svd_llm", "retrain.steps=1", f"outputs_dir={tmp_path}"]
-    request = prepare(check_settings(configuration(*asked)))
-    (task,) = request.tasks
-    assert (task.name, task.data.name, task.data.split, task.max_windows) == ("language_modelling", "wikitext2", "test", None)
-    for data in (request.calibration, request.training_data):
-        assert (data.name, data.split) == ("wikitext2", "train")
-    (task,) = prepare(check_settings(configuration(*asked, "task=commonsense"))).tasks
-    assert task.data.name == "commonsense"
-    (task,) = prepare(check_settings(configuration(*asked, "data=sotu", "task.max_windows=8"))).tasks
-    assert (task.data.name, task.max_windows) == ("sotu", 8)
