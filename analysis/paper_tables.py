@@ -32,7 +32,7 @@ def perplexity(records: Records, data: str) -> pd.DataFrame:
     """LLaMA-7B without retraining, on `wikitext2`, `ptb` or `c4`. `x dense` is a figure divided by that of its dense model.
 
     `difference` is `measured` minus the figure of the first source that has one. The last column is of the twin on the same
-    text, from runs with `data.path=FILE`.
+    text, from `experiment=perplexity_texts_smollm2`.
     """
     published = perplexity_by_source(data, retrained=False)
     own, twin = conversions(records, data)

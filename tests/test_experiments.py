@@ -137,11 +137,9 @@ SMALL = [
 def test_the_twins_perplexity_is_measured_on_local_files_of_the_papers_texts(cli, tmp_path):
     (tmp_path / "wiki.test.raw").write_text(" = Title = \n Text of it . \n" * 10)
     (tmp_path / "ptb.test.txt").write_text("the other text without capitals\n" * 10)
-    asked = ["experiment=perplexity_smollm2", *SMALL, "ratio=0.5", "method=svd", "data=wikitext2,ptb", f"data.path={tmp_path}"]
-    cli(*asked)
-    found = {
-        name: figures for r in records(tmp_path) for name, figures in r["metrics"]["compressed"]["language_modelling"].items()
-    }
+    cli("experiment=perplexity_texts_smollm2", *SMALL, "ratio=0.5", "method=svd", f"data.path={tmp_path}")
+    measured = [record["metrics"]["compressed"]["language_modelling"] for record in records(tmp_path)]
+    found = {name: figures for sets in measured for name, figures in sets.items()}
     assert set(found) == {"wikitext2", "ptb"} and found["ptb"]["nll"] != found["wikitext2"]["nll"]
     assert all(figures["windows"] == 2 and figures["perplexity"] > 1 for figures in found.values())
 
@@ -165,9 +163,7 @@ LINEAR = "nla.kernels.linear.Linear"  # of svd_llm, whose kernel is no setting
 
 @pytest.mark.parametrize("kernel", ["piecewise", "phase"])
 def test_r_20_is_fitted_as_it_is_asked_for(run_here, kernel):
-    select = r"select.include='layers\.0\.mlp'"
-    record = run_here(
-        "experiment=rank_smollm2", *SMALL, select, "ratio=0.3", f"kernel={kernel}", "kernel.r=20", "solver.steps=5"
-    )
+    few = [*SMALL, r"select.include='layers\.0\.mlp'", "ratio=0.3", "solver.steps=5"]
+    record = run_here("experiment=rank_smollm2", *few, f"kernel={kernel}", "kernel.r=20")
     assert {parse_terms(fit.terms)[0].r for fit in record.fits} == {20}
     assert all(fit.floor <= fit.relative_error for fit in record.fits)
