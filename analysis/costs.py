@@ -24,12 +24,13 @@ def forward_cost(runs: pd.DataFrame, model: str, data: str, ratio: float, tokens
         tokens: tokens that were read at once; None for images.
     """
     prefix = f"forward_cost.{data}"
-    if f"compressed.{prefix}.inference_seconds" not in runs:
-        return pd.DataFrame(columns=[*FIGURES, "x dense"])
-    rows = runs[(runs["model"] == model) & (runs["ratio"] == ratio) & runs["select"].isin(WHOLE)]
-    rows = rows[rows[f"compressed.{prefix}.inference_seconds"].notna()]
+    measured, read = f"compressed.{prefix}.inference_seconds", f"compressed.{prefix}.tokens"
+    rows = runs.reindex(columns=list(dict.fromkeys([*runs, measured, read])))
+    rows = rows[(rows["model"] == model) & (rows["ratio"] == ratio) & rows["select"].isin(WHOLE) & rows[measured].notna()]
     if tokens is not None:
-        rows = rows[rows[f"compressed.{prefix}.tokens"] == tokens]
+        rows = rows[rows[read] == tokens]
+    if rows.empty:
+        return pd.DataFrame(columns=[*FIGURES, "x dense"])
     form = ["reconstruct" if FORWARD in changed.split() else "triplets" for changed in rows["changed"]]
     parts = {stage: figures(rows, f"{stage}.{prefix}") for stage in ("compressed", "dense")}
     table = parts["compressed"].assign(**{"x dense": parts["compressed"]["inference s"] / parts["dense"]["inference s"]})
