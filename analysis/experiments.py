@@ -10,12 +10,12 @@ from typing import Any
 from hydra.utils import get_class
 
 from analysis.composed import composed, leaves, sweep
-from analysis.settings import NOT_TRAINED_BY, data_names, model_name, nearest_option, task_names
+from analysis.settings import NOT_TRAINED_BY, data_names, forward_form, model_name, nearest_option, task_names
 from nla.harness.record import RunRecord
 from nla.kernels.base import TRAINING_RATE
 
 Row = tuple[Any, ...]  # the values of a table's keys, such as (0.5, "svd_llm") for the keys ratio and method
-COMPARED = ("ratio", "bits", "dtype", "select", "method", "budget", "task", "statistics", "retrain")
+COMPARED = ("ratio", "bits", "dtype", "forward", "select", "method", "budget", "task", "statistics", "retrain")
 # A local copy (path) has the same files. The rest changes how a run computes, not what. Seeds are averaged.
 IGNORED = NOT_TRAINED_BY - {"steps"} | {"path", "collect", "offload", "seed", "products"}
 
@@ -35,7 +35,7 @@ def mean_by_row(
     """{row: mean figure over seeds} of the runs that were made with the settings of a row of an experiment.
 
     Args:
-        keys: the settings that tell rows apart: ratio, method, kernel or budget.
+        keys: the settings that tell rows apart: ratio, method, kernel, budget or forward.
         figure: the figure of a run, or None if the run does not have it.
         fixed: further settings of the experiment, such as {data: ptb}.
     """
@@ -91,6 +91,7 @@ def labels(config: dict[str, Any]) -> dict[str, Any]:
         "method": nearest_option("method", method)[0],
         "kernel": nearest_option("kernel", method["kernel"])[0] if "kernel" in method else None,
         "budget": nearest_option("budget", config["budget"])[0],
+        "forward": forward_form(config),
     }
 
 

@@ -67,22 +67,14 @@ def million_parameters(when: str) -> Figure:
     return lambda record: getattr(record.parameters, when) / 1e6 if record.parameters else None
 
 
-def window_seconds(record: RunRecord) -> float | None:
-    """Mean seconds of the compressed model for one window of text."""
-    seconds, windows = evaluated("compressed", "seconds")(record), evaluated("compressed", "windows")(record)
-    return seconds / windows if seconds and windows else None
+def bytes_of(work: str, unit: float) -> Figure:
+    """Bytes of the compressed model's weights and of the peak above them, in `inference` or `training`, divided by `unit`."""
 
+    def figure(record: RunRecord) -> float | None:
+        parts = [evaluated("compressed", name)(record) for name in ("resident_bytes", f"{work}_peak_bytes")]
+        return None if None in parts else sum(filter(None, parts)) / unit
 
-def window_gigabytes(record: RunRecord) -> float | None:
-    """Gigabytes of the compressed model and of the peak above it for one window of text."""
-    resident, peak = evaluated("compressed", "resident_bytes")(record), evaluated("compressed", "peak_bytes")(record)
-    return (resident + peak) / 1e9 if resident and peak else None
-
-
-def gradient_megabytes(record: RunRecord) -> float | None:
-    """Peak megabytes of the gradient of one micro-batch in retraining, without the weights."""
-    peak = record.peak_bytes.get("retrain")
-    return peak / 1e6 if peak else None
+    return figure
 
 
 def mean_error(record: RunRecord) -> float | None:

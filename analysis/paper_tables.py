@@ -12,17 +12,15 @@ from analysis.paper_runs import (
     Figure,
     Records,
     average_accuracy,
+    bytes_of,
     column,
     column_name,
     columns,
     evaluated,
-    gradient_megabytes,
     mean_error,
     mean_to_svd,
     million_parameters,
     pair,
-    window_gigabytes,
-    window_seconds,
 )
 from analysis.published import beside, perplexity_by_source, published_by
 
@@ -33,14 +31,16 @@ SWIN_ROWS = {"pela": "PELA", "adaptive": "NLA", "uniform": "NLA without adaptive
 def perplexity(records: Records, data: str) -> pd.DataFrame:
     """LLaMA-7B without retraining, on `wikitext2`, `ptb` or `c4`. `x dense` is a figure divided by that of its dense model.
 
-    `difference` is `measured` minus the figure of the first source that has one.
+    `difference` is `measured` minus the figure of the first source that has one. The last column is of the twin on the same
+    text, from `experiment=perplexity_texts_smollm2`.
     """
     published = perplexity_by_source(data, retrained=False)
     own, twin = conversions(records, data)
     first = published.bfill(axis=1).iloc[:, 0]
     table = beside(published, own, twin, first)
     table.insert(len(published.columns), "published x dense", first / first[ORIGINAL])
-    return table.assign(**{f"{twin.name}, x dense": twin / twin[ORIGINAL]})
+    same = on_text(records, pair("perplexity", "llama7b")[1], {"data": data}).rename_axis(table.index.names)
+    return table.assign(**{f"{twin.name}, x dense": twin / twin[ORIGINAL], f"{str(twin.name).split()[0]} on {data}": same})
 
 
 def conversion(records: Records) -> pd.DataFrame:
@@ -51,12 +51,16 @@ def conversion(records: Records) -> pd.DataFrame:
 
 
 def conversions(records: Records, data: str) -> tuple[pd.Series, pd.Series]:
-    """Perplexities by (ratio, method) of the runs of perplexity_llama7b on a text, and of its twin's. `Original` is dense."""
-    keys, arguments = ("ratio", "method"), {"data": data}
-    found = columns("perplexity", "llama7b", records, keys, evaluated("compressed", "perplexity"), arguments)
-    dense = columns("perplexity", "llama7b", records, keys, evaluated("dense", "perplexity"), arguments)
-    for figures, originals in zip(found, dense, strict=True):
-        figures[ORIGINAL] = originals.mean()
+    """Perplexities by (ratio, method) of the runs of perplexity_llama7b on a text, and of its twin's on the twin's own text."""
+    own, twin = pair("perplexity", "llama7b")
+    return on_text(records, own, {"data": data}), on_text(records, twin, {})
+
+
+def on_text(records: Records, experiment: str, fixed: dict[str, str]) -> pd.Series:
+    """Perplexities by (ratio, method) of the runs of an experiment with these further settings. `Original` is dense."""
+    keys = ("ratio", "method")
+    found, dense = (column(records, experiment, keys, evaluated(s, "perplexity"), fixed) for s in ("compressed", "dense"))
+    found[ORIGINAL] = dense.mean()
     return found
 
 
@@ -121,27 +125,27 @@ def adaptive(records: Records) -> pd.DataFrame:
 
 
 def kernel_inference(records: Records) -> pd.DataFrame:
-    """Seconds, and gigabytes of weights and peak, of LLaMA-7B's inference of one window of text.
+    """Seconds, and gigabytes of weights and peak, of LLaMA-7B's inference of one window of text, by kernel.
 
     The paper does not say how many tokens its figures are of, so that nothing is subtracted.
     """
+    figures = {"seconds": evaluated("compressed", "inference_seconds"), "gigabytes": bytes_of("inference", 1e9)}
+    found = {unit: columns("kernels", "llama7b", records, ("kernel",), figure) for unit, figure in figures.items()}
     table = published_by("kernel_inference", {"kernel": "kernel"})
-    for unit, figure in (("seconds", window_seconds), ("gigabytes", window_gigabytes)):
-        own, twin = columns("kernels", "llama7b", records, ("kernel",), figure)
+    table = table.reindex(found["seconds"][0].index.rename("kernel"))
+    for unit, (own, twin) in found.items():
         table = table.assign(**{f"measured {unit}": own, f"{twin.name}: {unit}": twin})
     return table
 
 
 def forward_memory(records: Records) -> pd.DataFrame:
-    """Megabytes of a training step of OPT-1.3B. `measured` is the peak of a gradient in adaptive_opt_1_3b, uniform budget.
+    """Megabytes of a training step of OPT-1.3B, weights and peak, with algorithm 1 (`three terms`) and without.
 
-    The paper does not give its batch, so that nothing is subtracted. No run reconstructs matrices: that row stays empty.
+    The paper does not give its batch, so that nothing is subtracted.
     """
     published = published_by("forward_memory", {"form": "form"})
-    own, twin = (
-        column(records, name, ("budget",), gradient_megabytes).reindex(["uniform"]).rename({"uniform": "three terms"})
-        for name in pair("adaptive", "opt_1_3b")
-    )
+    found = columns("forward", "opt_1_3b", records, ("forward",), bytes_of("training", 1e6))
+    own, twin = (figures.rename({"triplets": "three terms", "reconstruct": "reconstructing"}) for figures in found)
     return beside(published, own, twin, None)
 
 

@@ -104,10 +104,16 @@ def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
     pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
     pairs += [("budget", nearest_option("budget", config["budget"])[0], "uniform")]
+    pairs += [("forward", forward_form(config), top["forward"])]
     changed += [(key, value) for key, value, default in pairs if value != default]
     changed += [("calibration", name) for name in other_calibration(config)]
     unused = () if stepped else ("steps",)
     return as_typed((key, value) for key, value in changed if key not in unused or not value)
+
+
+def forward_form(config: dict[str, Any]) -> str:
+    """The form of the forward pass. Runs that are older than the setting computed from the triplets."""
+    return config.get("forward", "triplets")
 
 
 def data_names(config: dict[str, Any]) -> list[str]:

@@ -17,13 +17,15 @@ def method_name(row: pd.Series) -> str:
 def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.DataFrame:
     """The rows of a model's runs without retraining and with this selection (default: all layers), named by method.
 
+    Runs that measure cost alone are left out: their fits may be random numbers.
+
     Raises:
         ValueError: the frame has no runs.
     """
     if frame.empty:
         raise ValueError("no finished runs to show; run.py makes them, and analysis/records has some")
     rows = frame[(frame["model"] == model) & frame["select"].isin(WHOLE if select is None else [select])]
-    rows = rows[rows["retrain_steps"] == 0]
+    rows = rows[(rows["retrain_steps"] == 0) & (rows["tasks"] != "forward_cost")]
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 
 

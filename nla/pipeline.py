@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nla.compressed.contents import count_bits, count_parameters
+from nla.compressed.surgery import set_form
 from nla.harness import terminal as report
 from nla.harness.record import MadeFrom, RunRecord, make_up, read_record, run_name, signature
 from nla.harness.recording import bits, kept_parameters, parameters
@@ -107,6 +108,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         prepared = allocated(prepared, model, calibration)
     with timed(record, "fit"):
         fit(prepared, record, model, calibration, folder)
+    set_form(model.module, prepared.values["forward"])
     record.write(folder)
     compressed = state_of(prepared, model)
     with timed(record, "compressed"):

@@ -148,8 +148,8 @@ def figures(record: dict) -> dict:
         del fit["seconds"]
     for tasks in record["metrics"].values():
         for sets in tasks.values():
-            for metrics in sets.values():
-                del metrics["tokens_per_second"], metrics["seconds"]
+            for name, metrics in sets.items():
+                sets[name] = {metric: figure for metric, figure in metrics.items() if "second" not in metric}
     return record
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from analysis.benchmarks.forward import compare_forms
+from analysis.costs import forward_cost
 from analysis.execute import NOTEBOOKS, execute
 from analysis.frames import fits_frame, runs_frame
 from analysis.paper_runs import evaluated
@@ -196,3 +197,18 @@ def test_forms_of_the_forward_are_compared_on_equal_terms():
     assert table.loc["apply", "training_extra_bytes"] < table.loc["reconstruct", "training_extra_bytes"]
     assert table.loc["dense", "training_extra_bytes"] == 0
     assert (table[["inference_ms", "training_ms"]] > 0).all(axis=None)
+
+
+def test_a_table_of_costs_has_the_dense_model_first_and_a_row_per_kernel_and_form(run_here):
+    asked = ["model=tiny_llama", "track=none", "task=forward_cost", "task.length=8", "task.repeats=1", "solver.steps=0"]
+    rows = (["kernel=linear"], ["kernel=piecewise"], ["kernel=piecewise", "forward=reconstruct"])
+    runs = runs_frame([run_here(*asked, "solver.start=random", *row) for row in rows])
+    table = forward_cost(runs, "tiny_llama", "sotu", 0.7, tokens=8)
+    assert table.index[0] == ("dense", "", "") and set(table.index[1:]) == {
+        ("nla", "linear", "triplets"),
+        ("nla", "piecewise", "triplets"),
+        ("nla", "piecewise", "reconstruct"),
+    }
+    memory = table["training MB"].xs("piecewise", level="kernel").droplevel("method")
+    assert memory["triplets"] < memory["reconstruct"] and table["inference s"].iloc[1:].is_monotonic_increasing
+    assert forward_cost(runs, "tiny_llama", "sotu", 0.7, tokens=512).empty

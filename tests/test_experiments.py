@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 
 from nla.harness.estimate_retraining import retraining_cost
+from nla.harness.fits_table import parse_terms
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
 from nla.machine.cache import Cache
-from tests.conftest import CONF, TINY, configuration, options
+from tests.conftest import CONF, TINY, configuration, options, records
 
 PAPERS = ("llama7b", "opt_1_3b", "swin_base")
 TWINS = {"llama7b": "smollm2", "opt_1_3b": "opt_micro", "swin_base": "swin_micro"}
@@ -40,7 +42,7 @@ def test_every_row_of_an_experiment_is_a_request_that_can_be_met(experiment, cac
         settings = check_settings(configuration(f"experiment={experiment}", *row, f"cache_dir={cache_dir}"))
         request = prepare(settings)
         assert request.plan.matrices
-        plans.add(str([(key, settings[key]) for key in ("ratio", "method", "budget", "data")]))
+        plans.add(str([(key, settings[key]) for key in ("ratio", "method", "budget", "data", "forward")]))
     assert len(plans) == len(rows(experiment))
 
 
@@ -105,3 +107,63 @@ def test_an_images_rows_are_counted_layer_by_layer(tmp_path):
         dense(torch.zeros(1, 1, 16, 16))
     assert cost.tokens is None and cost.samples == 128
     assert 0.3 * counter.get_total_flops() < cost.forward < counter.get_total_flops()
+
+
+@pytest.mark.parametrize("model", ["llama7b", "llama13b", "llama2_7b", "llama3_8b", "opt_125m", "opt_1_3b", "opt_6_7b"])
+def test_a_published_language_model_is_measured_on_the_papers_data_by_default(tmp_path, model):
+    """All of WikiText-2's test split, with its training split for calibration and retraining; or the seven questions."""
+    asked = [f"model={model}", "method=svd_llm", "retrain.steps=1", f"outputs_dir={tmp_path}"]
+    request = prepare(check_settings(configuration(*asked)))
+    (task,) = request.tasks
+    assert (task.name, task.data.name, task.data.split, task.max_windows) == ("language_modelling", "wikitext2", "test", None)
+    for data in (request.calibration, request.training_data):
+        assert (data.name, data.split) == ("wikitext2", "train")
+    (task,) = prepare(check_settings(configuration(*asked, "task=commonsense"))).tasks
+    assert task.data.name == "commonsense"
+    (task,) = prepare(check_settings(configuration(*asked, "data=sotu", "task.max_windows=8"))).tasks
+    assert (task.data.name, task.max_windows) == ("sotu", 8)
+
+
+SMALL = [
+    "model=tiny_llama",
+    "track=none",
+    "statistics.windows=4",
+    "statistics.length=32",
+    "task.window=64",
+    "task.max_windows=2",
+]
+
+
+def test_the_twins_perplexity_is_measured_on_local_files_of_the_papers_texts(cli, tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(" = Title = \n Text of it . \n" * 10)
+    (tmp_path / "ptb.test.txt").write_text("the other text without capitals\n" * 10)
+    cli("experiment=perplexity_texts_smollm2", *SMALL, "ratio=0.5", "method=svd", f"data.path={tmp_path}")
+    measured = [record["metrics"]["compressed"]["language_modelling"] for record in records(tmp_path)]
+    found = {name: figures for sets in measured for name, figures in sets.items()}
+    assert set(found) == {"wikitext2", "ptb"} and found["ptb"]["nll"] != found["wikitext2"]["nll"]
+    assert all(figures["windows"] == 2 and figures["perplexity"] > 1 for figures in found.values())
+
+
+def test_nla_in_the_activation_norm_is_a_row_of_the_retrained_experiment(run_here):
+    """It is retrained with the budget, the rate and the data of SVD-LLM, and as many parameters are left."""
+    few = [*SMALL, "ratio=0.5", "budget=adaptive", "retrain.steps=4", "retrain.length=32", "retrain.watch=0", "solver.steps=5"]
+    rows = (["method=svd_llm"], ["method=nla", "method.loss=activation"])
+    svd_llm, nla = (run_here("experiment=retrained_smollm2", *few, *row) for row in rows)
+    assert nla.config["retrain"] == svd_llm.config["retrain"] and nla.config["budget"] == svd_llm.config["budget"]
+    assert nla.retraining.tokens == svd_llm.retraining.tokens
+    rates = [get_class(record.config["method"].get("kernel", {"_target_": LINEAR})["_target_"]) for record in (svd_llm, nla)]
+    assert rates[0].training_rate == rates[1].training_rate
+    left = [record.parameters.selected_after / record.parameters.selected_before for record in (svd_llm, nla)]
+    assert max(left) <= 0.5 and min(left) > 0.45
+    assert all(fit.weighted_error is not None for fit in nla.fits)
+
+
+LINEAR = "nla.kernels.linear.Linear"  # of svd_llm, whose kernel is no setting
+
+
+@pytest.mark.parametrize("kernel", ["piecewise", "phase"])
+def test_r_20_is_fitted_as_it_is_asked_for(run_here, kernel):
+    few = [*SMALL, r"select.include='layers\.0\.mlp'", "ratio=0.3", "solver.steps=5"]
+    record = run_here("experiment=rank_smollm2", *few, f"kernel={kernel}", "kernel.r=20")
+    assert {parse_terms(fit.terms)[0].r for fit in record.fits} == {20}
+    assert all(fit.floor <= fit.relative_error for fit in record.fits)

@@ -43,7 +43,9 @@ def row_cells(experiment: str, row: dict[str, str]) -> list[tuple[str, object]]:
         extra = [(0.6, "FWSVD"), (0.7, "NLA")] if row["data"] == "wikitext2" else []
         return [(f"perplexity {row['data']}", (ratio, method))] + [("conversion", at) for at in extra if at == (ratio, method)]
     if table == "adaptive":
-        return [("adaptive", row["budget"])] + [("forward_memory", "three terms")] * (row["budget"] == "uniform")
+        return [("adaptive", row["budget"])]
+    if table == "forward":
+        return [("forward_memory", "three terms" if row["forward"] == "triplets" else "reconstructing")]
     return {
         "retrained": [("tuned wikitext2", (ratio, method, row.get("budget")))],
         "retrained_kernels": [("kernels_after_fine_tuning", (ratio, row.get("kernel"), row.get("budget")))],
@@ -71,8 +73,8 @@ def made_up(config: dict, figure: float) -> RunRecord:
     """The record of a run with this configuration, in which every figure of the compressed model is the same."""
     (task,) = (name for name, value in config["task"].items() if isinstance(value, dict))
     data = "average" if task == "commonsense" else config["task"][task]["data"]["name"]
-    names = ("perplexity", "acc", "top1", "seconds", "resident_bytes", "peak_bytes")
-    figures = dict.fromkeys(names, figure) | {"windows": 1.0}
+    names = ("perplexity", "acc", "top1", "inference_seconds", "resident_bytes", "inference_peak_bytes", "training_peak_bytes")
+    figures = dict.fromkeys(names, figure)
     stages = ["dense", "compressed"] + ["retrained"] * ("retrain" in config)
     fit = FitRecord(
         name="layers.0.fc", shape=(4, 4), terms="linear h=1 r=1", n_params=8, bits=8, relative_error=figure, svd_error=1.0,
@@ -124,7 +126,7 @@ def test_every_row_of_a_papers_experiment_fills_exactly_its_cells(experiment, ca
         for record, row in zip(records, rows, strict=True)
         for cell in row_cells(experiment, row)
     }
-    units = {cell: 2e-9 if cell[0] == "kernel_inference" else 1 for cell in wanted}
+    units = {cell: {"kernel_inference": 2e-9, "forward_memory": 2e-6}.get(cell[0], 1) for cell in wanted}  # weights and peak
     assert set(filled) - dense_cells(experiment) == set(wanted)
     assert {cell: filled[cell] for cell in wanted} == pytest.approx({cell: wanted[cell] * units[cell] for cell in wanted})
     assert dense_cells(experiment) <= set(filled)
@@ -138,13 +140,16 @@ OTHER = {
     "task.max_images": 3,
     "task.limit": 3,
     "task.window": 1024,
+    "task.length": 3,
+    "task.forward_cost.data.name": "digits",
     "task.language_modelling.data.name": "sotu",
     "task.imagenet.data.name": "digits",
     "method.solver.steps": 3,
-    "method.solver.start": "random",
+    "method.solver.start": "other",
     "method.kernel.r": 3,
     "method.loss": "other",
     "budget._target_": "nla.budget.effective_rank.EffectiveRank",
+    "forward": "other",
     "retrain.steps": 3,
     "retrain.lr": 0.1,
     "retrain.data.name": "sotu",

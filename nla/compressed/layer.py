@@ -1,29 +1,55 @@
-"""The layer that replaces a dense linear layer."""
+"""The layers that replace a dense linear layer, one for each form of the forward pass."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from nla.terms.base import Term
 
 
 class CompressedLinear(nn.Module):
-    """y = x W'^T + bias, where W' is the matrix of a term and the bias is that of the dense layer."""
+    """y = x W'^T + bias, where W' is the matrix of a term and the bias is that of the dense layer.
 
-    def __init__(self, term: Term, bias: Tensor | None) -> None:
+    The forward pass is the term's own, from its triplets, without the matrix W' (of the paper's kernel: algorithm 1).
+    """
+
+    def __init__(self, term: Term, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.term = term
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.term(x)  # (..., in) -> (..., out)
         return y if self.bias is None else y + self.bias
 
+    @staticmethod
+    def flops(term: Term, tokens: int) -> int:
+        """Floating-point operations of a forward pass of `tokens` rows."""
+        return term.forward_flops(tokens)
+
     @torch.no_grad()
     def dense(self) -> nn.Linear:
         """The dense layer with the same matrix."""
         weight = self.term.dense()
-        linear = nn.Linear(weight.shape[1], weight.shape[0], self.bias is not None, weight.device, weight.dtype)
-        linear.weight.copy_(weight)
+        dense = nn.Linear(weight.shape[1], weight.shape[0], self.bias is not None, weight.device, weight.dtype)
+        dense.weight.copy_(weight)
         if self.bias is not None:
-            linear.bias.copy_(self.bias)
-        return linear
+            dense.bias.copy_(self.bias)
+        return dense
+
+
+class ReconstructingLinear(CompressedLinear):
+    """The same layer, which computes the whole matrix W' in every forward pass: what the paper's algorithm 1 is compared with.
+
+    Autograd keeps what it needs to differentiate W'. Of a kernel without thin factors, that is all out x in x h x r pairs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.term.dense(), self.bias)
+
+    @staticmethod
+    def flops(term: Term, tokens: int) -> int:
+        return term.dense_flops() + 2 * tokens * term.out_features * term.in_features
+
+
+LAYERS = {"triplets": CompressedLinear, "reconstruct": ReconstructingLinear}  # by the setting `forward`

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from nla.compressed.layer import CompressedLinear
+from nla.compressed.layer import LAYERS, CompressedLinear
 from nla.terms.base import Term
 
 
@@ -14,6 +14,13 @@ def swap(model: nn.Module, terms: Mapping[str, Term]) -> None:
         dense = get_linear(model, name)
         layer = CompressedLinear(term, dense.bias)
         model.set_submodule(name, layer.requires_grad_(dense.weight.requires_grad))
+
+
+def set_form(model: nn.Module, form: str) -> None:
+    """Give every CompressedLinear this form of the forward pass, a key of `nla.compressed.layer.LAYERS`."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CompressedLinear):
+            model.set_submodule(name, LAYERS[form](layer.term, layer.bias))
 
 
 def merge(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nla.compressed.layer import LAYERS
 from nla.harness.request import PreparedRun
 from nla.machine.threads import ordered_map
 from nla.matrix.inputs import Statistics
@@ -45,7 +46,7 @@ def estimate(prepared: PreparedRun) -> Cost:
     start_rate, step_rate = measured_rates(prepared, method) if isinstance(method, MatrixMethod) else (0.0, 0.0)
     return Cost(
         dense_forward=2 * prepared.plan.selected,
-        forward=sum(term.forward_flops(TOKENS) for term in terms) / TOKENS,
+        forward=sum(LAYERS[prepared.values["forward"]].flops(term, TOKENS) for term in terms) / TOKENS,
         starts=sum(method.start_flops(term) for term in terms),
         step=sum(method.step_flops(term) for term in terms),
         steps=method.steps,

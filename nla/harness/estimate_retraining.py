@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nla.budget.adaptive import Adaptive
 from nla.budget.plan import PlannedMatrix
+from nla.compressed.layer import LAYERS
 from nla.harness.request import PreparedRun
 from nla.matrix.triplets import triplet_size
 from nla.terms.kernel_term import KernelTerm
@@ -46,7 +47,8 @@ def retraining_cost(prepared: PreparedRun) -> RetrainingCost:
     dense, rows = dense_forward(prepared)
     specs = [matrix.spec for matrix in matrices]
     selected = sum(2 * spec.n_params * rows[spec.name] for spec in specs)
-    compressed = sum(matrix.term.forward_flops(rows[matrix.spec.name]) for matrix in matrices)
+    layer = LAYERS[prepared.values["forward"]]
+    compressed = sum(layer.flops(matrix.term, rows[matrix.spec.name]) for matrix in matrices)
     linear_terms = sum(2 * (s.out_features + s.in_features) * settings.linear_term * rows[s.name] for s in specs)
     rest = dense - selected + linear_terms
     forward, mean = rest + compressed, rest + compressed * mean_kept(prepared)

@@ -1,7 +1,8 @@
 """Turns Hydra's configuration into plain values and objects, and checks the request before the work begins."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,21 @@ class PreparedRun:
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError if the weights, the data or enough GPUs are not available."""
+        """Raise UserError if the weights, the data or enough GPUs are not available. Missing weights and data are all named."""
         processes, there = self.retraining.processes, torch.cuda.device_count()
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
-        for task in self.tasks:
-            task.data.check()
-        if self.calibration is not None:
-            self.calibration.check()
-        if self.training_data is not None:
-            self.training_data.check()
-        self.model.check(self.values["dtype"], self.cache)
+        sets = [*(task.data for task in self.tasks), self.calibration, self.training_data]
+        checks: list[Callable[[], None]] = [partial(self.model.check, self.values["dtype"], self.cache)]
+        checks += [data.check for data in sets if data]
+        refusals = []
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                refusals.append(str(error))
+        if refusals:
+            raise UserError("\n".join(dict.fromkeys(refusals)))
 
 
 def resolve(settings: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Settings(BaseModel):
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
     select: Select
+    forward: Literal["triplets", "reconstruct"]
     statistics: Statistics
     dry_run: bool
     estimate: Estimate

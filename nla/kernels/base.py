@@ -132,7 +132,11 @@ class Kernel(ABC):
 
     def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
         """Floating-point operations of apply() for an x of `tokens` rows."""
-        return out_features * in_features * (PAIR_FLOPS * h * r + 2 * tokens)
+        return self.dense_flops(out_features, in_features, h, r) + 2 * out_features * in_features * tokens
+
+    def dense_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        """Floating-point operations of dense()."""
+        return PAIR_FLOPS * out_features * in_features * h * r
 
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         """Floating-point operations of the squared error and its gradient, in the plain norm."""

@@ -33,6 +33,9 @@ class FactoredKernel(Kernel):
     def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
         return 2 * tokens * (out_features + in_features) * self.columns(h, r)
 
+    def dense_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
+        return 2 * out_features * in_features * self.columns(h, r)
+
     def fit_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return 6 * out_features * in_features * self.columns(h, r)
 

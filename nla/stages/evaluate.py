@@ -1,6 +1,7 @@
 """Evaluate the current model on the tasks of a run."""
 
 from nla.compressed.contents import matrix_terms
+from nla.compressed.layer import CompressedLinear
 from nla.harness.record import RunRecord
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest, tensor_digest
@@ -9,7 +10,8 @@ from nla.models.base import Model
 
 
 def state_of(prepared: PreparedRun, model: Model) -> str:
-    """Digest of all that the current model's outputs depend on: weights, terms, architecture, device, code, packages."""
+    """Digest of all that the current model's outputs depend on: weights, terms, form of the forward pass, architecture, device,
+    code, packages."""
     terms = matrix_terms(model.module)
     kernels = {type(k).__module__ for term in terms.values() for m in term.modules() if (k := getattr(m, "kernel", None))}
     parts = {type(m).__module__ for term in terms.values() for m in term.modules() if type(m).__module__.startswith("nla.")}
@@ -18,6 +20,7 @@ def state_of(prepared: PreparedRun, model: Model) -> str:
         {
             "tensors": {name: tensor_digest(p) for name, p in model.module.state_dict().items()},
             "terms": {name: term.config() for name, term in terms.items()},
+            "forms": sorted({type(m).__name__ for m in model.module.modules() if isinstance(m, CompressedLinear)}),
             "architecture": prepared.model.configuration(prepared.cache),
             "device": prepared.device.partition(":")[0],
             "code": code_digest(*sorted(modules)),
@@ -38,6 +41,6 @@ def evaluate(prepared: PreparedRun, record: RunRecord, model: Model, stage: str,
         code = code_digest(type(task).__module__, type(task.data).__module__)
         metrics[task.name] = task.evaluate(model, prepared.cache, digest([state, code]), stage)
         for figures in metrics[task.name].values():
-            peak = int(figures.get("peak_bytes", 0))
-            record.peak_bytes[stage] = max(record.peak_bytes.get(stage, 0), peak)
+            peaks = [int(value) for name, value in figures.items() if name.endswith("peak_bytes")]
+            record.peak_bytes[stage] = max([record.peak_bytes.get(stage, 0), *peaks])
         prepared.tracker.measured(record)

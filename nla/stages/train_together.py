@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nla.compressed.surgery import swap
+from nla.compressed.surgery import set_form, swap
 from nla.harness.request import PreparedRun, prepare
 from nla.machine.cache import write_atomically
 from nla.machine.errors import NonFiniteError, UserError
@@ -82,6 +82,7 @@ def take_part(job: dict[str, Any]) -> None:
         assert entry is not None
         terms = unpack({name: tensor.to(processes.device) for name, tensor in entry[0].items()}, entry[1])
         swap(model.module, terms)
+        set_form(model.module, prepared.values["forward"])
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
         train_here(prepared, model, job["key"], say if processes.rank == 0 else lambda row: None, processes)
     except tuple(KINDS.values()) as error:

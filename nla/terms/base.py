@@ -59,6 +59,10 @@ class Term(nn.Module, ABC):
         """Floating-point operations of forward() for an x of `tokens` rows."""
 
     @abstractmethod
+    def dense_flops(self) -> int:
+        """Floating-point operations of dense()."""
+
+    @abstractmethod
     def scaled(self, factor: float) -> "Term":
         """A term whose matrix is `factor` times this one's."""
 
@@ -131,6 +135,10 @@ class Sum(Term):
     def forward_flops(self, tokens: int) -> int:
         additions = tokens * self.out_features * (len(self.terms) - 1)
         return sum(term.forward_flops(tokens) for term in self.summands) + additions
+
+    def dense_flops(self) -> int:
+        additions = self.out_features * self.in_features * (len(self.terms) - 1)
+        return sum(term.dense_flops() for term in self.summands) + additions
 
     def scaled(self, factor: float) -> "Sum":
         return Sum(term.scaled(factor) for term in self.summands)

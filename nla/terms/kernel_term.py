@@ -74,6 +74,10 @@ class KernelTerm(Term):
         t = self.triplets
         return self.kernel.forward_flops(t.out_features, t.in_features, t.h, t.r, tokens)
 
+    def dense_flops(self) -> int:
+        t = self.triplets
+        return self.kernel.dense_flops(t.out_features, t.in_features, t.h, t.r)
+
     def rank_bound(self) -> int | None:
         return self.kernel.rank_bound(self.triplets.h, self.triplets.r)
 
