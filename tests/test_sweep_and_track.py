@@ -116,7 +116,7 @@ def test_an_offline_run_read_back_holds_one_table_of_fits_the_summary_and_curves
     assert len(charts) < 40 and not any(fit.name in name for fit in record.fits for name in charts)
 
 
-@pytest.mark.parametrize("experiment", ["", "adaptive_opt_micro"])
+@pytest.mark.parametrize("experiment", ["", "adaptive_opt_small"])
 def test_the_group_is_the_sweep_or_the_experiment_and_ratios_to_both_baselines_are_in_the_summary(cli, tmp_path, experiment):
     few = ["method=svd_llm", "statistics.windows=4", "statistics.length=32", "budget=uniform", "retrain.steps=0"]
     cli(*([f"experiment={experiment}"] if experiment else ["-m"]), *TRACKED, *few)
