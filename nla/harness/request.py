@@ -77,10 +77,11 @@ class PreparedRun:
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError if the weights, the data or enough GPUs are not available."""
+        """Raise UserError if the weights, the data, a cache or enough GPUs are not available."""
         processes, there = self.retraining.processes, torch.cuda.device_count()
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
+        self.cache.check()
         for task in self.tasks:
             task.data.check()
         if self.calibration is not None:

