@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nla.harness.settings import check_settings
 from nla.machine.ending import Stopped, die_with_parent, leave, stoppable
 from nla.machine.errors import NonFiniteError, UserError
-from nla.machine.files import naming, write_atomically
+from nla.machine.files import reserved, write_atomically
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -116,12 +116,11 @@ class SweepTable(Callback):
         global _sweep
         folder = Path(config.hydra.sweep.dir)
         try:
-            with naming(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            with reserved(folder / ".reserve"):  # there is space for what Hydra writes, whose errors it shows as tracebacks
+                _sweep = config
         except UserError as error:
             print(f"error: {error}")
             sys.exit(FAILED)
-        _sweep = config
 
 
 def show_table() -> None:

@@ -5,7 +5,6 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +12,37 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.utime", "os.truncate"}
 
 
-def run_on(disk: Callable[[Path], None], folder: Path, arguments: list[str]) -> list[str]:
-    """Arguments of a Python that runs `run.py ...` while `folder` is on this disk; for tests.forked."""
-    name = f"disk.{disk.__name__}" if not hasattr(disk, "code") else disk.code
-    code = f"import runpy, sys; from pathlib import Path; from tests.attack import disk; {name}(Path({str(folder)!r})); "
-    return ["-c", f"{code} sys.argv = {arguments}; runpy.run_path('run.py', run_name='__main__')"]
+def run_on(disk: str, folder: Path, arguments: list[str]) -> list[str]:
+    """Arguments of a Python that runs `run.py ...` while `folder` is on a disk, such as `read_only()`; for tests.forked."""
+    name, _, rest = disk.partition("(")
+    code = f"import runpy, sys; from tests.attack import disk; disk.{name}({str(folder)!r}, {rest}"
+    return ["-c", f"{code}; sys.argv = {arguments}; runpy.run_path('run.py', run_name='__main__')"]
 
 
-def full_at(size: int) -> Callable[[Path], None]:
-    """A disk that holds `size` bytes."""
+def full(folder: str, pattern: str, free: int) -> None:
+    """When a file whose path contains `pattern` is first written, only `free` more bytes fit on the disk of `folder`.
 
-    def disk(folder: Path) -> None:
-        make_full(folder, size)
-
-    disk.code = f"disk.full_at({size})"
-    return disk
-
-
-def make_full(folder: Path, size: int) -> None:
-    """From now on, writing to files in `folder` fails as on a disk of `size` bytes: a part is written, and then nothing."""
-    real = io.open
+    As on a real disk, a part is written before a write fails, and what is deleted makes space.
+    """
+    real, size = io.open, None
 
     def used() -> int:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
     class Limited(io.FileIO):
         def write(self, data: Any) -> int:
-            free = size - used()
-            if free <= 0:
+            left = len(data) if size is None else size - used()
+            if left <= 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(bytes(data)[:free])
+            return super().write(bytes(data)[:left])
 
     def opened(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *others: Any, **named: Any) -> Any:
+        nonlocal size
         inside = isinstance(file, str | os.PathLike) and Path(file).is_relative_to(folder)
         if "opener" in named or not inside or not set(mode) & set("wax+"):
             return real(file, mode, buffering, encoding, *others, **named)
+        if size is None and pattern in str(file):
+            size = used() + free
         raw = Limited(file, mode.replace("b", "").replace("t", ""))
         kept = raw if buffering == 0 else (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
         return kept if "b" in mode else io.TextIOWrapper(kept, encoding or "utf-8")
@@ -55,7 +50,7 @@ def make_full(folder: Path, size: int) -> None:
     io.open = builtins.open = opened
 
 
-def read_only(folder: Path) -> None:
+def read_only(folder: str) -> None:
     """From now on, every change in `folder` fails as on a disk that is mounted to be read."""
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:

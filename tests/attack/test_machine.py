@@ -6,6 +6,7 @@ it left, and processes that go on.
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,17 +16,21 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from hydra.utils import instantiate
+from safetensors.torch import save_file
 
 from nla.harness.record import read_record
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from nla.machine.sealed_folder import sealed_folder
+from nla.statistics.blocks import Stream
 from tests import forked
-from tests.attack.disk import full_at, read_only, run_on
+from tests.attack.disk import run_on
 from tests.conftest import SHORT, TINY, command, configuration, figures, only_folder, only_record, records
 
 QUICK = [*TINY, "method=svd", "ratio=0.5"]
@@ -107,27 +112,27 @@ def finished(quiet, tmp_path) -> Path:
     return shutil.copytree(quiet, tmp_path / "finished")
 
 
-# A full disk. Sizes at which different files are the first that do not fit: (bytes, part of the sentence, status).
+# A full disk: the file at which it gets full, bytes that then still fit, part of the sentence, and status.
 FULL = {
-    "everything": (0, "/fits.csv: ", None),
-    "the first record": (3_000, "/record.json: ", None),
-    "the reserve": (30_000, "/.reserve: ", "failed"),
-    "a window": (70_500, "/cache/windows/", "failed"),
-    "the last fit": (154_000, "/cache/fits/", "failed"),
-    "a figure": (190_000, "/loss_by_layer.png: ", "failed"),
+    "everything": ("", 0, "/fits.csv: ", None),
+    "the first record": (".record.json", 1_000, "/record.json: ", None),
+    "the reserve": (".reserve", 10_000, "/.reserve: ", "failed"),
+    "a window": ("/windows/", 100, "/cache/windows/", "failed"),
+    "some fits": ("/fits/", 20_000, "/cache/fits/", "failed"),
+    "a figure": (".png", 10_000, "/loss_by_layer.png: ", "failed"),
 }
 
 
 @pytest.mark.parametrize("what", FULL)
 def test_a_full_disk_ends_a_run_in_one_sentence_with_a_failed_record(tmp_path, what):
-    size, named, status = FULL[what]
-    end = forked.finish(run_on(full_at(size), tmp_path, command(tmp_path, *QUICK)))
+    pattern, free, named, status = FULL[what]
+    end = forked.finish(run_on(f"full({pattern!r}, {free})", tmp_path, command(tmp_path, *QUICK)))
     assert not faults(end, tmp_path, 2, named, status)
     assert "No space left on device" in end.stdout
 
 
 def test_given_space_the_same_command_goes_on_to_the_same_figures(quiet, tmp_path):
-    forked.finish(run_on(full_at(120_000), tmp_path, command(tmp_path, *QUICK)))
+    forked.finish(run_on("full('/fits/', 20_000)", tmp_path, command(tmp_path, *QUICK)))
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/fits/*")}
     end = finish(tmp_path, *QUICK)
     assert not faults(end, tmp_path, 0, None, "done")
@@ -135,21 +140,45 @@ def test_given_space_the_same_command_goes_on_to_the_same_figures(quiet, tmp_pat
     assert figures(only_record(tmp_path)) == figures(only_record(quiet))
 
 
-@pytest.mark.parametrize("size", [3_000, 120_000])
-def test_a_sweep_on_a_full_disk_ends_with_its_table(tmp_path, size):
+FULL_SWEEP = [("full('', 3_000)", "error: "), ("full('.record.json', 0)", "failed: "), ("full('/fits/', 20_000)", "failed: ")]
+
+
+@pytest.mark.parametrize("disk, told", FULL_SWEEP)
+def test_a_sweep_on_a_full_disk_ends_with_its_table_if_it_began(tmp_path, disk, told):
     sweep = ["-m", *TINY, "method=svd", "ratio=0.5,0.6"]
-    end = forked.finish(run_on(full_at(size), tmp_path, command(tmp_path, *sweep)))
+    end = forked.finish(run_on(disk, tmp_path, command(tmp_path, *sweep)))
     assert end.returncode == 2 and "Traceback" not in end.stdout + end.stderr and not drafts(tmp_path)
-    assert "failed: " in end.stdout and "No space left on device" in end.stdout
+    assert told in end.stdout and "No space left on device" in end.stdout
     assert not {record["status"] for record in records(tmp_path)} & {"running"}
+
+
+@pytest.mark.parametrize("work", ["weights by a library in Rust", "a mapped file"])
+def test_a_full_disk_is_also_named_where_python_does_not_write(tmp_path, work):
+    def save(draft: Path, _: Path) -> None:
+        save_file({"w": torch.zeros(1000)}, draft / "w.safetensors")
+
+    def write() -> None:
+        if work == "a mapped file":
+            Stream.kept(SimpleNamespace(folder=tmp_path / "states"), torch.zeros(1000))
+        else:
+            sealed_folder(Cache(tmp_path), "models", "one", save)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path}/[a-z]+/.*: File too large; make space"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not {name for name in files(tmp_path) if not name.startswith("locks")} - {"models", "states"}
 
 
 @pytest.fixture
 def tmpfs(tmp_path) -> Iterator[Path]:
-    """A disk of its own, of 64 pages; only root may have it."""
+    """A disk of its own, of 128 pages; only root may have it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"no disk can be mounted here ({made.stderr.strip()}); tests.attack.disk stands for one")
     yield disk
@@ -158,7 +187,7 @@ def tmpfs(tmp_path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("free", [2, 30, 40])
 def test_a_real_full_disk_ends_a_run_in_the_same_way_and_a_read_only_one_still_shows_it(tmpfs, free):
-    (tmpfs / "other").write_bytes(bytes(4096 * (64 - free)))
+    (tmpfs / "other").write_bytes(bytes(4096 * (128 - free)))
     end = finish(tmpfs, *QUICK)
     assert not faults(end, tmpfs, 2, str(tmpfs), None if free == 2 else "failed")
     if free == 40:
@@ -174,21 +203,21 @@ def test_a_finished_run_is_shown_from_a_read_only_folder(finished, without):
     if without == "cache":
         shutil.rmtree(finished / "cache")
     before = files(finished)
-    end = forked.finish(run_on(read_only, finished, command(finished, *QUICK)))
+    end = forked.finish(run_on("read_only()", finished, command(finished, *QUICK)))
     assert not faults(end, finished, 0, None, "done") and "from the record" in end.stdout
     assert files(finished) == before
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
 def test_a_new_run_in_a_read_only_folder_is_refused(tmp_path, sweep):
-    end = forked.finish(run_on(read_only, tmp_path, command(tmp_path, *sweep, *QUICK)))
+    end = forked.finish(run_on("read_only()", tmp_path, command(tmp_path, *sweep, *QUICK)))
     assert not faults(end, tmp_path, 2, str(tmp_path), None) and "Read-only file system" in end.stdout + end.stderr
     assert not files(tmp_path)
 
 
 def test_a_read_only_cache_is_refused_before_the_model_is_loaded(tmp_path):
     asked = command(tmp_path / "outputs", *QUICK, f"cache_dir={tmp_path / 'cache'}")
-    end = forked.finish(run_on(read_only, tmp_path / "cache", asked))
+    end = forked.finish(run_on("read_only()", tmp_path / "cache", asked))
     assert not faults(end, tmp_path / "outputs", 2, str(tmp_path / "cache"), None)
 
 
