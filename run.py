@@ -6,6 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from nla import jobs
+from nla.machine.ending import Stopped, leave, stoppable
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -15,11 +16,16 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues from here")
-    except SystemExit as stopped:
-        if stopped.code:
+        with stoppable():
+            main()
+    except Stopped as stopped:
+        jobs.show_table()
+        print(f"{stopped}; the same command continues from here", file=sys.stderr)
+        leave(stopped)
+    except SystemExit as ended:
+        jobs.show_table()
+        if ended.code:
             jobs.explain_unknown_keys(sys.argv[1:])
         raise
+    jobs.show_table()
     sys.exit(jobs.exit_code())

@@ -22,8 +22,8 @@ from analysis.composed import ROOT
 from analysis.settings import run_settings
 from nla.harness.fits_table import COLUMNS, first_problem, parse_fits, table_text, to_cell, to_row
 from nla.harness.record import NOT_IN_SIGNATURE, SCHEMA, RunRecord, read_history, read_record
-from nla.machine.cache import write_atomically
 from nla.machine.errors import UserError
+from nla.machine.files import write_atomically
 
 IN_GIT = ROOT / "analysis" / "records"
 PLACES = (IN_GIT, ROOT / "outputs" / "runs")
@@ -96,7 +96,7 @@ def to_number(cell: str) -> int | float:
 def write_collection(records: Iterable[RunRecord], folder: Path) -> None:
     """Write the records into a folder, in the form that is kept in git."""
     ordered = sorted(records, key=by_time)
-    lines = [without_noise(record).model_dump_json(by_alias=True) for record in ordered]
+    lines = [without_noise(record).model_dump_json(by_alias=True, exclude={"seal"}) for record in ordered]
     fits = [{"signature": record.signature, **to_row(fit)} for record in ordered for fit in record.fits]
     steps = [{"signature": record.signature, **step} for record in ordered for step in map(to_cells, record.history)]
     columns = list(dict.fromkeys(name for step in steps for name in step)) or ["signature"]

@@ -4,6 +4,7 @@ import difflib
 import json
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nla.harness.settings import check_settings
+from nla.machine.ending import Stopped, die_with_parent, leave, stoppable
 from nla.machine.errors import NonFiniteError, UserError
+from nla.machine.files import reserved, write_atomically
 
 log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FAILED = 2
 _exit_code = 0
+_sweep: DictConfig | None = None  # the settings of the sweep that this process has launched, until its table is shown
+_unsaved: list[dict[str, Any]] = []  # outcomes of its jobs that could not be written
 
 
 def exit_code() -> int:
@@ -32,33 +37,66 @@ def exit_code() -> int:
     return _exit_code
 
 
+@stoppable()
 def attempt(cfg: DictConfig) -> None:
-    """Run one job. An error that the user can correct is logged as one line. In a sweep, no error stops the other jobs."""
+    """Run one job. An error that the user can correct is logged as one line. In a sweep, no error stops the other jobs.
+
+    Raises:
+        Stopped: a signal told this process to stop. A process that runs jobs for another one ends here.
+    """
     global _exit_code
     settings = HydraConfig.get()
     sweeping = settings.mode == RunMode.MULTIRUN
+    for_another = sweeping and _sweep is None  # a launcher such as joblib has started this process
     outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
+    stopped: Stopped | None = None
+    if for_another:
+        die_with_parent(signal.SIGTERM)
     try:
-        checked = check_settings(cfg)
-        from nla.pipeline import run
-
-        if sweeping and "group" in checked["track"]:
-            checked["track"]["group"] = checked["track"]["group"] or sweep_name(settings)
-        command = command_line(outcome["overrides"] if sweeping else sys.argv[1:])
-        record = run(checked, command, outcome["overrides"])
-        outcome["folder"] = record and str(Path(cfg.outputs_dir) / "runs" / record.name)
+        outcome["folder"] = run_job(cfg, settings, sweeping)
     except (UserError, NonFiniteError) as error:
         log.error("error: %s", error)
         outcome["error"], _exit_code = str(error), FAILED
+    except Stopped as error:
+        outcome["error"], stopped = str(error), error
     except Exception as error:
         if not sweeping:
             raise
         log.exception("this job failed; the sweep continues")
         outcome["error"], _exit_code = f"{type(error).__name__}: {error}", FAILED
     if sweeping:
-        folder = Path(settings.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"job-{settings.job.num}.json").write_text(json.dumps(outcome))
+        keep(outcome, settings)
+    if stopped is not None:
+        if for_another:
+            leave(stopped)
+        raise stopped
+
+
+def run_job(cfg: DictConfig, settings: Any, sweeping: bool) -> str | None:
+    """Run the pipeline, and return the folder of its record. A dry run has none."""
+    checked = check_settings(cfg)
+    from nla.pipeline import run
+
+    if sweeping and "group" in checked["track"]:
+        checked["track"]["group"] = checked["track"]["group"] or sweep_name(settings)
+    arguments = list(settings.overrides.task)
+    record = run(checked, command_line(arguments if sweeping else sys.argv[1:]), arguments)
+    return None if record is None else str(Path(cfg.outputs_dir) / "runs" / record.name)
+
+
+def keep(outcome: dict[str, Any], settings: Any) -> None:
+    """Keep the outcome of a job for the table of its sweep: in the sweep's folder, or if that fails in this process.
+
+    Raises:
+        SystemExit: neither is possible, because another process makes the table. The sweep stops.
+    """
+    try:
+        write_atomically(Path(settings.sweep.dir) / f"job-{settings.job.num}.json", json.dumps(outcome).encode())
+    except UserError as error:
+        if _sweep is None:
+            log.error("the sweep stops, because this job cannot be added to its table: %s", error)
+            sys.exit(FAILED)
+        _unsaved.append(outcome)
 
 
 def sweep_name(settings: Any) -> str:
@@ -72,21 +110,38 @@ def command_line(arguments: list[str]) -> str:
 
 
 class SweepTable(Callback):
-    """Hydra callback that logs the table of a sweep and draws its figure, in the process that launched the jobs."""
+    """Hydra callback that remembers the sweep whose table is shown at the end, in the process that launches the jobs."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        global _exit_code
-        from nla.harness.terminal import show_sweep
-        from nla.stages.draw import draw_sweep
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global _sweep
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            with reserved(folder / ".reserve"):  # there is space for what Hydra writes, whose errors it shows as tracebacks
+                _sweep = config
+        except UserError as error:
+            print(f"error: {error}")
+            sys.exit(FAILED)
 
-        configure_log(config.hydra.job_logging)  # the jobs may have run, and logged, in other processes
-        files = sorted(Path(config.hydra.sweep.dir).glob("job-*.json"), key=lambda p: int(p.stem.split("-")[1]))
-        outcomes = [json.loads(file.read_text()) for file in files]
-        if len(outcomes) > 1:  # a single job has already shown its result
-            show_sweep(outcomes)
-            draw_sweep([Path(outcome["folder"]) for outcome in outcomes if outcome.get("folder")], Path(config.hydra.sweep.dir))
-        if any("error" in outcome for outcome in outcomes):
-            _exit_code = FAILED
+
+def show_table() -> None:
+    """Log the table and draw the figure of the sweep that this process launched, once. It may have been stopped before its end."""
+    global _exit_code, _sweep
+    if _sweep is None:
+        return
+    from nla.harness.terminal import show_sweep
+    from nla.stages.draw import draw_sweep
+
+    config, _sweep = _sweep, None
+    configure_log(config.hydra.job_logging)  # the jobs may have run, and logged, in other processes
+    files = sorted(Path(config.hydra.sweep.dir).glob("job-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+    outcomes = [*(json.loads(file.read_text()) for file in files), *_unsaved]
+    failed = any("error" in outcome for outcome in outcomes)
+    if len(outcomes) > 1 or failed:  # a single job that ended well has already shown its result
+        show_sweep(outcomes)
+        done = [Path(outcome["folder"]) for outcome in outcomes if outcome.get("folder") and "error" not in outcome]
+        draw_sweep(done, Path(config.hydra.sweep.dir))
+    if failed:
+        _exit_code = FAILED
 
 
 def explain_unknown_keys(arguments: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from nla.compressed.contents import count_bits, count_parameters
 from nla.compressed.surgery import set_form
 from nla.harness import terminal as report
-from nla.harness.record import MadeFrom, RunRecord, make_up, read_record, run_name, signature
+from nla.harness.record import MadeFrom, RunRecord, finished_record, make_up, run_name, signature
 from nla.harness.recording import bits, kept_parameters, parameters
 from nla.harness.request import PreparedRun, prepare
 from nla.harness.unused import tell_unused
-from nla.machine.cache import exclusive, write_atomically
 from nla.machine.errors import UserError
+from nla.machine.files import exclusive, naming, reserved, write_atomically
 from nla.machine.provenance import environment
 from nla.models.select import linear_specs
 from nla.stages.allocate import allocated
@@ -39,9 +39,14 @@ def run(settings: dict[str, Any], command: str | None = None, arguments: Sequenc
         arguments: the settings that the user named; a line is logged for each that the request does not use.
 
     Raises:
-        UserError: the request cannot be met.
+        UserError: the request cannot be met, or a file cannot be read or written.
         NonFiniteError: a weight, a fit or a loss is not finite.
     """
+    with naming(Path(settings["outputs_dir"])):
+        return answer(settings, command, arguments)
+
+
+def answer(settings: dict[str, Any], command: str | None, arguments: Sequence[str]) -> RunRecord | None:
     prepared = prepare(settings)
     tell_unused(arguments, prepared)
     if prepared.values["dry_run"]:
@@ -50,14 +55,15 @@ def run(settings: dict[str, Any], command: str | None = None, arguments: Sequenc
     made_from = make_up(prepared.values, prepared.inputs)
     name = signature(prepared.values, made_from)
     folder = Path(prepared.values["outputs_dir"]) / "runs" / run_name(prepared.values, name)
-    with exclusive(folder / ".lock"):
-        if (folder / "record.json").exists():
-            record = read_record(folder)
-            if record.status == "done" and record.signature == name:
-                report.show_result(record, folder, "from the record; delete its folder to run again")
-                return record
-        prepared.check_inputs()
-        return carry_out(prepared, name, made_from, command, folder)
+    record = finished_record(folder, name)  # without a lock, so that a folder that may not be written shows it
+    if record is None:
+        with exclusive(folder / ".lock"):
+            record = finished_record(folder, name)  # another process may just have written it
+            if record is None:
+                prepared.check_inputs()
+                return carry_out(prepared, name, made_from, command, folder)
+    report.show_result(record, folder, "from the record; delete its folder to run again")
+    return record
 
 
 def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: str | None, folder: Path) -> RunRecord:
@@ -72,19 +78,21 @@ def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: st
         config=prepared.values,
     )
     record.write(folder)
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(prepared.values).encode())
     report.announce(prepared)
     try:
-        prepared.tracker.begin(record, prepared.plan, Path(prepared.values["outputs_dir"]))
-        stages(prepared, record, folder)
-        draw(record, folder)
-        record.status = "done"
+        with naming(folder), reserved(folder / ".reserve"):
+            write_atomically(folder / "config.yaml", OmegaConf.to_yaml(prepared.values).encode())
+            prepared.tracker.begin(record, prepared.plan, Path(prepared.values["outputs_dir"]))
+            stages(prepared, record, folder)
+            draw(record, folder)
+            record.status, record.finished = "done", now()
+            record.write(folder)
     except BaseException as error:
-        record.status, record.error = "failed", str(error) or type(error).__name__
+        record.status, record.error, record.finished = "failed", str(error) or type(error).__name__, now()
+        with suppress(UserError):  # if the record cannot be written either, the first error is the one to tell
+            record.write(folder)
         raise
     finally:
-        record.finished = now()
-        record.write(folder)
         prepared.tracker.finish(record, folder)
     report.show_result(record, folder)
     return record

@@ -138,9 +138,9 @@ def only_folder(outputs: Path) -> Path:
 
 
 def figures(record: dict) -> dict:
-    """A record without what may differ between two runs of the same request: times, threads, folders."""
+    """A record without what may differ between two runs of the same request: times, threads, folders, and so its seal."""
     record = json.loads(json.dumps(record))
-    for key in ("seconds", "environment", "command", "started", "finished"):
+    for key in ("seconds", "environment", "command", "started", "finished", "seal"):
         del record[key]
     for key in ("outputs_dir", "cache_dir"):
         del record["config"][key]

@@ -9,7 +9,6 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
-from nla.machine.cache import write_atomically
 from nla.machine.errors import UserError
 
 DIGITS = 5  # significant digits of every float
@@ -124,9 +123,9 @@ def to_cell(value: Any) -> str:
     return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
 
 
-def write_fits(path: Path, fits: list[FitRecord]) -> None:
-    """Write the table of these matrices atomically."""
-    write_atomically(path, table_text(COLUMNS, map(to_row, fits)).encode())
+def fits_text(fits: list[FitRecord]) -> str:
+    """The text of the table of these matrices."""
+    return table_text(COLUMNS, map(to_row, fits))
 
 
 def table_text(columns: list[str], rows: Iterable[dict[str, str]]) -> str:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nla.harness.fits_table import FitRecord, first_problem, read_fits, write_fits
-from nla.machine.cache import digest, write_atomically
+from nla.harness.fits_table import FitRecord, first_problem, fits_text, read_fits
+from nla.machine.cache import digest
 from nla.machine.errors import UserError
+from nla.machine.files import append_line, write_atomically
 from nla.machine.provenance import code_digest, computing_packages, target_modules
 
 SCHEMA: Literal[2] = 2
@@ -71,6 +72,7 @@ class RunRecord(Strict):
         peak_bytes: peak memory of one worker in each stage, without the weights (on CUDA: of the process).
         fits: the rows of `fits.csv`.
         history: the rows of `steps.jsonl`, see `nla.retrain.history`.
+        seal: digest of all other fields and of `fits.csv`, by which a change is noticed; None in git, which notices it itself.
     """
 
     version: Literal[2] = Field(default=SCHEMA, alias="schema")
@@ -89,6 +91,7 @@ class RunRecord(Strict):
     made_from: MadeFrom | None = None
     environment: dict[str, Any]
     config: dict[str, Any]
+    seal: str | None = None
     fits: list[FitRecord] = Field(default=[], exclude=True)
     history: list[dict[str, Any]] = Field(default=[], exclude=True)
 
@@ -98,25 +101,58 @@ class RunRecord(Strict):
 
     def write(self, folder: Path) -> None:
         """Write `fits.csv` and `record.json`."""
-        write_fits(folder / "fits.csv", self.fits)
+        self.seal = self.sealed()
+        write_atomically(folder / "fits.csv", fits_text(self.fits).encode())
         write_atomically(folder / "record.json", self.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
+
+    def sealed(self) -> str:
+        """The digest of all fields and of the table of fits."""
+        return digest([self.model_dump(mode="json", by_alias=True, exclude={"seal"}), fits_text(self.fits)])
+
+
+def finished_record(folder: Path, signature: str) -> RunRecord | None:
+    """The record of the run with this signature, or None if it has not finished. Nothing is written.
+
+    Raises:
+        UserError: the record is damaged or was changed.
+    """
+    if not (folder / "record.json").exists():
+        return None
+    record = read_values(folder / "record.json")
+    return read_record(folder) if record.status == "done" and record.signature == signature else None
 
 
 def read_record(folder: Path) -> RunRecord:
     """The validated record of a run's folder, with its fits and without its history (see `read_history`).
 
     Raises:
-        UserError: a file is missing, or does not have this schema. The message names the file and the field.
+        UserError: a file is missing, or does not have this schema, or a finished run's record is not as the run wrote it. The
+            message names the file and the field.
     """
     path = folder / "record.json"
+    record = read_values(path)
+    record.fits = read_fits(folder / "fits.csv")
+    if record.status == "done":
+        lacking = [name for name in ("parameters", "bits", "metrics", "fits") if not getattr(record, name)]
+        if lacking:
+            raise UserError(f"{path} is of a finished run without {' and '.join(lacking)}; delete its folder to run again")
+        if record.seal not in (None, record.sealed()):
+            raise UserError(f"{path} or fits.csv beside it was changed after the run; delete its folder to run again")
+    return record
+
+
+def read_values(path: Path) -> RunRecord:
+    """The fields of a `record.json`.
+
+    Raises:
+        UserError: it is missing, or does not have this schema. The message names the file and the field.
+    """
     try:
-        record = RunRecord.model_validate_json(path.read_bytes())
+        return RunRecord.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); delete its folder to run again") from error
     except ValidationError as error:
         raise UserError(f"{path} is not a record of schema {SCHEMA}: {first_problem(error)}; delete it to run again") from error
-    record.fits = read_fits(folder / "fits.csv")
-    return record
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -169,7 +205,6 @@ def signature(config: dict[str, Any], made_from: MadeFrom) -> str:
     return digest({"schema": SCHEMA, "config": asked, **made_from.model_dump()})[:16]
 
 
-def write_line(file: Any, value: dict[str, Any]) -> None:
-    """Write one line of a jsonl file and flush it."""
-    file.write(json.dumps(value) + "\n")
-    file.flush()
+def write_line(path: Path, value: dict[str, Any]) -> None:
+    """Add a line to a jsonl file."""
+    append_line(path, json.dumps(value))

@@ -78,10 +78,11 @@ class PreparedRun:
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError if the weights, the data or enough GPUs are not available. Missing weights and data are all named."""
+        """Raise UserError if weights, data, the cache or enough GPUs are not available. Missing weights and data are all named."""
         processes, there = self.retraining.processes, torch.cuda.device_count()
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
+        self.cache.check()
         sets = [*(task.data for task in self.tasks), self.calibration, self.training_data]
         checks: list[Callable[[], None]] = [partial(self.model.check, self.values["dtype"], self.cache)]
         checks += [data.check for data in sets if data]

@@ -16,6 +16,7 @@ from nla.harness.estimate_retraining import retraining_cost
 from nla.harness.record import RunRecord, read_record
 from nla.harness.request import PreparedRun
 from nla.harness.units import duration, flop, millions, number, with_error
+from nla.machine.errors import UserError
 from nla.matrix.triplets import triplet_size
 from nla.models.base import DTYPES
 from nla.solvers.base import Status
@@ -184,15 +185,15 @@ def told_of_retraining(record: RunRecord) -> str:
 
 def show_sweep(outcomes: list[dict[str, Any]]) -> None:
     """Log a table with one line per job, labelled by the settings in which jobs differ, and the reasons of failures."""
-    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes))
+    shared = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
     rows, failures = [], []
-    for outcome in outcomes:
+    for outcome in map(with_record, outcomes):
         label = " ".join(o for o in outcome["overrides"] if o not in shared)
         if "error" in outcome:
             failures.append(f"failed: {label}: {outcome['error']}")
             rows.append([label, "failed", "", "", "", "", ""])
         elif outcome["folder"]:
-            record = read_record(Path(outcome["folder"]))
+            record = outcome["record"]
             stages = [stage_headline(record, stage) for stage in ("dense", "compressed", "retrained")]
             errors = [f"{mean(record, key):.4f}" for key in ("relative_error", "svd_error")]
             weighted = record.fits[0].weighted_error is not None
@@ -204,6 +205,14 @@ def show_sweep(outcomes: list[dict[str, Any]]) -> None:
         log.info("\n%s", tabulate(table, [headers[i] for i in filled], disable_numparse=True))
     for failure in failures:
         log.error("%s", failure)
+
+
+def with_record(outcome: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a job with its record, or with the error of reading it."""
+    try:
+        return outcome | {"record": read_record(Path(outcome["folder"]))} if outcome.get("folder") else outcome
+    except UserError as error:
+        return outcome | {"error": str(error)}
 
 
 def mean(record: RunRecord, figure: str) -> float:

@@ -1,11 +1,12 @@
 """A cache on disk for slow computations. The key of a result is the hash of all that it was computed from."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import uuid
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nla.machine.errors import UserError
+from nla.machine.files import exclusive, file_digest, naming, remove, version_of, write_atomically
+
 log = logging.getLogger(__name__)
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def digest(value: Any) -> str:
@@ -30,25 +35,17 @@ def tensor_digest(tensor: Tensor) -> str:
     return hasher.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is never incomplete, even if the process is killed or another process writes it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_bytes(data)
-    draft.replace(path)
-
-
 class Cache:
     """Entries are files `<root>/<kind>/<key>.*`. A damaged entry is logged, removed and computed again."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def check(self) -> None:
+        """Raise UserError if nothing can be stored."""
+        with naming(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.root).close()
 
     def load_json(self, kind: str, key: str) -> Any | None:
         """The stored value, or None if it is missing or damaged."""
@@ -60,12 +57,20 @@ class Cache:
             return entry["value"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            return self._discard(path, error)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            discard(path, error)
+            return None
 
     def store_json(self, kind: str, key: str, value: Any) -> None:
         entry = {"digest": digest(value), "value": value}
         write_atomically(self.root / kind / f"{key}.json", json.dumps(entry).encode())
+
+    def remember(self, kind: str, key: str, value: Any) -> None:
+        """Store a JSON value that is quickly made again. If it cannot be stored, it is not: what is finished can be shown."""
+        try:
+            self.store_json(kind, key, value)
+        except UserError as error:
+            log.debug("%s", error)
 
     def load_tensors(self, kind: str, key: str) -> tuple[dict[str, Tensor], Any] | None:
         """The stored tensors and the JSON value beside them, or None if they are missing or damaged."""
@@ -82,7 +87,8 @@ class Cache:
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-            return self._discard(path, error)
+            discard(path, error)
+            return None
 
     def store_tensors(self, kind: str, key: str, tensors: dict[str, Tensor], info: Any) -> None:
         from safetensors.torch import save
@@ -99,13 +105,12 @@ class Cache:
                 path.unlink(missing_ok=True)
 
     def file_digest(self, path: Path) -> str:
-        """SHA-256 of a file's bytes. It is cached until the file's size, inode or modification time changes."""
-        stat = path.stat()
-        key = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+        """SHA-256 of a file's bytes. It is cached until the file changes, see `version_of`."""
+        key = digest([str(path.resolve()), version_of(path)])
         known = self.load_json("digests", key)
         if known is None:
             known = file_digest(path)
-            self.store_json("digests", key, known)
+            self.remember("digests", key, known)
         return known
 
     def journal(self, kind: str, key: str) -> "Journal":
@@ -118,23 +123,13 @@ class Cache:
         with exclusive(path):
             yield
 
-    @staticmethod
-    def _discard(path: Path, error: Exception) -> None:
-        log.warning("cache file %s is damaged (%s); making it again", path, error)
-        path.unlink(missing_ok=True)
 
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Context that holds an advisory lock on a file, after waiting for other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that works on %s", path.name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def discard(path: Path, error: Exception) -> None:
+    """Log and remove a damaged entry, or what is in its place. An entry that cannot be read now may be good: it stays."""
+    if getattr(error, "errno", None) in UNREADABLE:
+        raise error
+    log.warning("cache file %s is damaged (%s); making it again", path, error)
+    remove(path)
 
 
 def contents_digest(tensors: dict[str, Tensor], info: str) -> str:
@@ -150,9 +145,15 @@ class Journal:
     def read(self) -> dict[int, dict]:
         """Results by part number. A damaged line is logged and left out, so that its part is computed again."""
         parts: dict[int, dict] = {}
-        if not self.path.exists():
+        try:
+            lines = self.path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            remove(self.path)  # a link to nothing
             return parts
-        for number, line in enumerate(self.path.read_text(errors="replace").splitlines(), 1):
+        except OSError as error:
+            discard(self.path, error)
+            return parts
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
                 if entry["digest"] != digest([entry["part"], entry["result"]]):
@@ -163,12 +164,13 @@ class Journal:
         return parts
 
     def append(self, part: int, result: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"part": part, "result": result, "digest": digest([part, result])}) + "\n"
-        with self.path.open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if file.tell():  # a killed process may have left an incomplete line
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(line.encode())
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if file.tell():  # a killed process may have left an incomplete line
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+                file.write(line.encode())

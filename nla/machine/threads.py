@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from nla.machine.ending import stopping
+
 MOST = 16  # largest number of workers: each holds its own logits or factorisation, so more would need too much memory
 
 Item = TypeVar("Item")
@@ -19,8 +21,8 @@ def ordered_map(
 ) -> Generator[Result, None, None]:
     """Results of function(item), in the order of the items. The CPU has a worker per torch thread, a GPU has one.
 
-    The first failure stops the rest. Close the generator to stop it early. A PeakMemory of the caller also counts the
-    workers' tensors.
+    The first failure stops the rest. Close the generator to stop it early; then only a process that is told to stop does not
+    wait for the items at work. A PeakMemory of the caller also counts the workers' tensors.
     """
     if device.type != "cpu":
         yield from map(function, items)  # in this thread; the next item starts when the caller asks for its result
@@ -39,5 +41,5 @@ def ordered_map(
         torch.set_num_threads(1)
         yield from pool.map(watched if watching else function, items)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=not stopping.is_set(), cancel_futures=True)
         torch.set_num_threads(threads)

@@ -137,5 +137,5 @@ class ModelSource(ABC):
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "limit": limit,
             }
-            cache.store_json("inventories", key, known)
+            cache.remember("inventories", key, known)
         return Inventory([LinearSpec(*row) for row in known["linears"]], known["parameters"], self.reads, known["limit"])

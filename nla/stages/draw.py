@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from nla.harness.record import RunRecord, read_record
+from nla.machine.files import naming
 
 log = logging.getLogger(__name__)
 
@@ -13,10 +14,13 @@ def draw(record: RunRecord, folder: Path) -> None:
     from analysis import plots
     from analysis.frames import fits_frame
 
-    plots.loss_by_layer(fits_frame([record])).savefig(folder / "loss_by_layer.png", dpi=120)
+    figures = {"loss_by_layer": plots.loss_by_layer(fits_frame([record]))}
     if record.retraining:
-        plots.retraining(record.history).savefig(folder / "retraining.png", dpi=120)
-        plots.kept_by_matrix(record.fits).savefig(folder / "kept.png", dpi=120)
+        figures |= {"retraining": plots.retraining(record.history), "kept": plots.kept_by_matrix(record.fits)}
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        with naming(path):
+            figure.savefig(path, dpi=120)
 
 
 def draw_sweep(runs: list[Path], folder: Path) -> None:
@@ -27,11 +31,14 @@ def draw_sweep(runs: list[Path], folder: Path) -> None:
     from analysis import plots
     from analysis.frames import fits_frame
 
-    records = [read_record(run) for run in runs]
-    fits = fits_frame(records)
-    if len(records) < 2 or len(fits.drop_duplicates(["model", "ratio"])) > 1:
+    if len(runs) < 2:
+        return
+    fits = fits_frame([read_record(run) for run in runs])
+    if len(fits.drop_duplicates(["model", "ratio"])) > 1:
         return
     weighted = bool(fits["weighted_error"].notna().all())
     figure = plots.weighted_loss_by_layer(fits) if weighted else plots.loss_by_layer(fits)
-    figure.savefig(folder / "loss_by_layer.png", dpi=120)
-    log.info("error of every matrix: %s", folder / "loss_by_layer.png")
+    path = folder / "loss_by_layer.png"
+    with naming(path):
+        figure.savefig(path, dpi=120)
+    log.info("error of every matrix: %s", path)

@@ -9,6 +9,7 @@ from nla.compressed.surgery import swap
 from nla.harness.record import RunRecord, write_line
 from nla.harness.recording import fit_record
 from nla.harness.request import PreparedRun
+from nla.machine.files import write_atomically
 from nla.models.base import Model
 from nla.stages.calibrate import Calibration, dense_statistics, sequential_statistics
 from nla.stages.fit_groups import NamedFits, fit_groups
@@ -18,7 +19,9 @@ from nla.statistics.collect import StatisticsStream
 def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Calibration, folder: Path) -> None:
     """Fit all planned matrices and put the terms into the model. Losses of each fit are written and tracked at once."""
     fit_all = fit_block_by_block if prepared.method.sequential else fit_at_once
-    with (folder / "losses.jsonl").open("w") as lines, progress(prepared) as bar:
+    lines = folder / "losses.jsonl"
+    write_atomically(lines, b"")
+    with progress(prepared) as bar:
         try:
             for fits in fit_all(prepared, model, calibration, bar):
                 for name, result in fits.items():

@@ -14,6 +14,7 @@ from nla.harness.record import RetrainRecord, RunRecord, write_line
 from nla.harness.recording import kept_parameters
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
+from nla.machine.files import write_atomically
 from nla.machine.provenance import code_digest, computing_packages, target_modules
 from nla.models.base import LanguageModel, Model
 from nla.retrain import dropping
@@ -29,13 +30,14 @@ from nla.training.processes import OneProcess
 def retrain(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path, key: str) -> None:
     """Retrain the model in place, drop masked triplets, and add the figures to the record."""
     fitted = kept_parameters(model)
-    with (folder / "steps.jsonl").open("w") as lines:
+    lines = folder / "steps.jsonl"
+    write_atomically(lines, b"")
 
-        def show(row: Row) -> None:
-            write_line(lines, row)
-            prepared.tracker.step(row)
+    def show(row: Row) -> None:
+        write_line(lines, row)
+        prepared.tracker.step(row)
 
-        result = train_or_load(prepared, model, key, show)
+    result = train_or_load(prepared, model, key, show)
     record.peak_bytes["retrain"] = result.peak_bytes
     record.retraining, record.history = retrain_record(prepared, model, result), result.rows
     kept = kept_parameters(model)

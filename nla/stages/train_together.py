@@ -1,12 +1,11 @@
 """Retrain one model in several processes. Each of them is started as `python -m nla.stages.train_together FILE`."""
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 
 from nla.compressed.surgery import set_form, swap
 from nla.harness.request import PreparedRun, prepare
-from nla.machine.cache import write_atomically
+from nla.machine.ending import die_with_parent, kill_tree
 from nla.machine.errors import NonFiniteError, UserError
+from nla.machine.files import write_atomically
 from nla.models.base import Model
 from nla.retrain.history import Row
 from nla.retrain.trainable import prepare_terms
@@ -41,35 +41,38 @@ def train_together(prepared: PreparedRun, key: str, show: Callable[[Row], None])
     job, failure = folder / f"{key}.json", folder / f"{key}.error.json"
     failure.unlink(missing_ok=True)
     settings = prepared.settings | {"device": prepared.device}
-    write_atomically(job, json.dumps({"settings": settings, "key": key, "failure": str(failure)}).encode())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     threads = max(1, torch.get_num_threads() // count)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [*launch, "-m", "nla.stages.train_together", str(job)]
-    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     try:
-        for line in process.stdout:
-            if line.startswith(ROW):
-                show(json.loads(line.removeprefix(ROW)))
-            else:
-                sys.stdout.write(line)
-        status = process.wait()
+        write_atomically(job, json.dumps({"settings": settings, "key": key, "failure": str(failure)}).encode())
+        with started(command, environment) as process:
+            for line in process.stdout or ():
+                if line.startswith(ROW):
+                    show(json.loads(line.removeprefix(ROW)))
+                else:
+                    sys.stdout.write(line)
+            status = process.wait()
         if failure.exists():
             told = json.loads(failure.read_text())
             raise KINDS[told["kind"]](told["message"])
         if status:
             raise RuntimeError(f"the processes of retrain.processes={count} ended with status {status}; see above")
     finally:
-        process.kill()
-        job.unlink()
+        job.unlink(missing_ok=True)
         failure.unlink(missing_ok=True)
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+@contextmanager
+def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Context in which a command runs. At its end, also by an error, nothing that the command started is left."""
+    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
 
 
 def take_part(job: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A model as a chain of blocks. All samples pass through one block before the next, so that the statistics of only one block
 are in memory."""
 
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla.machine.files import naming
 from nla.machine.threads import ordered_map
 from nla.models.base import Model, Sample
 
@@ -103,10 +105,15 @@ class Stream:
         """A state as it is kept until the next block: itself, or a copy in a memory-mapped file."""
         if self.folder is None:
             return state
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / uuid.uuid4().hex
-        mapped = torch.from_file(str(file), shared=True, size=state.numel(), dtype=state.dtype).view(state.shape)
-        file.unlink()  # the system frees the disk space when the tensor is freed or the process ends
+        with naming(file):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with file.open("wb") as space:  # on a full disk, a write to a mapped file without space kills the process
+                    os.posix_fallocate(space.fileno(), 0, max(1, state.nbytes))
+                mapped = torch.from_file(str(file), shared=True, size=state.numel(), dtype=state.dtype).view(state.shape)
+            finally:
+                file.unlink(missing_ok=True)  # the system frees the space when the tensor is freed or the process ends
         return mapped.copy_(state)
 
     @torch.no_grad()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nla.machine.cache import Cache, digest, file_digest
+from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError, require_integer
+from nla.machine.files import file_digest, version_of
 from nla.models.base import Model, Sample, VisionModel
 from tasks.data.base import Data
 
@@ -227,10 +228,9 @@ class HubImages(Images):
         self.items()
         root = self.path / self.folder
         files = sorted(path for path in root.glob("*/*") if path.is_file())
-        stats = [(str(path.relative_to(root)), path.stat()) for path in files]
-        key = digest([str(root.resolve()), [[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in stats]])
+        key = digest([str(root.resolve()), [[str(path.relative_to(root)), version_of(path)] for path in files]])
         known = cache.load_json("digests", key)
         if known is None:
             known = digest({str(path.relative_to(root)): file_digest(path) for path in files})
-            cache.store_json("digests", key, known)
+            cache.remember("digests", key, known)
         return known
