@@ -20,6 +20,7 @@ from nla.machine.cache import exclusive, write_atomically
 from nla.machine.errors import UserError
 from nla.machine.provenance import environment
 from nla.models.select import linear_specs
+from nla.models.weights import require_finite
 from nla.stages.allocate import allocated
 from nla.stages.calibrate import measure_inputs, sample
 from nla.stages.draw import draw
@@ -47,17 +48,26 @@ def run(settings: dict[str, Any], command: str | None = None, arguments: Sequenc
     if prepared.values["dry_run"]:
         report.show_plan(prepared)
         return None
+    prepared.model.inspect(prepared.cache)
     made_from = make_up(prepared.values, prepared.inputs)
     name = signature(prepared.values, made_from)
     folder = Path(prepared.values["outputs_dir"]) / "runs" / run_name(prepared.values, name)
-    with exclusive(folder / ".lock"):
-        if (folder / "record.json").exists():
-            record = read_record(folder)
-            if record.status == "done" and record.signature == name:
-                report.show_result(record, folder, "from the record; delete its folder to run again")
-                return record
+    if not finished(folder, name):
         prepared.check_inputs()
-        return carry_out(prepared, name, made_from, command, folder)
+        with exclusive(folder / ".lock"):
+            if not finished(folder, name):  # by another process that had the lock
+                return carry_out(prepared, name, made_from, command, folder)
+    record = read_record(folder)
+    report.show_result(record, folder, "from the record; delete its folder to run again")
+    return record
+
+
+def finished(folder: Path, name: str) -> bool:
+    """Whether the folder has the record of a run that was done under this signature."""
+    if not (folder / "record.json").exists():
+        return False
+    record = read_record(folder)
+    return record.status == "done" and record.signature == name
 
 
 def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: str | None, folder: Path) -> RunRecord:
@@ -95,6 +105,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
+        require_finite(model.module)
     before, dense_bits = count_parameters(model.module), count_bits(model.module)
     dense = state_of(prepared, model)
 
