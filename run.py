@@ -1,5 +1,6 @@
 """Compress a model and measure it: `python run.py --help`."""
 
+import os
 import sys
 
 import hydra
@@ -14,10 +15,13 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors arrive below, and are told in words
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from here")
+    except Exception as error:
+        jobs.refuse(error)
     except SystemExit as stopped:
         if stopped.code:
             jobs.explain_unknown_keys(sys.argv[1:])

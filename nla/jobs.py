@@ -12,11 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nla.harness.settings import check_settings
 from nla.machine.errors import NonFiniteError, UserError
@@ -25,6 +23,7 @@ log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FAILED = 2
 _exit_code = 0
+_fault: Exception | None = None  # an error of a job that is the program's, not the user's
 
 
 def exit_code() -> int:
@@ -34,10 +33,10 @@ def exit_code() -> int:
 
 def attempt(cfg: DictConfig) -> None:
     """Run one job. An error that the user can correct is logged as one line. In a sweep, no error stops the other jobs."""
-    global _exit_code
+    global _exit_code, _fault
     settings = HydraConfig.get()
     sweeping = settings.mode == RunMode.MULTIRUN
-    outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
+    outcome: dict[str, Any] = {"overrides": OmegaConf.to_container(settings.overrides.task)}
     try:
         checked = check_settings(cfg)
         from nla.pipeline import run
@@ -52,6 +51,7 @@ def attempt(cfg: DictConfig) -> None:
         outcome["error"], _exit_code = str(error), FAILED
     except Exception as error:
         if not sweeping:
+            _fault = error
             raise
         log.exception("this job failed; the sweep continues")
         outcome["error"], _exit_code = f"{type(error).__name__}: {error}", FAILED
@@ -59,6 +59,19 @@ def attempt(cfg: DictConfig) -> None:
         folder = Path(settings.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"job-{settings.job.num}.json").write_text(json.dumps(outcome))
+
+
+def refuse(error: Exception) -> None:
+    """Say why Hydra could not compose the settings of a command line, and end with exit code 1.
+
+    Raises:
+        Exception: the error, if it is a fault of the program: it is shown with its traceback.
+    """
+    if error is _fault:
+        raise error
+    print(f"error: the settings {shlex.join(sys.argv[1:])} cannot be read: {str(error).strip()}", file=sys.stderr)
+    explain_unknown_keys(sys.argv[1:])
+    sys.exit(1)
 
 
 def sweep_name(settings: Any) -> str:
@@ -98,7 +111,7 @@ def explain_unknown_keys(arguments: list[str]) -> None:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", overrides=chosen)
-    except (HydraException, OmegaConfBaseException):
+    except Exception:  # what Hydra raises is not known
         return  # an option of a group is wrong, and Hydra has listed the allowed ones
     for key in keys:
         parent, _, name = key.rpartition(".")

@@ -132,6 +132,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
     for task in tasks:
         task.check(inventory)
+    check_samples(values, inventory)
     check_retraining(retraining, inventory, plan, values)
     return PreparedRun(
         settings=settings,
@@ -149,6 +150,13 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         tracker=build("track", values["track"]),
         cache=cache,
     )
+
+
+def check_samples(values: dict[str, Any], inventory: Inventory) -> None:
+    """Raise UserError if the samples of the statistics are longer than the model can read."""
+    length = values["statistics"]["length"]
+    if inventory.reads == "text" and length > inventory.limit:
+        raise UserError(f"statistics.length={length} is longer than the {inventory.limit} tokens the model can read")
 
 
 def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:

@@ -48,9 +48,14 @@ def refusal(work: Callable[[], object]) -> str:
     return said
 
 
+def last(*arguments: str) -> list[str]:
+    """The arguments without those that a later one of the same setting replaces."""
+    return list({argument.lstrip("~+").partition("=")[0]: argument for argument in arguments}.values())
+
+
 def attack(outputs: Path, expected: str, *arguments: str) -> str:
     """Run the request, which must be refused with words that fit `expected`, and must leave no run behind."""
-    said = refusal(lambda: run(check_settings(configuration(*arguments, f"outputs_dir={outputs}"))))
+    said = refusal(lambda: run(check_settings(configuration(*last(f"outputs_dir={outputs}", *arguments)))))
     assert re.search(expected, said), said
     assert not (outputs / "runs").exists(), list((outputs / "runs").rglob("*"))
     return said

@@ -155,3 +155,12 @@ def test_a_number_that_is_not_finite_is_an_error_that_names_the_tensor_before_an
     assert re.search(f"{expected}.*NaN or infinite.*{dtype}", said), said
     record = only_record(tmp_path)
     assert (record["status"], record["error"], record["metrics"]) == ("failed", said, {})
+
+
+@pytest.mark.parametrize("name", ["three layers of which two are there", "truncated weights", "a config that is a pipe"])
+def test_the_command_line_says_it_in_one_line_and_fails(name, cli, tmp_path):
+    folder = damaged(tmp_path, DAMAGED[name][0])
+    result = cli(*TEXT, "model=causal_lm", f"model.path={folder}", check=False)
+    assert result.returncode == 2 and not (tmp_path / "runs").exists()
+    (line,) = (result.stdout + result.stderr).splitlines()
+    assert re.match(f"error: .*{DAMAGED[name][1]}", line), line
