@@ -132,7 +132,8 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
     for task in tasks:
         task.check(inventory)
-    check_samples(values, inventory)
+    if used["statistics"]:
+        check_samples(values, inventory)
     check_retraining(retraining, inventory, plan, values)
     return PreparedRun(
         settings=settings,
