@@ -51,7 +51,7 @@ COPIES = {
 def test_a_damaged_copy_in_the_hubs_cache_is_refused_before_the_run(name, tmp_path, monkeypatch):
     damage, expected = COPIES[name]
     damage(hub_copy(monkeypatch, tmp_path, "facebook/opt-125m", model_folder("tiny_opt")))
-    attack(tmp_path / "outputs", expected, *TEXT, "model=opt_125m", *TINY_OPT)
+    attack(tmp_path / "outputs", expected, *TEXT, "model=opt_125m", "data=sotu", "calibration=sotu", *TINY_OPT)
 
 
 REFUSED = {
