@@ -1,5 +1,6 @@
 """Compress a model and measure it: `python run.py --help`."""
 
+import os
 import sys
 
 import hydra
@@ -15,6 +16,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors arrive below, and are told in words
     try:
         with stoppable():
             main()
@@ -22,6 +24,8 @@ if __name__ == "__main__":
         jobs.show_table()
         print(f"{stopped}; the same command continues from here", file=sys.stderr)
         leave(stopped)
+    except Exception as error:
+        jobs.refuse(error)
     except SystemExit as ended:
         jobs.show_table()
         if ended.code:

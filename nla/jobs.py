@@ -13,11 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nla.harness.settings import check_settings
 from nla.machine.ending import Stopped, die_with_parent, leave, stoppable
@@ -30,6 +28,7 @@ FAILED = 2
 _exit_code = 0
 _sweep: DictConfig | None = None  # the settings of the sweep that this process has launched, until its table is shown
 _unsaved: list[dict[str, Any]] = []  # outcomes of its jobs that could not be written
+_fault: Exception | None = None  # an error of a job that is the program's, not the user's
 
 
 def exit_code() -> int:
@@ -44,11 +43,11 @@ def attempt(cfg: DictConfig) -> None:
     Raises:
         Stopped: a signal told this process to stop. A process that runs jobs for another one ends here.
     """
-    global _exit_code
+    global _exit_code, _fault
     settings = HydraConfig.get()
     sweeping = settings.mode == RunMode.MULTIRUN
     for_another = sweeping and _sweep is None  # a launcher such as joblib has started this process
-    outcome: dict[str, Any] = {"overrides": list(settings.overrides.task)}
+    outcome: dict[str, Any] = {"overrides": OmegaConf.to_container(settings.overrides.task)}
     stopped: Stopped | None = None
     if for_another:
         die_with_parent(signal.SIGTERM)
@@ -61,6 +60,7 @@ def attempt(cfg: DictConfig) -> None:
         outcome["error"], stopped = str(error), error
     except Exception as error:
         if not sweeping:
+            _fault = error
             raise
         log.exception("this job failed; the sweep continues")
         outcome["error"], _exit_code = f"{type(error).__name__}: {error}", FAILED
@@ -99,6 +99,19 @@ def keep(outcome: dict[str, Any], settings: Any) -> None:
         _unsaved.append(outcome)
 
 
+def refuse(error: Exception) -> None:
+    """Say why Hydra could not compose the settings of a command line, and end with exit code 1.
+
+    Raises:
+        Exception: the error, if it is a fault of the program: it is shown with its traceback.
+    """
+    if error is _fault:
+        raise error
+    print(f"error: the settings {shlex.join(sys.argv[1:])} cannot be read: {str(error).strip()}", file=sys.stderr)
+    explain_unknown_keys(sys.argv[1:])
+    sys.exit(1)
+
+
 def sweep_name(settings: Any) -> str:
     """The experiment of a sweep, or the name of the sweep's folder, from Hydra's own settings."""
     return settings.runtime.choices.get("experiment") or Path(settings.sweep.dir).name
@@ -124,7 +137,7 @@ class SweepTable(Callback):
 
 
 def show_table() -> None:
-    """Log the table and draw the figure of the sweep that this process launched, once. It may have been stopped before its end."""
+    """Log the table and draw the figure of the sweep that this process launched, once. It may have been stopped early."""
     global _exit_code, _sweep
     if _sweep is None:
         return
@@ -153,7 +166,7 @@ def explain_unknown_keys(arguments: list[str]) -> None:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", overrides=chosen)
-    except (HydraException, OmegaConfBaseException):
+    except Exception:  # what Hydra raises is not known
         return  # an option of a group is wrong, and Hydra has listed the allowed ones
     for key in keys:
         parent, _, name = key.rpartition(".")

@@ -20,6 +20,7 @@ from nla.machine.errors import UserError
 from nla.machine.files import exclusive, naming, reserved, write_atomically
 from nla.machine.provenance import environment
 from nla.models.select import linear_specs
+from nla.models.weights import require_finite
 from nla.stages.allocate import allocated
 from nla.stages.calibrate import measure_inputs, sample
 from nla.stages.draw import draw
@@ -52,15 +53,16 @@ def answer(settings: dict[str, Any], command: str | None, arguments: Sequence[st
     if prepared.values["dry_run"]:
         report.show_plan(prepared)
         return None
+    prepared.model.inspect(prepared.cache)
     made_from = make_up(prepared.values, prepared.inputs)
     name = signature(prepared.values, made_from)
     folder = Path(prepared.values["outputs_dir"]) / "runs" / run_name(prepared.values, name)
     record = finished_record(folder, name)  # without a lock, so that a folder that may not be written shows it
     if record is None:
+        prepared.check_inputs()
         with exclusive(folder / ".lock"):
             record = finished_record(folder, name)  # another process may just have written it
             if record is None:
-                prepared.check_inputs()
                 return carry_out(prepared, name, made_from, command, folder)
     report.show_result(record, folder, "from the record; delete its folder to run again")
     return record
@@ -103,6 +105,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
+        require_finite(model.module)
     before, dense_bits = count_parameters(model.module), count_bits(model.module)
     dense = state_of(prepared, model)
 

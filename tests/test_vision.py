@@ -114,7 +114,7 @@ def test_a_local_state_dict_reloads_bit_equal(tiny, tmp_path, form):
         key = form.partition(" under ")[2]
         torch.save({key: weights} if key else {"model": old_names(weights)} if form == "old names" else weights, path)
     model, cache = local(tmp_path if form == "folder" else path), Cache(tmp_path / "cache")
-    model.check("float32", cache)
+    model.inspect(cache)
     loaded = model.load("cpu", "float32", cache).module.state_dict()
     assert loaded.keys() == weights.keys() and all(torch.equal(loaded[k], weights[k]) for k in weights)
     before = model.identity(cache)
@@ -126,19 +126,19 @@ def test_weights_that_do_not_fit_are_an_error_that_names_the_key(tiny, tmp_path)
     weights, file = tiny.module.state_dict(), tmp_path / "weights.pth"
     head = weights["head.fc.bias"]
     for changed, message in (
-        ({k: v for k, v in weights.items() if k != "norm.weight"}, r"it has no norm\.weight"),
-        (weights | {"extra": head}, r"model, which has no extra"),
-        (weights | {"head.fc.bias": head[:7]}, r"head\.fc\.bias is 7 in the file and 10 in the model"),
+        ({k: v for k, v in weights.items() if k != "norm.weight"}, r"lack 1 tensor of the model, such as norm\.weight"),
+        (weights | {"extra": head}, r"have 1 tensor that the model does not have, such as extra"),
+        (weights | {"head.fc.bias": head[:7]}, r"head\.fc\.bias \(7 in the file, 10 in the model\)"),
         ({"epoch": 3}, "something else than the names and tensors"),
     ):
         torch.save(changed, file)
         with pytest.raises(UserError, match=message):
-            local(file).check("float32", Cache(tmp_path))
+            local(file).inspect(Cache(tmp_path))
         with pytest.raises(UserError, match=message):
             local(file).load("cpu", "float32", Cache(tmp_path))
     torch.save(old_names(weights), file)
-    with pytest.raises(UserError, match=r"relative_position_bias_table is 9x2 in the file and 49x2 in the model"):
-        local(file, "model.architecture.window_size=4").check("float32", Cache(tmp_path))  # timm would have interpolated it
+    with pytest.raises(UserError, match=r"relative_position_bias_table \(9x2 in the file, 49x2 in the model\)"):
+        local(file, "model.architecture.window_size=4").inspect(Cache(tmp_path))  # timm would have interpolated it
 
 
 def test_a_file_that_is_no_weights_and_a_folder_without_are_errors_with_their_names(tmp_path):
@@ -150,7 +150,7 @@ def test_a_file_that_is_no_weights_and_a_folder_without_are_errors_with_their_na
         ("none", "not a file or folder"),
     ):
         with pytest.raises(UserError, match=rf"{path}.*({message})"):
-            local(tmp_path / path).check("float32", Cache(tmp_path))
+            local(tmp_path / path).inspect(Cache(tmp_path))
 
 
 def test_an_untrained_swin_reloads_bit_equal_without_touching_the_global_seed(tiny, tmp_path):

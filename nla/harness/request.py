@@ -78,7 +78,7 @@ class PreparedRun:
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError if weights, data, the cache or enough GPUs are not available. Missing weights and data are all named."""
+        """Raise UserError if weights, data, the cache or enough GPUs are missing. Missing weights and data are all named."""
         processes, there = self.retraining.processes, torch.cuda.device_count()
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
@@ -133,6 +133,8 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
     for task in tasks:
         task.check(inventory)
+    if used["statistics"]:
+        check_samples(values, inventory)
     check_retraining(retraining, inventory, plan, values)
     return PreparedRun(
         settings=settings,
@@ -150,6 +152,13 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         tracker=build("track", values["track"]),
         cache=cache,
     )
+
+
+def check_samples(values: dict[str, Any], inventory: Inventory) -> None:
+    """Raise UserError if the samples of the statistics are longer than the model can read."""
+    length = values["statistics"]["length"]
+    if inventory.reads == "text" and length > inventory.limit:
+        raise UserError(f"statistics.length={length} is longer than the {inventory.limit} tokens the model can read")
 
 
 def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Checks the plain values at the top of the configuration, before heavy packages are imported."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,9 +25,9 @@ class Select(BaseModel):
 class Statistics(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     data: Group
-    windows: Annotated[int, Field(ge=1)]
+    windows: Annotated[int, Field(ge=1, le=1_000_000)]
     length: Annotated[int, Field(ge=2)]
-    fisher_windows: Annotated[int, Field(ge=1)]
+    fisher_windows: Annotated[int, Field(ge=1, le=1_000_000)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     offload: bool
     collect: list[Statistic]
@@ -80,6 +81,7 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
     """
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        require_plain(values)
         return with_model_name(with_one_target(Settings.model_validate(values).model_dump()))
     except InterpolationKeyError as error:
         for kind, choices in SETS.items():
@@ -87,15 +89,34 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
                 raise UserError(
                     f"task={cfg_task(cfg)} needs {kind}: data={choices}; several tasks may take several, data=[sotu,everyday]"
                 ) from error
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(map(str, first["loc"]))
         field = Settings.model_fields.get(setting)
+        if first["type"] == "missing":
+            raise UserError(f"{setting} is missing; take ~{setting} off the command line") from error
         meaning = f" ({field.description})" if field and field.description else ""
         raise UserError(f"{setting}={first['input']} is not allowed{meaning}: {first['msg'].lower()}") from error
+
+
+def require_plain(values: Any, setting: str = "") -> None:
+    """Raise UserError, which names the setting, for a value that no setting can have, at any depth.
+
+    These are numbers that are not finite, whole numbers beyond 64 bits, and names of files and folders that are empty, which
+    would be the current folder.
+    """
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            require_plain(value, f"{setting}.{key}" if setting else str(key))
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise UserError(f"{setting}={values} is not allowed: it must be a finite number")
+    elif isinstance(values, int) and abs(values) >= 2**63:
+        raise UserError(f"{setting}={values} is not allowed: whole numbers are below {2**63}")
+    elif values == "" and setting.endswith(("path", "_dir")):
+        raise UserError(f"{setting}= is empty; name a file or folder, or leave it out")
 
 
 def with_one_target(values: dict[str, Any]) -> dict[str, Any]:

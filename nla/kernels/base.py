@@ -157,7 +157,8 @@ class Kernel(ABC):
 
         if triplets(self.r) >= self.min_h:
             return triplets(self.r), self.r
-        r = max((r for r in range(1, self.r + 1) if triplets(r) >= self.min_h or r == 1), key=lambda r: (triplets(r) * r, r))
+        most = min(self.r, n_params // (out_features + in_features))  # a larger r allows no triplet
+        r = max((r for r in range(1, most + 1) if triplets(r) >= self.min_h), key=lambda r: (triplets(r) * r, r), default=1)
         return triplets(r), r
 
 

@@ -1,13 +1,16 @@
 """The interface of a source of models: an inventory without weights, and the model itself."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError
@@ -15,6 +18,7 @@ from nla.machine.provenance import code_digest, computing_packages
 from nla.models.select import LinearSpec, linear_specs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_MODULES = 10_000  # a second's work; 750 layers of LLaMA have as many
 
 
 class Sample(NamedTuple):
@@ -93,6 +97,24 @@ class Inventory:
     limit: int
 
 
+@contextmanager
+def few_modules() -> Iterator[None]:
+    """Context in which a model of more than MOST_MODULES modules is an error, because building it would take minutes."""
+    made = 0
+
+    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal made
+        made += 1
+        if made > MOST_MODULES:
+            raise UserError(f"the model's configuration describes more than {MOST_MODULES} modules; use fewer layers")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class ModelSource(ABC):
     """A source that one model is loaded from."""
 
@@ -114,6 +136,12 @@ class ModelSource(ABC):
     def check(self, dtype: str, cache: Cache) -> None:
         """Raise UserError, with one sentence, if load() cannot succeed."""
 
+    def inspect(self, cache: Cache) -> None:  # noqa: B027 (most sources have nothing to inspect)
+        """Raise UserError, with one sentence, if files on this machine cannot be loaded as this model. It takes seconds.
+
+        It is called first, because digests of large files take longer.
+        """
+
     def identity(self, cache: Cache) -> str:
         """Digest of the weights for a run's signature; empty if the configuration determines the weights."""
         return ""
@@ -129,9 +157,16 @@ class ModelSource(ABC):
         known = cache.load_json("inventories", key)
         if known is None:
             try:
-                model, limit = self.empty(configuration)
-            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-                raise UserError(f"the model's configuration describes no model that can be built: {error!r}") from error
+                with few_modules():
+                    model, limit = self.empty(configuration)
+            except UserError:
+                raise
+            except Exception as error:  # what the makers of models raise for a wrong value is not known
+                reason = shorten(repr(error), 300)
+                raise UserError(f"the model's configuration describes no model that can be built: {reason}") from error
+            empty = [spec.name for spec in linear_specs(model) if not spec.n_params]
+            if empty:
+                raise UserError(f"the model's configuration gives {empty[0]} a size of 0; correct its widths")
             known = {
                 "linears": [astuple(spec) for spec in linear_specs(model)],
                 "parameters": sum(p.numel() for p in model.parameters()),

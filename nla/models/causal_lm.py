@@ -1,6 +1,5 @@
 """Causal language models from the hub or a local folder."""
 
-import json
 import logging
 import shutil
 import sys
@@ -14,6 +13,9 @@ from torch import nn
 from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError
 from nla.models.base import DTYPES, LanguageModel, ModelSource
+from nla.models.files import IncompleteError, weight_files
+from nla.models.folder import faults, inspect_folder, read_config, require_buildable
+from nla.models.weights import require_fit
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +38,53 @@ class CausalLM(ModelSource):
 
 def from_architecture(architecture: dict[str, Any]) -> Any:
     """A transformers model with random weights, on torch's default device (see `torch.device` as a context)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_config(configuration_of(architecture))
+
+
+def configuration_of(architecture: dict[str, Any]) -> Any:
+    """The transformers configuration with these values. Raises UserError if building its model is not safe."""
+    from transformers import AutoConfig
+
+    require_buildable(architecture)
     settings = {key: value for key, value in architecture.items() if key != "model_type"}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture["model_type"], **settings))
+    return AutoConfig.for_model(architecture["model_type"], **settings)
+
+
+def require_described(folder: Path, architecture: dict[str, Any]) -> None:
+    """Raise UserError if the folder's config.json differs from the settings `model.architecture`, which are in the record."""
+    asked, found = configuration_of(architecture), configuration_of(read_config(folder))
+    for key in architecture:
+        here, there = getattr(asked, key), getattr(found, key, None)
+        if here != there:
+            raise UserError(
+                f"model.architecture.{key}={here}, but the weights in {folder} were made with {key}={there}; "
+                "leave the setting, or give other weights"
+            )
 
 
 def load_pretrained(
     source: str, device: str, dtype: str, device_map: str | None = None, revision: str = "main"
 ) -> LanguageModel:
-    """A model in evaluation mode and its tokeniser, from a local folder or the hub name `source`."""
+    """A model in evaluation mode and its tokeniser, from a local folder or the hub name `source`.
+
+    Raises:
+        UserError: the weights lack tensors of the model, which transformers would fill with random numbers, or have others.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, dtype=DTYPES[dtype], device_map=device_map, trust_remote_code=False
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        dtype=DTYPES[dtype],
+        device_map=device_map,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are an error here
+        output_loading_info=True,
     )
+    model, found = loaded
+    require_fit(source, *faults(found))
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if device_map is None:
         model.to(torch.device(device))  # type: ignore[arg-type]
@@ -86,21 +120,14 @@ class HubModel(CausalLM):
         self.architecture = architecture
 
     def configuration(self, cache: Cache) -> dict[str, Any]:
-        if self.path is None:
-            if self.architecture is None:
-                raise UserError(
-                    "model.path is missing; give model.path=<folder that save_pretrained wrote, with config.json, "
-                    "*.safetensors and the tokeniser>"
-                )
-            return self.architecture
-        file = self.path / "config.json"
-        if not file.is_file():
-            state = "has no config.json" if self.path.is_dir() else "is not a folder"
+        if self.path is not None:
+            return read_config(self.path)
+        if self.architecture is None:
             raise UserError(
-                f"model.path={self.path} {state}; give a folder that save_pretrained wrote, "
-                "with config.json, *.safetensors and the tokeniser"
+                "model.path is missing; give model.path=<folder that save_pretrained wrote, with config.json, "
+                "*.safetensors and the tokeniser>"
             )
-        return json.loads(file.read_text())
+        return self.architecture
 
     def identity(self, cache: Cache) -> str:
         if self.path is None:
@@ -108,12 +135,14 @@ class HubModel(CausalLM):
         files = sorted(p for p in self.path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model"})
         return digest({p.name: cache.file_digest(p) for p in files})
 
+    def inspect(self, cache: Cache) -> None:
+        folder = self.path or self.downloaded()
+        if folder is not None:
+            require_described(folder, self.configuration(cache))
+            inspect_folder(folder, self.empty(self.configuration(cache))[0])
+
     def check(self, dtype: str, cache: Cache) -> None:
-        if self.path is not None:
-            if not any(self.path.glob("*.safetensors")) and not any(self.path.glob("*.bin")):
-                raise UserError(f"model.path={self.path} holds no weights (*.safetensors)")
-            return
-        if self.is_downloaded():
+        if self.path is not None or self.downloaded():
             return
         size = self.inventory(cache).parameters * DTYPES[dtype].itemsize / 1e9
         lack = hub_refusal(self.name, self.revision) or disk_refusal(size)
@@ -124,12 +153,18 @@ class HubModel(CausalLM):
             )
         log.info("fetching %s (%.1f GB, licence: %s)", self.name, size, self.licence)
 
-    def is_downloaded(self) -> bool:
-        """Whether the hub's cache on this machine has the model's weights."""
+    def downloaded(self) -> Path | None:
+        """The folder of the model in the hub's cache on this machine, or None if files of weights are missing."""
         from huggingface_hub import try_to_load_from_cache
 
-        names = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
-        return any(isinstance(try_to_load_from_cache(self.name, n, revision=self.revision), str) for n in names)
+        config = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        if not isinstance(config, str):
+            return None
+        try:
+            weight_files(Path(config).parent)
+        except IncompleteError:
+            return None
+        return Path(config).parent
 
     def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
         return load_pretrained(str(self.path or self.name), device, dtype, self.device_map, self.revision)

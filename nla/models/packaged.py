@@ -13,7 +13,7 @@ from nla.machine.errors import UserError
 from nla.machine.files import file_digest
 from nla.machine.sealed_folder import sealed_folder
 from nla.models.base import LanguageModel
-from nla.models.causal_lm import CausalLM, load_pretrained
+from nla.models.causal_lm import CausalLM, load_pretrained, require_described
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class PackagedModel(CausalLM):
         return self.architecture
 
     def check(self, dtype: str, cache: Cache) -> None:
-        self.folder(cache)
+        require_described(self.folder(cache), self.architecture)
 
     def load(self, device: str, dtype: str, cache: Cache) -> LanguageModel:
         return load_pretrained(str(self.folder(cache)), device, dtype)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from nla.machine.cache import Cache
+from nla.machine.errors import require_integer
 from nla.models import vision
 from nla.models.base import DTYPES, LanguageModel, VisionModel
 from nla.models.causal_lm import CausalLM, from_architecture
@@ -14,6 +15,7 @@ class UntrainedModel(CausalLM):
     """A model of any transformers architecture, with random weights from `weights_seed`."""
 
     def __init__(self, name: str, weights_seed: int, dtype: str, architecture: dict[str, Any]) -> None:
+        require_integer("model.weights_seed", weights_seed, 0)
         self.architecture, self.weights_seed = dict(architecture), weights_seed
 
     def configuration(self, cache: Cache) -> dict[str, Any]:
@@ -33,6 +35,7 @@ class UntrainedVision(vision.ImageClassifier):
     """A model of any timm architecture, with random weights from `weights_seed`."""
 
     def __init__(self, name: str, weights_seed: int, dtype: str, architecture: dict[str, Any]) -> None:
+        require_integer("model.weights_seed", weights_seed, 0)
         self.architecture, self.weights_seed = dict(architecture), weights_seed
 
     def configuration(self, cache: Cache) -> dict[str, Any]:

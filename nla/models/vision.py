@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError
 from nla.models.base import DTYPES, ModelSource, VisionModel
 from nla.models.causal_lm import disk_refusal, hub_refusal
+from nla.models.files import require_file
+from nla.models.weights import require_fit, require_numbers
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class ImageClassifier(ModelSource):
@@ -30,14 +34,14 @@ class ImageClassifier(ModelSource):
         return module, module.num_classes
 
 
-def from_architecture(architecture: dict[str, Any], weights_seed: int = 0, **options: Any) -> Any:
-    """A timm model on torch's default device. Random weights come from `weights_seed`; `options` go to timm.create_model."""
+def from_architecture(architecture: dict[str, Any], weights_seed: int = 0) -> Any:
+    """A timm model on torch's default device, with random weights from `weights_seed`."""
     import timm
 
     settings = {key: value for key, value in architecture.items() if key != "model"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(weights_seed)
-        return timm.create_model(architecture["model"], **settings, **options)
+        return timm.create_model(architecture["model"], **settings)
 
 
 def classifier(module: nn.Module, device: str, dtype: str) -> VisionModel:
@@ -83,17 +87,18 @@ class TimmModel(ImageClassifier):
         given = {key: value for key, value in self.architecture.items() if value is not None}
         return read_architecture(weights_file(self.path).with_name("config.json")) | given
 
+    def inspect(self, cache: Cache) -> None:
+        file = self.downloaded() if self.path is None else weights_file(self.path)
+        if file is not None:
+            fitting(file, read_weights(file), self.empty(self.configuration(cache))[0])
+
     def identity(self, cache: Cache) -> str:
         if self.path is None:
             return ""
         return digest([cache.file_digest(weights_file(self.path)), self.configuration(cache)])
 
     def check(self, dtype: str, cache: Cache) -> None:
-        if self.path is not None:
-            file = weights_file(self.path)
-            require_fit(file, read_weights(file), self.empty(self.configuration(cache))[0])
-            return
-        if self.is_downloaded():
+        if self.path is not None or self.downloaded():
             return
         size = self.inventory(cache).parameters * 4 / 1e9  # published in fp32
         memory = size * DTYPES[dtype].itemsize / 4
@@ -105,17 +110,23 @@ class TimmModel(ImageClassifier):
             )
         log.info("fetching %s (%.1f GB, licence: %s)", self.name, size, self.licence)
 
-    def is_downloaded(self) -> bool:
-        """Whether the hub's cache on this machine has the model's weights."""
+    def downloaded(self) -> Path | None:
+        """The file of the weights in the hub's cache on this machine, if it is there."""
         from huggingface_hub import try_to_load_from_cache
 
-        files = ("model.safetensors", "pytorch_model.bin")
-        return any(isinstance(try_to_load_from_cache(self.name, file), str) for file in files)
+        found = (try_to_load_from_cache(self.name, file) for file in HUB_FILES)
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+
+    def fetched(self) -> Path:
+        """The file of the weights, from the hub or its cache."""
+        from huggingface_hub import hf_hub_download, list_repo_files
+
+        there = list_repo_files(self.name)
+        return Path(hf_hub_download(self.name, next(file for file in HUB_FILES if file in there)))
 
     def load(self, device: str, dtype: str, cache: Cache) -> VisionModel:
-        module = from_architecture(self.configuration(cache), pretrained=self.path is None)
-        if self.path is not None:
-            load_weights(module, weights_file(self.path))
+        module = from_architecture(self.configuration(cache))
+        load_weights(module, weights_file(self.path) if self.path is not None else self.downloaded() or self.fetched())
         return classifier(module, device, dtype)
 
 
@@ -125,16 +136,17 @@ def read_architecture(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file does not exist, or timm did not write it.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise UserError(
             f"{file} does not exist; give model.architecture.model=<timm's name of the model> and "
             "model.architecture.num_classes=<number of classes>"
         )
+    require_file(file)
     try:
         config = json.loads(file.read_text())
         preparation = config["pretrained_cfg"] | {"num_classes": config["num_classes"]}  # of images, and classes
         return config.get("model_args", {}) | {"model": config["architecture"], "pretrained_cfg": preparation}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file} is not as timm's save_for_hf writes it, with architecture, num_classes and pretrained_cfg ({error!r}); "
             "model=causal_lm reads folders of transformers"
@@ -154,6 +166,7 @@ def weights_file(path: Path) -> Path:
     for suffix in WEIGHTS:
         found = sorted(path.glob(f"*{suffix}"))
         if len(found) == 1:
+            require_file(found[0])
             return found[0]
         if found:
             raise UserError(f"model.path={path} holds {len(found)} files *{suffix}; name the one to load")
@@ -185,28 +198,24 @@ def load_weights(module: nn.Module, file: Path) -> None:
     """Load all weights of the model from the file, in place.
 
     Raises:
-        UserError: the file lacks a weight, or has an unknown one or one of another shape; it names the first such weight.
+        UserError: the file lacks a weight, or has an unknown one or one of another shape; it counts and names them.
     """
-    module.load_state_dict(require_fit(file, read_weights(file), module))
+    module.load_state_dict(fitting(file, read_weights(file), module))
 
 
-def require_fit(file: Path, weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+def fitting(file: Path, weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The weights under the names of this module. Raises UserError if they do not fit (see `load_weights`)."""
     wanted = module.state_dict()
     if weights.keys() != wanted.keys():
         weights = renamed(weights, module)
-    for name in [*wanted, *weights]:
-        if name not in weights:
-            raise UserError(f"{file} does not fit the model: it has no {name}; set model.architecture to what it was made from")
-        if name not in wanted:
-            raise UserError(
-                f"{file} does not fit the model, which has no {name}; set model.architecture to what it was made from"
-            )
-        if weights[name].shape != wanted[name].shape:
-            raise UserError(
-                f"{file} does not fit the model: {name} is {shape(weights[name])} in the file and {shape(wanted[name])} in the "
-                "model; set model.architecture to what it was made from"
-            )
+    require_numbers(str(file), weights)
+    require_fit(
+        str(file),
+        [name for name in wanted if name not in weights],
+        [name for name in weights if name not in wanted],
+        [(n, weights[n].shape, t.shape) for n, t in wanted.items() if n in weights and weights[n].shape != t.shape],
+        "set model.architecture to what they were made from",
+    )
     return weights
 
 
@@ -221,8 +230,3 @@ def renamed(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     except (KeyError, RuntimeError, AttributeError, ValueError):  # not weights of this architecture
         return weights
     return {name: value if id(value) in tensors else weights.get(name, value) for name, value in found.items()}
-
-
-def shape(tensor: Tensor) -> str:
-    """The shape of a tensor for messages, such as `49x2`."""
-    return "x".join(map(str, tensor.shape)) or "a number"

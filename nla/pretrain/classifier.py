@@ -52,6 +52,7 @@ class MicroModel(ImageClassifier):
         architecture: dict[str, Any],
     ) -> None:
         require_integer("model.batch", batch, 1)
+        require_integer("model.weights_seed", weights_seed, 0)
         require_integer("model.shift", shift, 0)
         self.training: Images = training_set("calibration", training, "images")
         self.name, self.weights_seed, self.batch, self.shift = name, weights_seed, batch, shift
@@ -95,7 +96,9 @@ class MicroModel(ImageClassifier):
             train(whole_model(model.module), model.loss, batches, self.recipe, cache, key, f"training {self.name}")
             save_file({name: p.contiguous() for name, p in model.module.state_dict().items()}, folder / "model.safetensors")
 
-        return sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)
+        made = sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)
+        cache.remove("trainings", key)  # the checkpoint of the training, which is finished
+        return made
 
     def batches(self, items: Items, model: VisionModel) -> Callable[[int], list[Sample]]:
         """A function: step -> its micro-batches, which depend on the seed and the step alone."""

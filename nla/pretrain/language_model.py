@@ -51,6 +51,7 @@ class MicroLanguageModel(CausalLM):
         architecture: dict[str, Any],
     ) -> None:
         require_integer("model.batch", batch, 1)
+        require_integer("model.weights_seed", weights_seed, 0)
         self.training: Text = training_set("model.training", training, "text")
         self.name, self.weights_seed, self.batch = name, weights_seed, batch
         self.recipe, self.architecture = Recipe(**recipe), dict(architecture)
@@ -91,7 +92,9 @@ class MicroLanguageModel(CausalLM):
             model.module.save_pretrained(folder)  # type: ignore[operator]
             tokenizer.save_pretrained(folder)
 
-        return sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)
+        made = sealed_folder(cache, "models", f"{self.name}-{key[:16]}", make)
+        cache.remove("trainings", key)  # the checkpoint of the training, which is finished
+        return made
 
     def batches(self, tokens: Tensor) -> Callable[[int], list[Sample]]:
         """A function: step -> its micro-batches, random windows of the text that depend on the seed and the step alone."""

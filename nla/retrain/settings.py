@@ -7,6 +7,7 @@ from nla.machine.errors import UserError, require_at_least_zero, require_choice,
 from nla.training.loop import Recipe
 
 PARTS = ["triplets", "A", "B", "mu", "linear_term", "norms", "biases", "everything"]
+MOST_SAMPLES = 1_000_000  # of a step
 
 
 class Retraining:
@@ -95,6 +96,8 @@ class Retraining:
             raise UserError(f"retrain.linear_term={linear_term} is zero until trained; name it in retrain.train={train}")
         if steps % len(train):
             raise UserError(f"retrain.steps={steps} must be a multiple of the {len(train)} stages of retrain.train={train}")
+        if batch > MOST_SAMPLES:
+            raise UserError(f"retrain.batch={batch} must be {MOST_SAMPLES} at most")
         if batch % micro:
             raise UserError(f"retrain.batch={batch} must be a multiple of retrain.micro={micro}: micro-batches count the same")
         if batch // micro % processes:

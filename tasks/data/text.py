@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import zlib
 from abc import abstractmethod
 from functools import cached_property
 from itertools import islice
@@ -147,7 +148,7 @@ class Corpus(Text):
         if self.path.is_file():
             return [self.path]
         pattern = self.splits[self.split]["files"]
-        found = sorted(self.path.glob(pattern))
+        found = sorted(file for file in self.path.glob(pattern) if file.is_file())
         if not found:
             state = f"has no file like {pattern}" if self.path.is_dir() else "is not a file or folder"
             setting = f"{self.group}.text.splits.{self.split}.files"
@@ -155,23 +156,31 @@ class Corpus(Text):
         return found
 
     def read(self, file: Path) -> list[str]:
+        """The documents in a local file. Raises UserError if it cannot be read, or if a document is not text."""
+        wanted = f"text in UTF-8, or .jsonl, .jsonl.gz or .parquet with the field {self.field}"
         try:
-            if file.suffix == ".parquet":
-                import pandas as pd
-
-                return list(pd.read_parquet(file, columns=[self.field])[self.field])
-            opened = gzip.open if file.suffix == ".gz" else open
-            with opened(file, "rt", encoding="utf-8") as stream:
-                if ".json" in file.suffixes or ".jsonl" in file.suffixes:
-                    return [json.loads(line)[self.field] for line in islice(stream, self.first) if line.strip()]
-                if self.lines == "text":
-                    return [stream.read()]
-                if self.lines == "stripped documents":
-                    return [line.strip() for line in stream]
-                return [line if line.strip() else "" for line in stream]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            wanted = f"text in UTF-8, or .jsonl, .jsonl.gz or .parquet with the field {self.field}"
+            found = self.contents(file)
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file} cannot be read as {wanted}: {error}") from error
+        for document in found:
+            if not isinstance(document, str):
+                raise UserError(f"{file} cannot be read as {wanted}: a document is {str(document)[:40]}, not text")
+        return found
+
+    def contents(self, file: Path) -> list[Any]:
+        if file.suffix == ".parquet":
+            import pandas as pd
+
+            return list(pd.read_parquet(file, columns=[self.field])[self.field])
+        opened = gzip.open if file.suffix == ".gz" else open
+        with opened(file, "rt", encoding="utf-8") as stream:
+            if ".json" in file.suffixes or ".jsonl" in file.suffixes:
+                return [json.loads(line)[self.field] for line in islice(stream, self.first) if line.strip()]
+            if self.lines == "text":
+                return [stream.read()]
+            if self.lines == "stripped documents":
+                return [line.strip() for line in stream]
+            return [line if line.strip() else "" for line in stream]
 
     def check(self) -> None:
         self.documents()
