@@ -52,8 +52,8 @@ def row_of(record: RunRecord, experiment: str, keys: tuple[str, ...], fixed: dic
     """The row of an experiment that has the settings of this run, or None.
 
     The row is composed from the experiment, `fixed` and the run's own values of `keys`. All other settings that change a
-    figure must be equal. `ratio` may have any value: `experiment=perplexity_llama7b ratio=0.2` makes another row. The other
-    keys have the values of the sweep.
+    figure must be equal. `ratio` may have any value: `experiment=perplexity_llama7b ratio=0.2` makes another row. No other
+    setting depends on it, so that rows of all ratios are composed once. The other keys have the values of the sweep.
     """
     usual, of_run = composed(f"experiment={experiment}"), labels(record.config)
     if not same_kind(usual, record.config) or any(of_run[key] != value for key, value in fixed.items()):
@@ -61,8 +61,9 @@ def row_of(record: RunRecord, experiment: str, keys: tuple[str, ...], fixed: dic
     row = {key: of_run[key] for key in keys}
     if row.get("ratio", 0) is None or any(of_run[key] not in values(experiment, key) for key in keys if key != "ratio"):
         return None
-    overrides = [f"{key}={value}" for key, value in (fixed | row).items()]
-    wanted = as_recorded(composed(f"experiment={experiment}", *overrides), record.config)
+    overrides = [f"{key}={value}" for key, value in (fixed | row).items() if key != "ratio"]
+    settings = composed(f"experiment={experiment}", *overrides)
+    wanted = as_recorded(settings | {"ratio": row.get("ratio", settings["ratio"])}, record.config)
     return tuple(row.values()) if equal(compared(wanted), compared(record.config)) else None
 
 

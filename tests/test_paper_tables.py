@@ -2,6 +2,7 @@
 
 import itertools
 from copy import deepcopy
+from functools import cache
 
 import pandas as pd
 import pytest
@@ -103,9 +104,12 @@ def recorded_config(cache_dir, experiment: str, row: dict[str, str]) -> dict:
 
 def measured(records: list[RunRecord]) -> dict[tuple[str, object], float]:
     """{(table, index): figure} of all cells of measured columns that are filled."""
+    return filled_cells({name: make(records) for name, make in TABLES.items()})
+
+
+def filled_cells(tables: dict[str, pd.DataFrame]) -> dict[tuple[str, object], float]:
     found = {}
-    for name, make in TABLES.items():
-        table = make(records)
+    for name, table in tables.items():
         for column in (c for c in table if c.startswith("measured")):
             found |= {(name, index): value for index, value in table[column].dropna().items()}
     return found
@@ -183,8 +187,8 @@ def test_a_run_with_any_other_setting_fills_no_cell(experiment, cache_dir):
     others = {key: changed(config, key, value) for key, value in OTHER.items()}
     wrong = {key: other for key, other in others.items() if other is not None}
     assert len(wrong) >= 8
-    for key, other in wrong.items():
-        assert not measured([made_up(other, 1.0)]), key
+    records = [made_up(other, 2.0 + i) for i, other in enumerate(wrong.values())]  # a filled cell shows which by its figure
+    assert not measured(records), list(wrong)
 
 
 @pytest.mark.parametrize("key", ["seed", "model.path", "device", "outputs_dir", "retrain.recompute", "retrain.processes"])
@@ -210,17 +214,16 @@ def test_runs_that_differ_in_their_data_alone_are_all_read_back(cache_dir, tmp_p
 
 def test_figures_of_a_small_model_stand_under_its_own_name_and_are_never_subtracted():
     records = load_records([IN_GIT])
-    assert not measured(records)
-    for make in TABLES.values():
-        table = make(records)
-        assert "difference" not in table or table["difference"].isna().all()
-    table = paper_tables.perplexity(records, "wikitext2")
+    tables = {name: make(records) for name, make in TABLES.items()}
+    assert not filled_cells(tables)
+    assert all("difference" not in table or table["difference"].isna().all() for table in tables.values())
+    table = tables["perplexity wikitext2"]
     twin = table[column_name("perplexity_smollm2")]
     assert twin.name == "smollm2_135m on sotu"
     assert twin[0.0, "Original"] == pytest.approx(20.617, abs=1e-3) and twin[0.2, "SVD-LLM"] > 20.7
     assert table.loc[(0.6, "SVD-LLM"), ["published by nla", "published by svd_llm"]].tolist() == [42.30, 66.62]
-    assert paper_tables.adaptive(records)["opt_small on sotu"].notna().all()
-    assert paper_tables.swin(records)["swin_micro_fashion on fashion_mnist: top1"].notna().all()
+    assert tables["adaptive"]["opt_small on sotu"].notna().all()
+    assert tables["swin"]["swin_micro_fashion on fashion_mnist: top1"].notna().all()
 
 
 def test_a_difference_is_the_measured_figure_minus_the_first_published_one(cache_dir):
@@ -244,7 +247,12 @@ def test_a_model_is_named_by_the_yaml_whose_settings_it_has(monkeypatch):
 def test_published_figures_carry_their_source_and_stand_in_a_table(table):
     published = paper(table)
     assert published["source"].str.contains(r"ICLR 202[56]").all() and len(sources()) == 2
-    shown = pd.concat([make([]).filter(like="published") for make in TABLES.values()])
-    values = {float(x) for x in shown.to_numpy().ravel() if pd.notna(x)}
     numbers = published.select_dtypes("number").drop(columns=["ratio"], errors="ignore").to_numpy().ravel()
-    assert {float(x) for x in numbers if pd.notna(x)} <= values
+    assert {float(x) for x in numbers if pd.notna(x)} <= shown_figures()
+
+
+@cache
+def shown_figures() -> set[float]:
+    """All published figures that the tables show."""
+    shown = pd.concat([make([]).filter(like="published") for make in TABLES.values()])
+    return {float(x) for x in shown.to_numpy().ravel() if pd.notna(x)}

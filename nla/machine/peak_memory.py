@@ -2,11 +2,11 @@
 
 import threading
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory:
@@ -49,11 +49,12 @@ class LiveTensors(TorchDispatchMode):
         self._lock = threading.RLock()  # a tensor may be freed while another is counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and id_of(leaf) not in before:
-                self._add(leaf.untyped_storage())
+        kwargs = kwargs or {}
+        before = {id_of(tensor) for tensor in tensors_in((*args, *kwargs.values()))}
+        result = func(*args, **kwargs)
+        for tensor in tensors_in((result,)):
+            if id_of(tensor) not in before:
+                self._add(tensor.untyped_storage())
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return result
 
@@ -69,6 +70,15 @@ class LiveTensors(TorchDispatchMode):
             if key not in self._known:
                 self._known[key] = weakref.ref(storage, freed)
                 self.live_bytes += size
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, also in lists. torch's own walk is many times slower."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from tensors_in(value)
 
 
 def id_of(tensor: torch.Tensor) -> int:

@@ -107,7 +107,7 @@ def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[
                 return result
             if together:
                 with on_the_cpu(model.module, prepared.device):
-                    train_together(prepared, key, show)
+                    train_together(prepared, key, show, [type(model).__module__, type(model.module).__module__])
             else:
                 train_here(prepared, model, key, show, OneProcess())
             result = load_retrained(prepared, model, key)

@@ -1,10 +1,13 @@
 """The processes that train one model together."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import all_reduce, broadcast, reduce
+from torch.distributed import all_reduce, broadcast, init_process_group, reduce
 
 
 class OneProcess:
@@ -34,12 +37,29 @@ class OneProcess:
         """Wait until all processes have called this method."""
 
 
-class SeveralProcesses(OneProcess):
-    """One of several processes, each with one GPU if there are GPUs. `accelerate` connects them."""
+@dataclass(frozen=True)
+class Place:
+    """The place of one process among `size` processes of this machine, which find one another by a file `meeting`."""
 
-    def __init__(self, device: str) -> None:
+    rank: int
+    size: int
+    meeting: Path
+
+
+class SeveralProcesses(OneProcess):
+    """One of several processes, each with one GPU if there are GPUs. `accelerate` gives each its device.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, device: str, place: Place) -> None:
         from accelerate import Accelerator
 
+        rank, size = str(place.rank), str(place.size)
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}  # accelerate reads them
+        backend = "gloo" if device == "cpu" else "nccl"
+        init_process_group(backend, f"file://{place.meeting}", rank=place.rank, world_size=place.size)
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = str(self.accelerator.device)
