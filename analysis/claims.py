@@ -1,7 +1,7 @@
 """`python -m analysis.claims`: whether the figures of README.md and FINDINGS.md are those of the records.
 
-analysis/claims.yaml says for each figure from which runs it is computed. Every other number in the two texts must be in its list
-of numbers that are not measured, or that have no record.
+analysis/claims.yaml says from which runs each figure is computed. Every other number in the two texts must be in its list of
+numbers that are not measured, or that have no record.
 """
 
 import re
@@ -15,16 +15,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from analysis.composed import ROOT
-from analysis.recorded import Figure, NoRecord, Run, described, formatted
+from analysis.recorded import Figure, NoRecordError, Run, described, formatted, printed_unit
 from analysis.records import IN_GIT, load_records
 
 YAML = Path(__file__).with_name("claims.yaml")
 FILES = ("README.md", "analysis/FINDINGS.md")
 NUMBER = r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
 PLACEHOLDER = re.compile(r"\{(\w*)\}")
-NO_FIGURES = re.compile(  # commands and code, links, numbers of sections and of points
-    r"```\n(?:python|make|class) .*?\n```|`[^`\n]+`|^\$ (?:.*\\\n)*.*|\]\([^)]*\)|^#+ \d+\.|^\d+\. |\b[Ff]indings? \d+(?: and \d+)?",
-    re.MULTILINE | re.DOTALL,
+COMMANDS = re.compile(r"^```\n(?:python|make|class) .*?\n```|^\$ (?:[^\n]*\\\n)*[^\n]*", re.MULTILINE | re.DOTALL)
+NO_FIGURES = re.compile(  # settings and code in a sentence, links, numbers of sections and of points
+    r"(?<!`)`[^`]+`(?!`)|\]\([^)]*\)|^#+ \d+\.|^\d+\. |\b[Ff]indings? \d+(?: and \d+)?", re.MULTILINE
 )
 Span = tuple[int, int]
 
@@ -39,7 +39,8 @@ class Claim(Strict):
     Attributes:
         text: the fragment; a line break or any number of spaces stands for a space.
         values: {placeholder: its Figure}. A text alone is the Figure's `run`.
-        usual: what the figures have in common. A figure's `run` is added to that of `usual`; all else replaces it.
+        usual: what the figures have in common. A figure's `run` is added to that of `usual`; all else replaces it. A Figure
+            under `to` has the same `run`, unless it has its own.
     """
 
     text: str
@@ -50,8 +51,10 @@ class Claim(Strict):
         found = {}
         for name, value in self.values.items():
             own = value if isinstance(value, dict) else {"run": value}
-            run = [*listed(self.usual.get("run", [])), *listed(own.get("run", []))]
-            found[name] = Figure.model_validate({**self.usual, **own, "run": run})
+            own = self.usual | own | {"run": [*listed(self.usual.get("run", [])), *listed(own.get("run", []))]}
+            if isinstance(own.get("to"), dict):
+                own["to"] = {"run": own["run"]} | own["to"]
+            found[name] = Figure.model_validate(own)
         return found
 
 
@@ -107,15 +110,16 @@ def check(claim: Claim, text: str, runs: list[Run]) -> Checked:
     for name, figure in figures.items():
         try:
             computed[name] = formatted(figure, runs)
-        except NoRecord as error:
+        except NoRecordError as error:
             problems.append(f"no record: {{{name}}}: {error}")
-    units = {name: figure.format.partition(" ")[2] for name, figure in figures.items()}
-    numbers = {name: f"{NUMBER} {re.escape(unit)}" if unit else NUMBER for name, unit in units.items()}
+    numbers = {name: NUMBER + re.escape(printed_unit(figure)) for name, figure in figures.items()}
     found = occurrences(claim.text, text, {name: re.escape(figure) for name, figure in computed.items()})
     if not found:
         found = occurrences(claim.text, text, numbers)
         names = PLACEHOLDER.findall(claim.text)
-        written = [(name, " ".join(group.split())) for match in found for name, group in zip(names, match.groups(), strict=True)]
+        written = [
+            (name, " ".join(group.split())) for match in found for name, group in zip(names, match.groups(), strict=True)
+        ]
         problems += [
             f"differs: {{{name}}}: the text has {old}, the records {computed[name]}"
             for name, old in written
@@ -140,6 +144,8 @@ def occurrences(fragment: str, text: str, figures: dict[str, str]) -> list[re.Ma
 def uncovered(file: str, text: str, claimed: Iterable[Span], lists: Iterable[Unclaimed]) -> list[str]:
     """The lines of a text with a number that is neither claimed nor listed, the number marked by >> <<."""
     known = [*claimed, *(match.span() for match in NO_FIGURES.finditer(text))]
+    for block in COMMANDS.finditer(text):  # commands, but not the comments behind them
+        known += [line.span() for line in re.compile(r"^[^#\n]*", re.MULTILINE).finditer(text, *block.span())]
     known += [span for listing in lists for span in listing.places(text)]
     lines = []
     for match in re.finditer(NUMBER, text):

@@ -123,7 +123,9 @@ def dotted(group: str, pairs: Iterable[Pair]) -> list[Pair]:
 def typed_settings(record: RunRecord) -> dict[str, str]:
     """{key: value} of a run as on its command line: what is always named, and all settings that differ from conf/."""
     config, named = record.config, run_settings(record)
-    found = {key: named[key] for key in ("model", "method", "ratio", "bits", "select", "data", "seed")} | {"task": named["tasks"]}
+    found = {key: named[key] for key in ("model", "method", "ratio", "bits", "select", "data", "seed")} | {
+        "task": named["tasks"]
+    }
     if "kernel" in config["method"]:
         found["kernel"] = named["kernel"]
     found |= changed_pairs(config, stepped=any(fit.steps for fit in record.fits))
