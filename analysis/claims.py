@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from analysis.composed import ROOT
 from analysis.recorded import Figure, NoRecordError, Run, described, formatted, printed_unit
@@ -46,6 +46,12 @@ class Claim(Strict):
     text: str
     values: dict[str, dict[str, Any] | str]
     usual: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def check_placeholders(self) -> "Claim":
+        if set(PLACEHOLDER.findall(self.text)) != set(self.values):
+            raise ValueError(f"the placeholders of {self.text!r} are not those of its values: {', '.join(self.values)}")
+        return self
 
     def figures(self) -> dict[str, Figure]:
         found = {}

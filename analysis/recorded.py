@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from analysis.settings import typed_settings
 from nla.harness.record import RunRecord
@@ -21,6 +21,7 @@ AGGREGATES: dict[str, Callable[[list[float]], float]] = {
     "first": lambda values: values[0], "last": lambda values: values[-1], "below 1": lambda values: sum(v < 1 for v in values),
 }  # fmt: skip
 Aggregate = Literal["mean", "std", "min", "max", "sum", "median", "count", "first", "last", "below 1"]
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "MB": 1e6, "GB": 1e9, "%": 1e-2, "minutes": 60.0}
 Run = tuple[dict[str, str], RunRecord]  # the settings as typed, and the record
 
 
@@ -51,10 +52,7 @@ class Figure(BaseModel):
     where: dict[str, str] = {}
     to: "str | Figure | None" = None
     of: Aggregate | None = None
-    format: str = "g"
-
-
-UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "MB": 1e6, "GB": 1e9, "%": 1e-2, "minutes": 60.0}
+    format: str = Field("g", pattern=rf"^[,.\dfg]+( \(?({'|'.join(UNITS)})\)?)?$")
 
 
 def formatted(figure: Figure, runs: list[Run]) -> str:

@@ -130,6 +130,19 @@ def test_what_is_wrong_with_a_text_is_said(text, listed, said):
     assert said in told(text, *listed)
 
 
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"text": "{a} and {b}", "values": {"a": "seed=0"}}, "placeholders of '{a} and {b}' are not those of its values: a"),
+        ({"text": "{a}", "values": {"a": {"figures": "x"}}}, "figures"),
+        ({"text": "{a}", "values": {"a": {"figure": "x", "format": ".1f miles"}}}, "format"),
+    ],
+)
+def test_a_claim_that_says_nothing_is_refused(claim, said):
+    with pytest.raises(ValueError, match=said):
+        Claim.model_validate(claim).figures()
+
+
 TYPED = {
     (): {},
     ("method=svd_llm", "ratio=0.5", "budget=adaptive", "schedule.interval=2", "budget.rank=score_per_parameter"): {
