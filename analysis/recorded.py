@@ -91,13 +91,19 @@ def matching(run: str | list[str], runs: list[Run]) -> list[RunRecord]:
     """The one record of every combination of these settings."""
     found = []
     for settings in combinations(run if isinstance(run, str) else " ".join(run)):
-        same = [record for typed, record in runs if is_run(settings, typed)]
+        same = [record for typed, record in runs if not differences(settings, typed)]
         if len(same) != 1:
+            asked = words(settings) or "the defaults"
+            near = min((differences(settings, typed) for typed, _ in runs), key=len, default={})
             raise NoRecordError(
-                f"{len(same) or 'no'} runs with {' '.join(f'{k}={v}' for k, v in settings.items()) or 'the defaults'}"
+                f"{len(same)} runs with {asked}" if same else f"no run with {asked}; the nearest has {words(near)}"
             )
         found += same
     return found
+
+
+def words(settings: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def combinations(run: str) -> list[dict[str, str]]:
@@ -106,10 +112,10 @@ def combinations(run: str) -> list[dict[str, str]]:
     return [dict(zip(named, values, strict=True)) for values in itertools.product(*(v.split(",") for v in named.values()))]
 
 
-def is_run(settings: dict[str, str], typed: dict[str, str]) -> bool:
-    """Whether a run has these settings, and the default of all others. It must have all that are named."""
+def differences(settings: dict[str, str], typed: dict[str, str]) -> dict[str, str]:
+    """What a run has instead of these settings, and instead of the default of all others; empty if it is a run with them."""
     asked = USUAL | settings
-    return settings.keys() <= typed.keys() and all(asked.get(key) == value for key, value in typed.items())
+    return {key: typed.get(key, "null") for key in settings | typed if asked.get(key) != typed.get(key)}
 
 
 def of_run(figure: Figure, record: RunRecord) -> float:

@@ -82,8 +82,8 @@ def test_a_figure_is_computed_from_the_runs_with_its_settings(asked, expected):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"run": "method=asvd"}, "no runs with method=asvd"),
-        ({"run": "method=svd seed=0,3", "of": "mean"}, "no runs with method=svd seed=3"),
+        ({"run": "method=asvd"}, "no run with method=asvd; the nearest has method=svd$"),
+        ({"run": "method=svd seed=0,3", "of": "mean"}, "no run with method=svd seed=3; the nearest has seed=0$"),
         ({"run": "bits=2.0"}, "2 runs with bits=2.0"),
         ({"run": "method=svd seed=0,1"}, "2 runs, and `of` does not say"),
         ({"run": "method=svd", "figure": "metrics.retrained.x"}, "has no metrics.retrained.x"),
