@@ -117,7 +117,7 @@ def check(claim: Claim, text: str, runs: list[Run]) -> Checked:
         try:
             computed[name] = formatted(figure, runs)
         except NoRecordError as error:
-            problems.append(f"no record: {{{name}}}: {error}")
+            problems.append(f"no record: {error}")
     numbers = {name: NUMBER + re.escape(printed_unit(figure)) for name, figure in figures.items()}
     found = occurrences(claim.text, text, {name: re.escape(figure) for name, figure in computed.items()})
     if not found:
@@ -132,7 +132,8 @@ def check(claim: Claim, text: str, runs: list[Run]) -> Checked:
             if old != computed.get(name, old)
         ]
         problems += [] if found else ["its words are not in the text"]
-    return Checked(claim, [match.span(i + 1) for match in found for i in range(len(match.groups()))], problems)
+    places = [match.span(i + 1) for match in found for i in range(len(match.groups()))]
+    return Checked(claim, places, list(dict.fromkeys(problems)))
 
 
 def occurrences(fragment: str, text: str, figures: dict[str, str]) -> list[re.Match]:
