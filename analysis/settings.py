@@ -90,25 +90,55 @@ def as_typed(pairs: Iterable[Pair]) -> list[str]:
 
 
 def changed_settings(config: dict[str, Any], stepped: bool) -> list[str]:
-    """`key=value` of the settings of method, task, statistics, seed, type and budget that differ from conf/.
+    """`key=value` of the settings of `changed_pairs`, with the last part of each key."""
+    return as_typed((key.rpartition(".")[2], value) for key, value in changed_pairs(config, stepped))
+
+
+def changed_pairs(config: dict[str, Any], stepped: bool) -> list[Pair]:
+    """(key, value) of the settings of method, task, statistics, seed, type and budget that differ from conf/, as typed.
 
     Args:
         stepped: whether a fit took a step. If none did, solver.steps had no effect and is left out, unless it is 0.
     """
     method = config["method"]
     used = {"method": method} | {group: method[group] for group in ("kernel", "solver") if group in method}
-    changed = [pair for group, values in used.items() for pair in nearest_option(group, values, NOT_COMPARED)[1]]
+    changed = [pair for group, own in used.items() for pair in dotted(group, nearest_option(group, own, NOT_COMPARED)[1])]
     usual = task_defaults(task_names(config))
-    pairs = [(key, value, usual.get(key)) for key, value in config["task"].items() if not isinstance(value, dict)]
+    pairs = [(f"task.{key}", value, usual.get(key)) for key, value in config["task"].items() if not isinstance(value, dict)]
     top = read_yaml(CONF / "config.yaml")
-    pairs += [(key, config.get("statistics", top["statistics"])[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
+    statistics = config.get("statistics", top["statistics"])
+    pairs += [(f"statistics.{key}", statistics[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
     pairs += [("budget", nearest_option("budget", config["budget"])[0], "uniform")]
     pairs += [("forward", forward_form(config), top["forward"])]
     changed += [(key, value) for key, value, default in pairs if value != default]
     changed += [("calibration", name) for name in other_calibration(config)]
-    unused = () if stepped else ("steps",)
-    return as_typed((key, value) for key, value in changed if key not in unused or not value)
+    return [(key, value) for key, value in changed if stepped or key != "solver.steps" or not value]
+
+
+def dotted(group: str, pairs: Iterable[Pair]) -> list[Pair]:
+    return [(f"{group}.{key}", value) for key, value in pairs]
+
+
+def typed_settings(record: RunRecord) -> dict[str, str]:
+    """{key: value} of a run as on its command line: what is always named, and all settings that differ from conf/."""
+    config, named = record.config, run_settings(record)
+    found = {key: named[key] for key in ("model", "method", "ratio", "bits", "select", "data", "seed")} | {
+        "task": named["tasks"]
+    }
+    if "kernel" in config["method"]:
+        found["kernel"] = named["kernel"]
+    found |= changed_pairs(config, stepped=any(fit.steps for fit in record.fits))
+    budget, retrain = config["budget"], config.get("retrain")
+    found["budget"], changed = nearest_option("budget", budget)
+    found |= dotted("budget", changed)
+    if "schedule" in budget:
+        found["schedule"], changed = nearest_option("schedule", budget["schedule"])
+        found |= dotted("schedule", changed)
+    if retrain:
+        found["retrain"], changed = nearest_retraining(config)
+        found |= dict(dotted("retrain", changed)) | {"retrain.steps": retrain["steps"], "retrain.data": retrain["data"]["name"]}
+    return {key: str(value) for key, value in found.items() if value is not None}
 
 
 def forward_form(config: dict[str, Any]) -> str:
@@ -136,11 +166,16 @@ def retraining_name(config: dict[str, Any]) -> str:
     """The nearest option of conf/retrain, the data, and `key=value` of settings that differ; empty without retraining."""
     if "retrain" not in config:
         return ""
+    name, changed = nearest_retraining(config)
+    return " ".join([name, f"on {config['retrain']['data']['name']}", *as_typed(changed)])
+
+
+def nearest_retraining(config: dict[str, Any]) -> tuple[str, list[Pair]]:
+    """The nearest option of conf/retrain and the pairs that differ from it. The kernel's own rate is lr=null."""
     settings = config["retrain"]
     if settings["lr"] == own_rate(config["method"]):
-        settings = settings | {"lr": None}  # null means the same
-    name, changed = nearest_option("retrain", settings, NOT_TRAINED_BY)
-    return " ".join([name, f"on {settings['data']['name']}", *as_typed(changed)])
+        settings = settings | {"lr": None}
+    return nearest_option("retrain", settings, NOT_TRAINED_BY)
 
 
 def own_rate(method: dict[str, Any]) -> float:

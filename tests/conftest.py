@@ -60,6 +60,12 @@ def kernel(request):
     return make_kernel(*KERNELS[request.param])
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """What a test draws without a generator of its own is the same every time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """`python run.py ...` as a user types it, with its outputs in a temporary folder: forked, or a `fresh` Python."""

@@ -76,13 +76,12 @@ def test_importance_masks_and_budget_equal_those_of_pefts_adalora():
             matrix.receive(g)
         theirs.update_ipt(model)
         ours.update(triplets, gradients)
-    for i, t in enumerate(triplets):
-        for part, name in ((ours.smoothed[i].mu * ours.uncertainty[i].mu, "lora_E"),):
-            torch.testing.assert_close(part[:, None], theirs._element_score(f"{i}.{name}.default"))
+    for i in range(len(triplets)):
+        of_mu = ours.smoothed[i].mu * ours.uncertainty[i].mu
+        torch.testing.assert_close(of_mu[:, None], theirs._element_score(f"{i}.lora_E.default"))
         kept = theirs._element_score(f"{i}.lora_A.default").T, theirs._element_score(f"{i}.lora_B.default")
         torch.testing.assert_close(ours.smoothed[i].B[:, :, 0] * ours.uncertainty[i].B[:, :, 0], kept[0])
         torch.testing.assert_close(ours.smoothed[i].A[:, :, 0] * ours.uncertainty[i].A[:, :, 0], kept[1])
-        assert t.h == 5
     pattern = theirs.mask_to_budget(model, 6)
     costs = torch.full((15,), triplet_size(6, 4, 1))
     mask = best(torch.cat(ours.scores()), costs, 6 * triplet_size(6, 4, 1))

@@ -122,7 +122,7 @@ def test_b_splines_have_their_tabled_values_and_integer_shifts_add_up_to_one(deg
     torch.testing.assert_close(total, torch.ones_like(d))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "linear"])
 def test_a_fitted_matrix_in_bf16_is_applied_as_precisely_as_a_linear_one(name):
     """The inputs have a mean and an outlier channel, as activations have. Self-terms would lose their precision in bf16."""
     generator = torch.Generator().manual_seed(1)

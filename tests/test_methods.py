@@ -198,7 +198,7 @@ def test_nla_makes_the_error_small_that_its_loss_names(loss, error):
     }
     other = "weight" if loss == "activation" else "activation"
     assert getattr(fits[loss], error) < getattr(fits[other], error)
-    assert fits[loss].losses[-1][1] >= getattr(fits[loss], error) * 0.99
+    assert fits[loss].losses[-1][1] == pytest.approx(getattr(fits[loss], error), rel=0.01)
 
 
 def test_the_weighted_optimum_stands_beside_a_fit_in_the_activation_norm():

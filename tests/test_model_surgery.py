@@ -115,13 +115,17 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", options("model"))
-def test_every_models_inventory_is_known_without_weights_and_has_the_published_count(name, of_model, tmp_path):
-    source = instantiate(configuration(*of_model(name)).model, _convert_="all")
-    inventory = source.inventory(Cache(tmp_path))
+@pytest.mark.parametrize("name", sorted({*options("model"), *PUBLISHED}))
+def test_every_models_inventory_is_known_without_weights_and_has_the_published_count(name, of_model, tmp_path, monkeypatch):
+    source, cache = instantiate(configuration(*of_model(name)).model, _convert_="all"), Cache(tmp_path)
+    inventory = source.inventory(cache)
     assert inventory.parameters > sum(s.n_params for s in select_linears(inventory.linears, r"\blayers\.", None))
-    assert source.inventory(Cache(tmp_path)) == inventory  # remembered
-    assert inventory.parameters == PUBLISHED.get(name, inventory.parameters)
+    if name in PUBLISHED:
+        assert inventory.parameters == PUBLISHED[name]
+    if name.startswith("tiny"):
+        assert inventory.parameters == sum(p.numel() for p in source.load("cpu", "float32", cache).module.parameters())
+    monkeypatch.setattr(type(source), "empty", lambda *_: 1 / 0)  # a second time, no model is built
+    assert source.inventory(cache) == inventory
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_opt"])

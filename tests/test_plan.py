@@ -104,7 +104,7 @@ def test_shares_fill_the_total_and_nobody_gets_more_than_the_most(rows, part):
 def test_a_budget_by_effective_rank_runs_and_stays_within_the_ratio(run_here):
     arguments = ["model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "statistics.windows=8"]
     record = run_here(*arguments, "statistics.length=32", "method=svd", "budget=effective_rank", "ratio=0.5")
-    assert record.parameters.ratio >= 0.5 and len({round(fit.kept_fraction, 2) for fit in record.fits}) > 3
+    assert record.parameters.ratio >= 0.5 and len({fit.n_params for fit in record.fits if fit.shape == (48, 48)}) > 1
 
 
 @settings(max_examples=60, deadline=None)

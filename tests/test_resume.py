@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,8 +56,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_record(quiet, tmp_path, 
     process = start(tmp_path)
     while process.is_alive() and not MOMENTS[moment](tmp_path):
         time.sleep(0.01)
+    reached = MOMENTS[moment](tmp_path)
     process.kill()
     process.join()
+    assert reached and process.exitcode == -signal.SIGKILL
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/fits/*.safetensors")}
     finish(tmp_path)
     assert figures(only_record(tmp_path)) == quiet
@@ -100,12 +103,19 @@ def test_a_journal_skips_an_incomplete_line(tmp_path):
     assert journal.read() == {0: {"nll": 1.5}, 2: {"nll": float("inf")}}
 
 
-def test_a_lock_is_released_when_its_holder_dies(tmp_path):
-    cache = Cache(tmp_path)
+def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path, caplog):
+    caplog.set_level("INFO")
+    cache, (reader, writer) = Cache(tmp_path), os.pipe()
     child = os.fork()
     if child == 0:
-        with cache.lock("kind", "key"):
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
+        try:
+            with cache.lock("kind", "key"):
+                os.write(writer, b"locked")
+                signal.pause()
+        finally:
+            os._exit(1)
+    assert os.read(reader, 6) == b"locked"
+    threading.Timer(0.1, os.kill, (child, signal.SIGKILL)).start()
     with cache.lock("kind", "key"):
-        pass
+        assert "waiting for another process that works on kind-key" in caplog.text
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL

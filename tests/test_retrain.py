@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 
 import pytest
@@ -44,6 +45,7 @@ def kill_when(outputs, arguments: list[str], reached) -> None:
         time.sleep(0.005)
     process.kill()
     process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_retraining_lowers_the_loss_and_ends_within_the_ratio(adaptive_run):
     p = record["parameters"]
     assert p["ratio"] >= 0.5 and sum(f["kept"] for f in record["fits"]) == p["selected_after"]
     assert sum(f["fitted"] for f in record["fits"]) == sum(f["n_params"] for f in record["fits"]) > p["selected_after"]
-    assert len({round(f["kept"] / (f["shape"][0] * f["shape"][1]), 3) for f in record["fits"]}) > 2
+    assert len({f["kept"] for f in record["fits"] if f["shape"] == (48, 48)}) > 1
     assert {"retrain", "retrained"} <= set(record["seconds"]) and record["peak_bytes"]["retrain"] > 0
     assert "tightens them" in told and "retraining: 12 steps" in told and max(map(len, told.splitlines()[:-1])) <= 80
     folder = only_folder(outputs)
@@ -136,7 +138,8 @@ def test_every_way_of_retraining_runs_on_every_architecture(run_here, tmp_path, 
     few = ["retrain.steps=2", "retrain.watch=2", "retrain.linear_term=1", "method=svd", "ratio=0.4", "dtype=bfloat16"]
     record = run_here(f"model={model}", *way, *(task if model == "tiny_swin" else text), *few)
     assert record.status == "done" and record.parameters.ratio >= 0.4
-    assert all(math.isfinite(row["loss"]) for row in record.history if "loss" in row)
+    losses = [row["loss"] for row in record.history if "loss" in row]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
 
 
 @pytest.mark.parametrize("way", [["retrain=u_then_v"], ["budget=adaptive", "schedule.interval=1", "retrain=distilled"]])
@@ -144,7 +147,8 @@ def test_the_papers_kernel_is_retrained_in_bf16(run_here, way):
     few = ["retrain.steps=4", "retrain.watch=0", "retrain.length=32", "ratio=0.4", "solver.steps=0", "dtype=bfloat16"]
     record = run_here(*TINY, *way, *few)
     assert record.parameters.ratio >= 0.4
-    assert all(math.isfinite(row["loss"]) for row in record.history if "loss" in row)
+    losses = [row["loss"] for row in record.history if "loss" in row]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
 class StoppedError(Exception):
@@ -187,6 +191,9 @@ def test_a_retraining_that_was_stopped_near_its_end_goes_on_to_the_same_weights(
     assert [row["step"] for row in rows_of(tmp_path / "stopped")] == list(range(1, 13))
 
 
-def test_the_optimiser_state_is_smaller_than_the_dense_models(run_here):
+def test_the_optimiser_keeps_two_numbers_of_four_bytes_for_each_that_it_trains(run_here):
     record = run_here(*SHORT, "retrain.steps=1", "retrain.watch=0")
-    assert record.retraining.optimiser_bytes < record.retraining.dense_optimiser_bytes
+    norms = 5 * 48  # of the tiny LLaMA: two in each of its two layers, and the last one
+    assert record.retraining.trained == record.parameters.selected_after + norms
+    assert record.retraining.optimiser_bytes == 8 * record.retraining.trained
+    assert record.retraining.dense_optimiser_bytes == 8 * record.parameters.model_before

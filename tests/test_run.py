@@ -38,8 +38,7 @@ def test_help_is_a_page_with_every_option_and_needs_no_heavy_import():
         "schedule",
         "experiment",
     ):
-        for option in options(group):
-            assert option in result.stdout
+        assert f"\n{group}: {', '.join(options(group))}\n" in result.stdout
     assert "python run.py model=llama7b ratio=0.7" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "wandb", "datasets", "pandas"}
@@ -116,8 +115,7 @@ def test_every_method_runs_on_every_architecture(run_here, tmp_path, method, mod
 def test_asvds_search_spends_the_budget_unequally_and_answers_from_its_journal(run_here, tmp_path):
     arguments = [*FAST, "method=asvd", "budget=sensitivity", "budget.candidates=[0.3,0.7]", "ratio=0.5"]
     record = run_here(*arguments, "statistics.windows=4", "statistics.length=32")
-    sizes = {fit.kept_fraction for fit in record.fits}
-    assert len(sizes) > 1 and record.parameters.ratio >= 0.5
+    assert len({fit.n_params for fit in record.fits if fit.shape == (48, 48)}) > 1 and record.parameters.ratio >= 0.5
     (journal,) = (tmp_path / "cache" / "sensitivities").glob("*.jsonl")
     assert len(journal.read_text().splitlines()) == 14 * 2
     (only_folder(tmp_path) / "record.json").unlink()

@@ -1,0 +1,156 @@
+"""A figure from the records of runs: which runs, which figure of a run, and what is made of several."""
+
+import itertools
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from analysis.settings import typed_settings
+from nla.harness.record import RunRecord
+
+USUAL = {  # the settings of a run whose command line does not name them
+    "model": "smollm2_135m", "method": "nla", "kernel": "piecewise", "ratio": "0.7", "select": "layers",
+    "task": "language_modelling", "data": "sotu", "seed": "0", "budget": "uniform", "schedule": "cubic",
+}  # fmt: skip
+AGGREGATES: dict[str, Callable[[list[float]], float]] = {
+    "mean": statistics.fmean, "std": statistics.stdev, "median": statistics.median,
+    "min": min, "max": max, "sum": sum, "count": len,
+    "first": lambda values: values[0], "last": lambda values: values[-1], "below 1": lambda values: sum(v < 1 for v in values),
+}  # fmt: skip
+Aggregate = Literal["mean", "std", "min", "max", "sum", "median", "count", "first", "last", "below 1"]
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "MB": 1e6, "GB": 1e9, "%": 1e-2, "minutes": 60.0}
+Run = tuple[dict[str, str], RunRecord]  # the settings as typed, and the record
+
+
+class NoRecordError(Exception):
+    """No run has these settings, several have, or the run does not have the figure. The message says which."""
+
+
+class Figure(BaseModel):
+    """A figure from records.
+
+    Attributes:
+        run: settings as typed behind `python run.py`; a setting that is not named has the default of conf/. Values with commas
+            are several runs. Settings of an experiment are written out. A list is joined.
+        figure: a path in record.json, or several that are added (`a + b`); or `fits.` or `steps.` and a column: a value per
+            matrix, or per step that has one.
+        over: what is made of the values of a column.
+        where: {column: regular expression} of the matrices that count; all, if it is empty.
+        to: the figure is divided by this one: another figure of the same run, or a Figure of its own. Columns of matrices are
+            divided matrix by matrix.
+        of: what is made of the figures of several runs. Without it, there must be one run.
+        format: as in Python, and the unit: `.1f`, `,.0f`, `.1f M`, `.0f %`. A unit in brackets is not printed: `.1f (%)`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    run: str | list[str] = ""
+    figure: str
+    over: Aggregate = "mean"
+    where: dict[str, str] = {}
+    to: "str | Figure | None" = None
+    of: Aggregate | None = None
+    format: str = Field("g", pattern=rf"^[,.\dfg]+( \(?({'|'.join(UNITS)})\)?)?$")
+
+
+def formatted(figure: Figure, runs: list[Run]) -> str:
+    """The figure with its unit, as it stands in a text.
+
+    Args:
+        runs: (typed settings, record) of every run, see `described`.
+
+    Raises:
+        NoRecordError: a run or its figure is missing, or a run is ambiguous.
+    """
+    digits, _, unit = figure.format.partition(" ")
+    return f"{value(figure, runs) / UNITS[unit.strip('()')]:{digits}}{printed_unit(figure)}"
+
+
+def printed_unit(figure: Figure) -> str:
+    """A space and the unit that is printed behind a figure, or nothing."""
+    unit = figure.format.partition(" ")[2]
+    return f" {unit}" if unit and not unit.startswith("(") else ""
+
+
+def described(records: Iterable[RunRecord]) -> list[Run]:
+    """(settings as typed, record) of every run."""
+    return [(typed_settings(record), record) for record in records]
+
+
+def value(figure: Figure, runs: list[Run]) -> float:
+    found = [of_run(figure, record) for record in matching(figure.run, runs)]
+    if figure.of is None and len(found) != 1:
+        raise NoRecordError(f"{len(found)} runs, and `of` does not say what to make of them")
+    number = AGGREGATES[figure.of](found) if figure.of else found[0]
+    return number / value(figure.to, runs) if isinstance(figure.to, Figure) else number
+
+
+def matching(run: str | list[str], runs: list[Run]) -> list[RunRecord]:
+    """The one record of every combination of these settings."""
+    found = []
+    for settings in combinations(run if isinstance(run, str) else " ".join(run)):
+        same = [record for typed, record in runs if not differences(settings, typed)]
+        if len(same) != 1:
+            asked = words(settings) or "the defaults"
+            near = min((differences(settings, typed) for typed, _ in runs), key=len, default={})
+            raise NoRecordError(
+                f"{len(same)} runs with {asked}" if same else f"no run with {asked}; the nearest has {words(near)}"
+            )
+        found += same
+    return found
+
+
+def words(settings: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def combinations(run: str) -> list[dict[str, str]]:
+    """The settings of every run of a sweep such as `method=svd,asvd ratio=0.5`. Of a key that comes twice, the last counts."""
+    named = dict(pair.split("=", 1) for pair in run.split())
+    return [dict(zip(named, values, strict=True)) for values in itertools.product(*(v.split(",") for v in named.values()))]
+
+
+def differences(settings: dict[str, str], typed: dict[str, str]) -> dict[str, str]:
+    """What a run has instead of these settings, and instead of the default of all others; empty if it is a run with them."""
+    asked = USUAL | settings
+    return {key: typed.get(key, "null") for key in settings | typed if asked.get(key) != typed.get(key)}
+
+
+def of_run(figure: Figure, record: RunRecord) -> float:
+    """The figure of one run."""
+    divided_by = figure.to if isinstance(figure.to, str) else None
+    if not figure.figure.startswith(("fits.", "steps.")):
+        number = sum(at_path(record, path) for path in figure.figure.split(" + "))
+        return number / at_path(record, divided_by) if divided_by else number
+    values = column(figure.figure, record, figure.where)
+    if divided_by:
+        values = [a / b for a, b in zip(values, column(divided_by, record, figure.where), strict=True)]
+    if not values and not figure.where:
+        raise NoRecordError(f"{record.name} has no {figure.figure}")
+    return AGGREGATES[figure.over](values)
+
+
+def column(name: str, record: RunRecord, where: dict[str, str]) -> list[float]:
+    """The values of a column of the run's matrices, or of its steps, without empty cells."""
+    table, _, key = name.partition(".")
+    if table == "steps":
+        return [row[key] for row in record.history if row.get(key) is not None]
+    rows = [fit for fit in record.fits if all(re.search(regex, getattr(fit, other)) for other, regex in where.items())]
+    return [number for number in (getattr(fit, key) for fit in rows) if number is not None]
+
+
+def at_path(record: RunRecord, path: str) -> float:
+    """The number at a dotted path of record.json. Names of data may have dots too."""
+    found: Any = record
+    rest = path
+    while rest:
+        inner = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+        key = next((key for key in inner if f"{rest}.".startswith(f"{key}.")), None)
+        if key is None:
+            break
+        found, rest = inner[key], rest[len(key) + 1 :]
+    if rest or not isinstance(found, int | float):
+        raise NoRecordError(f"{record.name} has no {path}")
+    return found
