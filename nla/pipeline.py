@@ -21,6 +21,7 @@ from nla.machine.provenance import environment
 from nla.models.select import linear_specs
 from nla.stages.allocate import allocated
 from nla.stages.calibrate import measure_inputs, sample
+from nla.stages.continue_prompt import continue_prompt
 from nla.stages.draw import draw
 from nla.stages.evaluate import evaluate, state_of
 from nla.stages.fit import fit
@@ -98,6 +99,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
     dense = state_of(prepared, model)
 
     with timed(record, "dense"):
+        continue_prompt(prepared, record, model, "dense", dense)
         evaluate(prepared, record, model, "dense", dense)
     with timed(record, "statistics"):
         calibration = sample(prepared, model, dense)
@@ -110,12 +112,15 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
     record.write(folder)
     compressed = state_of(prepared, model)
     with timed(record, "compressed"):
+        continue_prompt(prepared, record, model, "compressed", compressed)
         evaluate(prepared, record, model, "compressed", compressed)
     if prepared.retraining.steps:
         with timed(record, "retrain"):
             retrain(prepared, record, model, folder, key_of(prepared, compressed, dense))
+        retrained = state_of(prepared, model)
         with timed(record, "retrained"):
-            evaluate(prepared, record, model, "retrained", state_of(prepared, model))
+            continue_prompt(prepared, record, model, "retrained", retrained)
+            evaluate(prepared, record, model, "retrained", retrained)
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
     record.bits = bits(prepared, dense_bits, model)
 

@@ -67,6 +67,7 @@ class RunRecord(Strict):
         command: the command line; for a job of a sweep, with its own settings; None without a command line.
         started, finished: UTC, ISO 8601.
         metrics: {stage: {task: {data: {metric: value}}}}.
+        continuations: {stage: what a language model wrote after the prompt of `config`}.
         seconds: wall time of each stage.
         peak_bytes: peak memory of one worker in each stage, without the weights (on CUDA: of the process).
         fits: the rows of `fits.csv`.
@@ -81,6 +82,7 @@ class RunRecord(Strict):
     started: str | None = None
     finished: str | None = None
     metrics: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    continuations: dict[str, str] = {}
     parameters: Parameters | None = None
     bits: Bits | None = None
     seconds: dict[str, float] = {}
