@@ -1,4 +1,4 @@
-"""One run: check, load, evaluate, collect statistics, allocate the budget, fit, evaluate, retrain, evaluate, record."""
+"""One run: check, load, evaluate, collect statistics, allocate the budget, fit, evaluate, retrain, evaluate, save, record."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from nla.harness.unused import tell_unused
 from nla.machine.cache import exclusive, write_atomically
 from nla.machine.errors import UserError
 from nla.machine.provenance import environment
+from nla.models.base import Model
 from nla.models.select import linear_specs
 from nla.stages.allocate import allocated
 from nla.stages.calibrate import measure_inputs, sample
@@ -26,6 +27,7 @@ from nla.stages.draw import draw
 from nla.stages.evaluate import evaluate, state_of
 from nla.stages.fit import fit
 from nla.stages.retrain import key_of, retrain
+from nla.stages.save import check_target, is_saved, save, target
 
 
 def run(settings: dict[str, Any], command: str | None = None, arguments: Sequence[str] = ()) -> RunRecord | None:
@@ -50,13 +52,16 @@ def run(settings: dict[str, Any], command: str | None = None, arguments: Sequenc
     made_from = make_up(prepared.values, prepared.inputs)
     name = signature(prepared.values, made_from)
     folder = Path(prepared.values["outputs_dir"]) / "runs" / run_name(prepared.values, name)
+    wanted = target(prepared, folder)
     with exclusive(folder / ".lock"):
         if (folder / "record.json").exists():
             record = read_record(folder)
-            if record.status == "done" and record.signature == name:
+            if record.status == "done" and record.signature == name and is_saved(record, wanted):
                 report.show_result(record, folder, "from the record; delete its folder to run again")
                 return record
         prepared.check_inputs()
+        if wanted is not None:
+            check_target(prepared, wanted)
         return carry_out(prepared, name, made_from, command, folder)
 
 
@@ -76,8 +81,12 @@ def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: st
     report.announce(prepared)
     try:
         prepared.tracker.begin(record, prepared.plan, Path(prepared.values["outputs_dir"]))
-        stages(prepared, record, folder)
+        model = stages(prepared, record, folder)
         draw(record, folder)
+        wanted = target(prepared, folder)
+        if wanted is not None:
+            with timed(record, "save"):
+                save(record, model, wanted)
         record.status = "done"
     except BaseException as error:
         record.status, record.error = "failed", str(error) or type(error).__name__
@@ -90,7 +99,8 @@ def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: st
     return record
 
 
-def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
+def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
+    """Carry out all stages that change or measure the model, and return the model."""
     with timed(record, "load"):
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
@@ -123,6 +133,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
             evaluate(prepared, record, model, "retrained", retrained)
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
     record.bits = bits(prepared, dense_bits, model)
+    return model
 
 
 def now() -> str:

@@ -88,7 +88,7 @@ def test_a_run_leaves_a_valid_record_a_row_per_fit_and_its_configuration(whole_r
 
 
 READ_FIRST = ["schema", "signature", "status", "error", "command", "started", "finished", "metrics", "continuations"]
-READ_FIRST += ["parameters", "bits", "seconds", "peak_bytes", "retraining", "made_from", "environment", "config"]
+READ_FIRST += ["parameters", "bits", "seconds", "peak_bytes", "retraining", "saved", "made_from", "environment", "config"]
 
 
 def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(whole_run, cli, tmp_path):

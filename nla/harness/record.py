@@ -13,7 +13,7 @@ from nla.machine.errors import UserError
 from nla.machine.provenance import code_digest, computing_packages, target_modules
 
 SCHEMA: Literal[2] = 2
-NOT_IN_SIGNATURE = ["track", "dry_run", "estimate", "outputs_dir", "cache_dir"]  # they change no figure
+NOT_IN_SIGNATURE = ["track", "dry_run", "estimate", "outputs_dir", "cache_dir", "save"]  # they change no figure
 
 
 class Strict(BaseModel):
@@ -70,6 +70,7 @@ class RunRecord(Strict):
         continuations: {stage: what a language model wrote after the prompt of `config`}.
         seconds: wall time of each stage.
         peak_bytes: peak memory of one worker in each stage, without the weights (on CUDA: of the process).
+        saved: the folder in which the run saved its model.
         fits: the rows of `fits.csv`.
         history: the rows of `steps.jsonl`, see `nla.retrain.history`.
     """
@@ -88,6 +89,7 @@ class RunRecord(Strict):
     seconds: dict[str, float] = {}
     peak_bytes: dict[str, int] = {}
     retraining: RetrainRecord | None = None
+    saved: str | None = None
     made_from: MadeFrom | None = None
     environment: dict[str, Any]
     config: dict[str, Any]

@@ -52,6 +52,7 @@ class Settings(BaseModel):
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
     prompt: Annotated[str, Field(min_length=1)] | None
+    save: bool | str | None
     select: Select
     statistics: Statistics
     dry_run: bool

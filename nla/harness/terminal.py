@@ -155,6 +155,8 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         flop(flops / seconds) if seconds else flop(0),
         told_of_endings(record),
     )
+    if record.saved:
+        log.info("saved:  %s", record.saved)
     log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
 
 

@@ -1,4 +1,4 @@
-"""The description of a compressed model: plain values from which its layers are made again, empty, in the dense architecture."""
+"""The description of a compressed model: plain values from which its layers are made again, empty, in the dense model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -39,7 +39,9 @@ def check_description(description: Mapping[str, Any]) -> None:
     if description.get("quant_method") != METHOD or not isinstance(description.get("terms"), dict):
         raise UserError("the folder's config.json does not describe a compressed model of this project (quant_method: nla)")
     if found != FORMAT:
-        raise UserError(f"the folder is of format {found}, and this version reads format {FORMAT}; use the version that wrote it")
+        raise UserError(
+            f"the folder is of format {found}, and this version reads format {FORMAT}; use the version that wrote it"
+        )
 
 
 def put_empty_layers(module: nn.Module, description: Mapping[str, Any]) -> None:
@@ -53,7 +55,9 @@ def put_empty_layers(module: nn.Module, description: Mapping[str, Any]) -> None:
         try:
             term = empty_term(config)
         except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
-            raise UserError(f"the folder's term of {name} is unknown to this version: {error}; use the one that wrote it") from error
+            raise UserError(
+                f"the folder's term of {name} is unknown to this version: {error}; use the one that wrote it"
+            ) from error
         layer, shape = layers.get(name), (term.out_features, term.in_features)
         if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != shape:
             raise UserError(f"the model has no linear layer {name} of {shape[0]}x{shape[1]}, which the folder describes")

@@ -27,7 +27,8 @@ def load_compressed(folder: str | Path, device: str = "cpu") -> nn.Module:
         return load_timm(folder, config["compressed"]).to(device).eval()
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    return model.to(device)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -55,14 +56,9 @@ def load_timm(folder: Path, description: dict[str, Any]) -> nn.Module:
     put_empty_layers(module, description)
     tensors = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     require_tensors(module, description, tensors)
-    for name in guard(description):
-        tensors.pop(name, None)
-    module.load_state_dict(tensors | shared_tensors(tensors, description), assign=True)
+    own = {name: tensor for name, tensor in tensors.items() if name not in guard(description)}
+    copies = {name: own[other] for name, other in description["shared"].items()}
+    module.load_state_dict(own | copies, assign=True)
     share(module, description)
     require_finite(module)
     return module.to(next(module.parameters()).dtype)
-
-
-def shared_tensors(tensors: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-    """The tensors that are stored under another name, under their own."""
-    return {own: tensors[other] for own, other in description["shared"].items()}

@@ -45,7 +45,10 @@ def save_compressed(model: nn.Module, folder: str | Path, tokenizer: Any = None,
             text = card(replace(about, loading=IMAGES), counts(model))
         else:
             raise UserError(f"{type(model).__name__} is no model of transformers or timm, whose folders this can write")
-        (draft / "README.md").write_text(text)
+        readme = draft / "README.md"
+        readme.write_text(text)
+        for file in draft.glob("*.safetensors"):
+            file.chmod(readme.stat().st_mode)  # safetensors writes files that nobody else may read
 
     write(folder, make)
 
@@ -63,7 +66,9 @@ def write(folder: Path, make: Any) -> None:
     try:
         make_sealed(folder, make)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} could not be written ({error}); nothing is left of it; name a folder on another disk") from error
+        raise UserError(
+            f"{folder} could not be written ({error}); nothing is left of it; name a folder on another disk"
+        ) from error
 
 
 def counts(model: nn.Module) -> list[tuple[str, str]]:
