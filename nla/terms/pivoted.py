@@ -99,4 +99,4 @@ def pivoted(left: Tensor, right: Tensor) -> Pivoted:
     sorting = chosen.argsort()
     pivots = chosen[sorting]
     term = Pivoted(rows[pivots] @ basis.T, coefficients[:, sorting], pivots.int())
-    return Pivoted(*(p.to(left) for p in (term.rows, term.coefficients)), term.pivots.to(left.device))
+    return Pivoted(term.rows.to(left), term.coefficients.to(left), term.pivots.to(left.device))
