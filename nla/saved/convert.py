@@ -56,6 +56,7 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
+@torch.no_grad()
 def pivot(model: nn.Module) -> list[str]:
     """Replace terms by pivot rows, in place, where these have fewer bits and are precise enough. Returns a line per layer."""
     lines = []
@@ -66,7 +67,7 @@ def pivot(model: nn.Module) -> list[str]:
             continue
         dtype = next(layer.term.parameters()).dtype
         term = pivoted(*factors)
-        stored, matrix = term.as_stored(dtype), term.dense()
+        stored, matrix = term.as_stored(dtype), factors[0] @ factors[1].T
         error = float((stored.as_stored(torch.float64).dense() - matrix).norm() / matrix.norm().clamp(min=1e-300))
         most = LARGEST_ERROR * torch.finfo(dtype).eps
         if stored.bits() >= before:
