@@ -106,9 +106,9 @@ def write_collection(records: Iterable[RunRecord], folder: Path) -> None:
 
 
 def without_noise(record: RunRecord) -> RunRecord:
-    """The record without the settings that change no figure."""
+    """The record without the settings that change no figure, and without the folder of its model."""
     config = {key: value for key, value in record.config.items() if key not in NOT_IN_SIGNATURE}
-    return record.model_copy(update={"config": config})
+    return record.model_copy(update={"config": config, "saved": None})
 
 
 def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

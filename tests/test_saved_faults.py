@@ -39,7 +39,7 @@ def change_tensors(folder: Path, change) -> None:
 
 def first_class(value: str):
     def change(description):
-        next(iter(description["terms"].values()))["class"] = value
+        description["terms"][0]["term"]["class"] = value
 
     return change
 
@@ -48,7 +48,7 @@ DESCRIPTIONS = {
     "another version": (lambda d: d.update(format=2), r"the folder is of format 2, and this version reads format 1"),
     "an unknown term": (first_class("nla.terms.future.Term"), r"the folder's term of .* is unknown to this version"),
     "a foreign class": (first_class("os.system"), r"the folder's term of .* is unknown to this version"),
-    "another model": (lambda d: d["terms"].update({"model.layers.9.mlp": d["terms"].popitem()[1]}), "has no linear layer"),
+    "another model": (lambda d: d["terms"][0]["layers"].append("model.layers.9.mlp"), "has no linear layer"),
 }
 
 
@@ -160,6 +160,12 @@ def test_a_target_that_cannot_be_written_is_one_line_before_the_work_begins(targ
     said = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(said) == 1 and target in said[0], result.stdout
     assert not (tmp_path / "cache" / "fits").exists() and "Traceback" not in result.stderr
+
+
+def test_a_compressed_folder_is_not_compressed_again_and_the_line_says_what_to_do(run_here, tmp_path):
+    _, folder = saved("tiny_llama", tmp_path)
+    with pytest.raises(UserError, match=rf"{folder} is a compressed model; .*nla\.export {folder} --to dense OUT"):
+        run_here("model=llama7b", f"model.path={folder}", "track=none", "ratio=0.5")
 
 
 def test_the_remedy_is_a_tensor_of_the_folder(tmp_path):

@@ -92,7 +92,13 @@ class HubModel(CausalLM):
                 f"model.path={self.path} {state}; give a folder that save_pretrained wrote, "
                 "with config.json, *.safetensors and the tokeniser"
             )
-        return json.loads(file.read_text())
+        configuration = json.loads(file.read_text())
+        if (configuration.get("quantization_config") or {}).get("quant_method") == "nla":
+            raise UserError(
+                f"model.path={self.path} is a compressed model; a dense one is needed, which "
+                f"`python -m nla.export {self.path} --to dense OUT` writes"
+            )
+        return configuration
 
     def identity(self, cache: Cache) -> str:
         if self.path is None:

@@ -1,5 +1,6 @@
 """The description of a compressed model: plain values from which its layers are made again, empty, in the dense model."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,12 +18,16 @@ REMEDY = "this model is compressed: run `import nla` before from_pretrained"  # 
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """The terms of all compressed layers by name, and under `shared` the tensors that are stored under another name."""
+    """JSON values: under `terms` each different term with the names of its layers, since most layers of a kind have equal ones,
+    and under `shared` the tensors that are stored under another name."""
     _, info = pack(matrix_terms(module))
+    alike: dict[str, list[str]] = {}
+    for name, config in info["terms"].items():
+        alike.setdefault(json.dumps(config), []).append(name)
     return {
         "quant_method": METHOD,
         "format": FORMAT,
-        "terms": info["terms"],
+        "terms": [{"layers": names, "term": json.loads(config)} for config, names in alike.items()],
         "shared": {parameter_name(own): parameter_name(other) for own, other in info["shared"].items()},
     }
 
@@ -33,10 +38,15 @@ def parameter_name(packed: str) -> str:
     return f"{layer}.term.{part}"
 
 
+def layers_of(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{name of a layer: configuration of its term}"""
+    return {name: entry["term"] for entry in description["terms"] for name in entry["layers"]}
+
+
 def check_description(description: Mapping[str, Any]) -> None:
     """Raise UserError unless this version can make the described layers."""
     found = description.get("format")
-    if description.get("quant_method") != METHOD or not isinstance(description.get("terms"), dict):
+    if description.get("quant_method") != METHOD or not isinstance(description.get("terms"), list):
         raise UserError("the folder's config.json does not describe a compressed model of this project (quant_method: nla)")
     if found != FORMAT:
         raise UserError(
@@ -51,7 +61,7 @@ def put_empty_layers(module: nn.Module, description: Mapping[str, Any]) -> None:
         UserError: a term or kernel is unknown to this version, or the model has no such layer.
     """
     layers = dict(module.named_modules())
-    for name, config in description["terms"].items():
+    for name, config in layers_of(description).items():
         try:
             term = empty_term(config)
         except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
@@ -85,13 +95,13 @@ def guard(description: Mapping[str, Any]) -> dict[str, Tensor]:
     in the report that transformers prints with the error.
     """
     nothing = torch.zeros(1, dtype=torch.uint8)
-    return {f"{min(description['terms'])}.weight": nothing, REMEDY: nothing.clone()}
+    return {f"{min(layers_of(description))}.weight": nothing, REMEDY: nothing.clone()}
 
 
 def require_tensors(module: nn.Module, description: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise UserError if a tensor of a compressed layer is not among `names`, those in the folder's files."""
     there = set(names) | set(description["shared"])
-    for name in description["terms"]:
+    for name in layers_of(description):
         for part in module.get_submodule(name).state_dict():
             if f"{name}.{part}" not in there:
                 raise UserError(f"the folder's files lack the tensor {name}.{part}; copy the whole folder again")
