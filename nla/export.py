@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> None:
 
 def export(folder: Path, to: str, out: Path, multiple: int) -> None:
     """Write the new folder, and print the size of both."""
-    from nla.saved.convert import pivot, write_dense, write_pairs, write_pivoted
+    from nla.saved.convert import pivot, write_dense, write_pairs
     from nla.saved.load import load_compressed
-    from nla.saved.save import require_new, write
+    from nla.saved.save import require_new, write, write_model
 
     require_new(out)
     model = load_compressed(folder)
@@ -46,7 +46,7 @@ def export(folder: Path, to: str, out: Path, multiple: int) -> None:
     writers: dict[str, Callable[[Any, Path], str | None]] = {
         "dense": write_dense,
         "pairs": lambda model, draft: write_pairs(model, draft, multiple),
-        "pivoted": write_pivoted,
+        "pivoted": write_model,
     }
 
     def make(draft: Path, scratch: Path) -> None:

@@ -100,6 +100,26 @@ def test_a_swin_of_another_process_has_the_same_logits_and_image_transform(tmp_p
         assert torch.equal(load_file(tmp_path / "out")["out"], model.module(images))
 
 
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_swin"])
+def test_a_factor_that_layers_share_is_stored_once_and_is_shared_again(name, tmp_path):
+    model = make_model(name, tmp_path)
+    first, *others = linear_specs(model.module)
+    second = next(spec for spec in others if spec.in_features == first.in_features)
+    generator, terms = torch.Generator().manual_seed(0), {}
+    for spec in (first, second):
+        kernel = make_kernel("kernel=linear")
+        terms[spec.name] = KernelTerm(kernel, kernel.random_start(spec.out_features, spec.in_features, 3, 1, generator))
+    terms[second.name].B = terms[first.name].B
+    swap(model.module, terms)
+    nla.save_compressed(model.module, tmp_path / "saved")
+    assert f"{second.name}.term.B" not in load_file(tmp_path / "saved" / "model.safetensors")
+    again = nla.load_compressed(tmp_path / "saved")
+    assert again.get_submodule(second.name).term.B is again.get_submodule(first.name).term.B
+    assert count_bits(again) == count_bits(model.module)
+    for spec in (first, second):
+        assert torch.equal(again.get_submodule(spec.name).term.dense(), terms[spec.name].dense())
+
+
 RUNS = {
     "tiny_llama": [*TINY, "kernel=piecewise", "retrain.steps=2", "retrain.length=64", "retrain.watch=0"],
     "tiny_opt": [*TINY, "model=tiny_opt", "kernel=gaussian", "solver.steps=5"],

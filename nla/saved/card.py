@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 TEXT = """```python
 import nla  # registers the format with transformers
@@ -38,11 +38,10 @@ class About:
     licence: str = "unknown"
     rows: Sequence[tuple[str, str]] = ()
     figures: str = "None were measured."
-    loading: str = field(default=TEXT, kw_only=True)
 
 
-def card(about: About, counts: Sequence[tuple[str, str]]) -> str:
-    """The text of README.md. `counts` are rows (what, value) on the size of the model."""
+def card(about: About, counts: Sequence[tuple[str, str]], loading: str) -> str:
+    """The text of README.md. `counts` are rows (what, value) on the size of the model, `loading` says how to load it."""
     identifier = about.licence.lower() if re.fullmatch(r"[A-Za-z0-9.-]+", about.licence) else "other"
     rows = [("base model", about.base), ("licence of the base model", about.licence), *about.rows, *counts]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
@@ -67,7 +66,7 @@ The linear layers of this model are sums of low-rank or nonlinear terms instead 
 
 ## Loading
 
-{about.loading}
+{loading}
 
 Without `import nla`, transformers refuses to load this folder. `python -m nla.export FOLDER --to dense OUT` writes an ordinary
 model with the same matrices, in the dense model's size, that any tool loads.

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from nla.compressed.contents import matrix_counts
 from nla.compressed.layer import CompressedLinear
 from nla.compressed.surgery import merge
 from nla.kernels.factored import FactoredKernel
 from nla.machine.errors import UserError
 from nla.saved import pairs
-from nla.saved.save import SHARD, save_timm, save_transformers
+from nla.saved.save import SHARD
 from nla.terms.base import Term
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.pivoted import pivoted
@@ -53,6 +53,7 @@ def thin_factors(term: Term) -> tuple[Tensor, Tensor] | None:
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The compressed layers by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
@@ -97,14 +98,6 @@ def write_dense(model: Any, folder: Path) -> str:
     return '`timm.create_model(f"local-dir:{FOLDER}", pretrained=True)`, as any model of timm.'
 
 
-def write_pivoted(model: Any, folder: Path) -> None:
-    """Write the model in this project's format."""
-    if hasattr(model, "save_pretrained"):
-        save_transformers(model, folder, None)
-    else:
-        save_timm(model, folder)
-
-
 def write_pairs(model: Any, folder: Path, multiple: int) -> str:
     """Write each compressed layer as two linear layers of the library's own. Returns how to load it, for the model card.
 
@@ -121,9 +114,10 @@ def write_pairs(model: Any, folder: Path, multiple: int) -> str:
             raise UserError(
                 f"{name} ({layer.term.describe()}) has no thin factors, so it is no pair of linear layers; use --to dense"
             )
-        left, right = (nn.functional.pad(f, (0, -f.shape[1] % multiple)) for f in factors)
+        dtype = next(layer.term.parameters()).dtype
+        left, right = (nn.functional.pad(f, (0, -f.shape[1] % multiple)).to(dtype) for f in factors)
         ranks[name] = left.shape[1]
-        model.set_submodule(name, pair(left.to(layer_dtype(layer)), right.to(layer_dtype(layer)), layer.bias))
+        model.set_submodule(name, pair(left, right, layer.bias))
     text_model = hasattr(model, "save_pretrained")
     if text_model:
         model.hf_quantizer.remove_quantization_config(model)
@@ -133,38 +127,20 @@ def write_pairs(model: Any, folder: Path, multiple: int) -> str:
 
         save_config_for_hf(model, str(folder / "config.json"))
     (folder / "pairs.json").write_text(json.dumps(ranks, indent=1))
-    save_once(model, folder / "pairs.safetensors")
-    source, imports = (
-        inspect.getsource(pairs.put_pairs),
-        inspect.getsource(pairs).partition('"""\n\n')[2].partition("\n\n\n")[0],
-    )
+    save_model(model, str(folder / "pairs.safetensors"))  # a tensor with several names is written once
+    source = inspect.getsource(pairs.put_pairs)
+    imports = inspect.getsource(pairs).partition('"""\n\n')[2].partition("\n\n\n")[0]
     build = BUILD[text_model].replace("DTYPE", str(next(model.parameters()).dtype))
     return PAIRS.format(source=source, imports=imports, build=build)
-
-
-def layer_dtype(layer: CompressedLinear) -> torch.dtype:
-    return next(layer.term.parameters()).dtype
 
 
 def pair(left: Tensor, right: Tensor, bias: Tensor | None) -> nn.Sequential:
     """Two linear layers with the matrix left @ right.T: (out, k), (in, k)."""
     (out_features, k), in_features = left.shape, len(right)
-    layers = nn.Sequential(
-        nn.Linear(in_features, k, bias=False, device="meta"), nn.Linear(k, out_features, bias=bias is not None, device="meta")
-    )
-    state = {"0.weight": right.T.contiguous(), "1.weight": left.contiguous()} | (
-        {} if bias is None else {"1.bias": bias.detach()}
-    )
+    first = nn.Linear(in_features, k, bias=False, device="meta")
+    layers = nn.Sequential(first, nn.Linear(k, out_features, bias=bias is not None, device="meta"))
+    state = {"0.weight": right.T.contiguous(), "1.weight": left.contiguous()}
+    if bias is not None:
+        state["1.bias"] = bias.detach()
     layers.load_state_dict(state, assign=True)
     return layers
-
-
-def save_once(model: nn.Module, file: Path) -> None:
-    """Write the state of a model; a tensor with several names is written once."""
-    from safetensors.torch import save_model
-
-    save_model(model, str(file))
-
-
-def bits_of_layers(model: nn.Module) -> int:
-    return sum(bits for _, bits in matrix_counts(model).values())

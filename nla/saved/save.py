@@ -1,7 +1,6 @@
 """Save a compressed model as a folder: safetensors, configuration, tokeniser, model card and digests."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import nn
 from nla.compressed.contents import count_bits, count_parameters, matrix_terms
 from nla.machine.errors import UserError
 from nla.machine.sealed_folder import make_sealed
-from nla.saved.card import IMAGES, About, card
+from nla.saved.card import IMAGES, TEXT, About, card
 from nla.saved.description import describe, require_finite, stored_tensors
 
 SHARD = "5GB"  # the largest file
@@ -37,18 +36,11 @@ def save_compressed(model: nn.Module, folder: str | Path, tokenizer: Any = None,
     about = about or About(base=str(getattr(getattr(model, "config", None), "name_or_path", "") or "unknown"))
 
     def make(draft: Path, scratch: Path) -> None:
-        if hasattr(model, "save_pretrained"):
-            save_transformers(model, draft, tokenizer)
-            text = card(about, counts(model))
-        elif hasattr(model, "pretrained_cfg"):
-            save_timm(model, draft)
-            text = card(replace(about, loading=IMAGES), counts(model))
-        else:
-            raise UserError(f"{type(model).__name__} is no model of transformers or timm, whose folders this can write")
-        readme = draft / "README.md"
-        readme.write_text(text)
-        for file in draft.glob("*.safetensors"):
-            file.chmod(readme.stat().st_mode)  # safetensors writes files that nobody else may read
+        write_model(model, draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        loading = TEXT if hasattr(model, "save_pretrained") else IMAGES
+        (draft / "README.md").write_text(card(about, counts(model), loading))
 
     write(folder, make)
 
@@ -60,11 +52,16 @@ def require_new(folder: Path) -> None:
 
 
 def write(folder: Path, make: Any) -> None:
-    """`make_sealed`, with a sentence instead of the system's or safetensors' errors."""
+    """`make_sealed` of a folder with a README.md, with a sentence instead of the system's or safetensors' errors."""
     from safetensors import SafetensorError
 
+    def make_readable(draft: Path, scratch: Path) -> None:
+        make(draft, scratch)
+        for file in draft.glob("*.safetensors"):
+            file.chmod((draft / "README.md").stat().st_mode)  # safetensors writes files that nobody else may read
+
     try:
-        make_sealed(folder, make)
+        make_sealed(folder, make_readable)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} could not be written ({error}); nothing is left of it; name a folder on another disk"
@@ -76,14 +73,21 @@ def counts(model: nn.Module) -> list[tuple[str, str]]:
     return [("parameters", f"{count_parameters(model):,}"), ("bytes of the parameters", f"{count_bits(model) // 8:,}")]
 
 
-def save_transformers(model: Any, folder: Path, tokenizer: Any) -> None:
-    """Write a model of transformers: its own save_pretrained, in this project's storage format."""
-    from nla.saved.quantizer import attach
+def write_model(model: Any, folder: Path) -> None:
+    """Write weights and configuration in this project's format: by the library's own function, and with the description.
 
-    attach(model)
-    model.save_pretrained(folder, max_shard_size=SHARD)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    Raises:
+        UserError: the model is neither of transformers nor of timm.
+    """
+    if hasattr(model, "save_pretrained"):
+        from nla.saved.quantizer import attach
+
+        attach(model)
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    elif hasattr(model, "pretrained_cfg"):
+        save_timm(model, folder)
+    else:
+        raise UserError(f"{type(model).__name__} is no model of transformers or timm, whose folders this can write")
 
 
 def save_timm(model: Any, folder: Path) -> None:
