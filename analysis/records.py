@@ -96,7 +96,7 @@ def to_number(cell: str) -> int | float:
 def write_collection(records: Iterable[RunRecord], folder: Path) -> None:
     """Write the records into a folder, in the form that is kept in git."""
     ordered = sorted(records, key=by_time)
-    lines = [without_noise(record).model_dump_json(by_alias=True, exclude={"seal"}) for record in ordered]
+    lines = [without_noise(record).model_dump_json(by_alias=True, exclude=left_out(record)) for record in ordered]
     fits = [{"signature": record.signature, **to_row(fit)} for record in ordered for fit in record.fits]
     steps = [{"signature": record.signature, **step} for record in ordered for step in map(to_cells, record.history)]
     columns = list(dict.fromkeys(name for step in steps for name in step)) or ["signature"]
@@ -109,6 +109,11 @@ def without_noise(record: RunRecord) -> RunRecord:
     """The record without the settings that change no figure."""
     config = {key: value for key, value in record.config.items() if key not in NOT_IN_SIGNATURE}
     return record.model_copy(update={"config": config})
+
+
+def left_out(record: RunRecord) -> set[str]:
+    """Fields that are not kept in git: the seal, the folder of the saved model, and continuations if there are none."""
+    return {"seal", "saved"} if record.continuations else {"seal", "saved", "continuations"}
 
 
 def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""One run: check, load, evaluate, collect statistics, allocate the budget, fit, evaluate, retrain, evaluate, record."""
+"""One run: check, load, evaluate, collect statistics, allocate the budget, fit, evaluate, retrain, evaluate, save, record."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,17 @@ from nla.harness.unused import tell_unused
 from nla.machine.errors import UserError
 from nla.machine.files import exclusive, naming, reserved, write_atomically
 from nla.machine.provenance import environment
+from nla.models.base import Model
 from nla.models.select import linear_specs
 from nla.models.weights import require_finite
 from nla.stages.allocate import allocated
 from nla.stages.calibrate import measure_inputs, sample
+from nla.stages.continue_prompt import continue_prompt
 from nla.stages.draw import draw
 from nla.stages.evaluate import evaluate, state_of
 from nla.stages.fit import fit
 from nla.stages.retrain import key_of, retrain
+from nla.stages.save import check_target, is_saved, save, target
 
 
 def run(settings: dict[str, Any], command: str | None = None, arguments: Sequence[str] = ()) -> RunRecord | None:
@@ -57,12 +60,15 @@ def answer(settings: dict[str, Any], command: str | None, arguments: Sequence[st
     made_from = make_up(prepared.values, prepared.inputs)
     name = signature(prepared.values, made_from)
     folder = Path(prepared.values["outputs_dir"]) / "runs" / run_name(prepared.values, name)
+    wanted = target(prepared, folder)
     record = finished_record(folder, name)  # without a lock, so that a folder that may not be written shows it
-    if record is None:
+    if record is None or not is_saved(record, wanted):
         prepared.check_inputs()
+        if wanted is not None:
+            check_target(prepared, wanted)
         with exclusive(folder / ".lock"):
             record = finished_record(folder, name)  # another process may just have written it
-            if record is None:
+            if record is None or not is_saved(record, wanted):
                 return carry_out(prepared, name, made_from, command, folder)
     report.show_result(record, folder, "from the record; delete its folder to run again")
     return record
@@ -85,8 +91,12 @@ def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: st
         with naming(folder), reserved(folder / ".reserve"):
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(prepared.values).encode())
             prepared.tracker.begin(record, prepared.plan, Path(prepared.values["outputs_dir"]))
-            stages(prepared, record, folder)
+            model = stages(prepared, record, folder)
             draw(record, folder)
+            wanted = target(prepared, folder)
+            if wanted is not None:
+                with timed(record, "save"):
+                    save(record, model, wanted)
             record.status, record.finished = "done", now()
             record.write(folder)
     except BaseException as error:
@@ -100,7 +110,8 @@ def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: st
     return record
 
 
-def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
+def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
+    """Carry out all stages that change or measure the model, and return the model."""
     with timed(record, "load"):
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
@@ -110,6 +121,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
     dense = state_of(prepared, model)
 
     with timed(record, "dense"):
+        continue_prompt(prepared, record, model, "dense", dense)
         evaluate(prepared, record, model, "dense", dense)
     with timed(record, "statistics"):
         calibration = sample(prepared, model, dense)
@@ -123,14 +135,18 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> None:
     record.write(folder)
     compressed = state_of(prepared, model)
     with timed(record, "compressed"):
+        continue_prompt(prepared, record, model, "compressed", compressed)
         evaluate(prepared, record, model, "compressed", compressed)
     if prepared.retraining.steps:
         with timed(record, "retrain"):
             retrain(prepared, record, model, folder, key_of(prepared, compressed, dense))
+        retrained = state_of(prepared, model)
         with timed(record, "retrained"):
-            evaluate(prepared, record, model, "retrained", state_of(prepared, model))
+            continue_prompt(prepared, record, model, "retrained", retrained)
+            evaluate(prepared, record, model, "retrained", retrained)
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
     record.bits = bits(prepared, dense_bits, model)
+    return model
 
 
 def now() -> str:

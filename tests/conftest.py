@@ -51,6 +51,13 @@ def make_kernel(*overrides: str):
     return instantiate(configuration(*overrides).kernel)
 
 
+def make_model(name: str, folder: Path):
+    """A model of conf/model in fp32 on the CPU, with a cache in this folder."""
+    from nla.machine.cache import Cache
+
+    return instantiate(configuration(f"model={name}").model, _convert_="all").load("cpu", "float32", Cache(folder))
+
+
 KERNELS = {name: (f"kernel={name}",) for name in options("kernel")}
 KERNELS |= {f"spline{d}": ("kernel=spline", f"kernel.degree={d}") for d in (1, 3)}
 

@@ -62,6 +62,7 @@ def test_a_run_leaves_a_valid_record_a_row_per_fit_and_its_configuration(whole_r
     assert record["command"] == " ".join(["python run.py", *FAST, f"outputs_dir={outputs}"])
     assert record["started"] <= record["finished"] and set(record["made_from"]) == {"inputs", "code", "packages"}
     assert "removing" in result.stdout and "perplexity" in result.stdout and str(folder / "record.json") in result.stdout
+    assert set(record["continuations"]) == {"dense", "compressed"} and '"The most important duty' in result.stdout
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
 
     table = (folder / "fits.csv").read_text().splitlines()
@@ -85,8 +86,19 @@ def test_a_run_leaves_a_valid_record_a_row_per_fit_and_its_configuration(whole_r
     assert resident[0] - resident[1] == record["bits"]["model_bytes_before"] - record["bits"]["model_bytes_after"]
 
 
-READ_FIRST = ["schema", "signature", "status", "error", "command", "started", "finished", "metrics", "parameters", "bits"]
-READ_FIRST += ["seconds", "peak_bytes", "retraining", "made_from", "environment", "config", "seal"]
+READ_FIRST = ["schema", "signature", "status", "error", "command", "started", "finished", "metrics", "continuations"]
+READ_FIRST += [
+    "parameters",
+    "bits",
+    "seconds",
+    "peak_bytes",
+    "retraining",
+    "saved",
+    "made_from",
+    "environment",
+    "config",
+    "seal",
+]
 
 
 def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(whole_run, tmp_path):

@@ -86,6 +86,8 @@ def test_an_offline_run_read_back_holds_one_table_of_fits_the_summary_and_curves
     fits = [list(fit.model_dump().values()) for fit in record.fits]
     assert read.tables["fits"] == (COLUMNS, [[*row[:-2], None, None] for row in fits])  # logged before retraining
     assert read.tables["kept"][1] == [[f.name, f.fitted, f.kept, f.kept_fraction] for f in record.fits]
+    said = [[stage, record.config["prompt"], text] for stage, text in record.continuations.items()]
+    assert read.tables["continuations"] == (["stage", "prompt", "text"], said) and len(said) == 3
     assert [row[0] for row in read.tables["plan"][1]] == [f.name for f in record.fits]
     lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     losses = {line["name"]: line["losses"] for line in lines}

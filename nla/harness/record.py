@@ -14,7 +14,7 @@ from nla.machine.files import append_line, write_atomically
 from nla.machine.provenance import code_digest, computing_packages, target_modules
 
 SCHEMA: Literal[2] = 2
-NOT_IN_SIGNATURE = ["track", "dry_run", "estimate", "outputs_dir", "cache_dir"]  # they change no figure
+NOT_IN_SIGNATURE = ["track", "dry_run", "estimate", "outputs_dir", "cache_dir", "save"]  # they change no figure
 
 
 class Strict(BaseModel):
@@ -68,8 +68,10 @@ class RunRecord(Strict):
         command: the command line; for a job of a sweep, with its own settings; None without a command line.
         started, finished: UTC, ISO 8601.
         metrics: {stage: {task: {data: {metric: value}}}}.
+        continuations: {stage: what a language model wrote after the prompt of `config`}.
         seconds: wall time of each stage.
         peak_bytes: peak memory of one worker in each stage, without the weights (on CUDA: of the process).
+        saved: the folder in which the run saved its model.
         fits: the rows of `fits.csv`.
         history: the rows of `steps.jsonl`, see `nla.retrain.history`.
         seal: digest of all other fields and of `fits.csv`, by which a change is noticed; None in git, which notices it itself.
@@ -83,11 +85,13 @@ class RunRecord(Strict):
     started: str | None = None
     finished: str | None = None
     metrics: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    continuations: dict[str, str] = {}
     parameters: Parameters | None = None
     bits: Bits | None = None
     seconds: dict[str, float] = {}
     peak_bytes: dict[str, int] = {}
     retraining: RetrainRecord | None = None
+    saved: str | None = None
     made_from: MadeFrom | None = None
     environment: dict[str, Any]
     config: dict[str, Any]

@@ -125,6 +125,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
     used = {"statistics": reads_calibration(method, budget), "retrain": bool(values["retrain"].get("steps"))}
     values, sets = learnt_from(values, used, inventory.reads)
+    used["prompt"] = inventory.reads == "text"
     retraining: Retraining = build("retrain", values["retrain"] | {"data": sets["retrain"]})
     budget.check_retraining(retraining.steps, retraining.train)
     check_sharing(method, budget)

@@ -53,6 +53,8 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
+    prompt: Annotated[str, Field(min_length=1)] | None
+    save: bool | str | None
     select: Select
     forward: Literal["triplets", "reconstruct"]
     statistics: Statistics

@@ -120,6 +120,8 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         for data, figures in sets.items()
     ]
     log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
+    if record.continuations:
+        log.info("%s", told_of_continuations(record))
     p, bits = record.parameters, record.bits
     assert p is not None and bits is not None
     log.info(
@@ -155,7 +157,18 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         flop(flops / seconds) if seconds else flop(0),
         told_of_endings(record),
     )
+    if record.saved:
+        log.info("saved:  %s", record.saved)
     log.info("record: %s%s", folder / "record.json", f" ({note})" if note else "")
+
+
+def told_of_continuations(record: RunRecord) -> str:
+    """The prompt, and what each model wrote after it, without its line breaks."""
+    lines = ["", textwrap.fill(f'"{record.config["prompt"]} ..."', 80)]
+    for stage, text in record.continuations.items():
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+        lines.append(textwrap.fill(f"{stage:<12}{shown or '(nothing)'}", 80, subsequent_indent=12 * " "))
+    return "\n".join(lines)
 
 
 def told_of_endings(record: RunRecord) -> str:

@@ -37,5 +37,6 @@ def unused_groups(prepared: PreparedRun) -> dict[str, str]:
         "statistics": (samples, f"{method} and {budget}"),
         "calibration": (samples or retrained or trained, f"{method}, {budget} and {NO_STEPS}"),
         "retrain": (retrained, NO_STEPS),
+        "prompt": ("prompt" in values, "a model that reads images"),
     }
     return {group: by for group, (is_used, by) in used.items() if not is_used}

@@ -41,7 +41,7 @@ class WandbTracker:
     - Charts `fits/...`: errors of the matrices over their number, in the order of the model. They grow while fits run, and
       W&B draws several runs in one chart, which it does not do for tables.
     - Charts `retrain/...`: the history of retraining over its steps.
-    - Tables: `plan`; `fits` (the columns of fits.csv), also of a failed run; `metrics`; `kept` after retraining.
+    - Tables: `plan`; `fits` (the columns of fits.csv), also of a failed run; `metrics`; `continuations`; `kept` if retrained.
     - Losses: only of matrices that took steps. The table `losses` has all of them, with at most 200 points each, because W&B
       cuts a table after 200,000 rows (losses.jsonl has every point). The chart `largest_errors` has the curves of the ten
       matrices with the largest errors. One chart for each matrix would be hundreds of charts.
@@ -169,6 +169,9 @@ class WandbTracker:
         import wandb
 
         self._table("metrics", ["stage", "task", "data", "metric", "value", "stderr"], metric_rows(record))
+        prompt = record.config.get("prompt")
+        rows = [[stage, prompt, text] for stage, text in record.continuations.items()]
+        self._table("continuations", ["stage", "prompt", "text"], rows)
         self._table("kept", ["matrix", "fitted", "kept", "kept_fraction"], kept_rows(record))
         if record.status == "done":
             self.run.log({f"images/{figure.stem}": wandb.Image(figure) for figure in sorted(folder.glob("*.png"))})

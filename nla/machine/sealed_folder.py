@@ -18,17 +18,28 @@ def sealed_folder(cache: Cache, kind: str, name: str, make: Callable[[Path, Path
     folder = cache.root / kind / name
     with naming(folder), cache.lock(kind, name):
         if not intact(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".making-{name}-"
-            for left_behind in folder.parent.glob(f"{prefix}*"):  # left by a killed process
-                remove(left_behind)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
-                draft = Path(scratch) / "made"
-                draft.mkdir()
-                make(draft, Path(scratch))
-                seal(draft)
-                draft.replace(folder)
+            make_sealed(folder, make)
     return folder
+
+
+def make_sealed(folder: Path, make: Callable[[Path, Path], None]) -> None:
+    """Let make(draft, scratch) fill a draft, seal it, and give it its name. A killed process leaves no folder of this name.
+
+    One process at a time may make a folder: drafts that others left are removed.
+
+    Raises:
+        OSError: the folder cannot be written, or it exists and is not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".making-{folder.name}-"
+    for left_behind in folder.parent.glob(f"{prefix}*"):  # left by a killed process
+        remove(left_behind)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
+        draft = Path(scratch) / "made"
+        draft.mkdir()
+        make(draft, Path(scratch))
+        seal(draft)
+        draft.replace(folder)
 
 
 def seal(folder: Path) -> None:
@@ -41,12 +52,17 @@ def intact(folder: Path) -> bool:
     """Whether the folder exists and its files have their digests. A damaged folder is logged and removed."""
     if not os.path.lexists(folder):
         return False
-    try:
-        digests = json.loads((folder / "digests.json").read_text())
-        damaged = [name for name, expected in digests.items() if file_digest(folder / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:
-        damaged = [str(error)]
+    damaged = damage(folder)
     if damaged:
         log.warning("cached folder %s is damaged (%s); making it again", folder, ", ".join(damaged))
         remove(folder)
     return not damaged
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with a sealed folder: the files that are missing or changed, or why its digests cannot be read."""
+    try:
+        digests = json.loads((folder / "digests.json").read_text())
+        return [n for n, known in digests.items() if not (folder / n).is_file() or file_digest(folder / n) != known]
+    except (OSError, ValueError, AttributeError) as error:
+        return [str(error)]

@@ -41,6 +41,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             "with config.json, *.safetensors and the tokeniser"
         )
     config = read_object(folder / "config.json")
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "nla":
+        raise UserError(
+            f"model.path={folder} is a compressed model; a dense one is needed, which "
+            f"`python -m nla.export {folder} --to dense OUT` writes"
+        )
     for key, why in FOREIGN.items():
         if config.get(key) is not None:
             raise UserError(f"{folder / 'config.json'} has {key}: {why}")

@@ -1,0 +1,105 @@
+"""A matrix of rank R stored as R of its rows and the coefficients of the others (PIFA)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla.terms.base import Stored, Term, class_path
+
+
+class Pivoted(Term):
+    """W'[pivots] = rows and W'[others] = coefficients @ rows, with R (out + in - R) numbers instead of R (out + in).
+
+    Source: Zhao et al., "Pivoting Factorization" (PIFA), 2025. Any matrix of rank R has such a form, exactly.
+
+    Args:
+        rows: (R, in), the pivot rows.
+        coefficients: (out - R, R), of the other rows, in their order.
+        pivots: (R,) int32, the sorted numbers of the pivot rows.
+    """
+
+    pivots: Tensor
+
+    def __init__(self, rows: Tensor, coefficients: Tensor, pivots: Tensor) -> None:
+        super().__init__()
+        self.rows, self.coefficients = nn.Parameter(rows.detach()), nn.Parameter(coefficients.detach())
+        self.register_buffer("pivots", pivots)
+        self.out_features, self.in_features = len(rows) + len(coefficients), rows.shape[1]
+
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> "Pivoted":  # type: ignore[override]
+        rows = torch.empty(rank, in_features, dtype=dtype, device="meta")
+        coefficients = torch.empty(out_features - rank, rank, dtype=dtype, device="meta")
+        return cls(rows, coefficients, torch.empty(rank, dtype=torch.int32, device="meta"))
+
+    def in_order(self, pivot: Tensor, other: Tensor) -> Tensor:
+        """(..., R) of the pivot rows and (..., out - R) of the others, in the order of all rows: (..., out)"""
+        first = torch.zeros(self.out_features, dtype=torch.bool, device=pivot.device)
+        first[self.pivots] = True
+        places = torch.where(first, first.cumsum(0) - 1, len(self.rows) + (~first).cumsum(0) - 1)
+        return torch.cat((pivot, other), -1)[..., places]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pivot = x @ self.rows.T  # (..., R)
+        return self.in_order(pivot, pivot @ self.coefficients.T)
+
+    def dense(self) -> Tensor:
+        return self.in_order(self.rows.T, (self.coefficients @ self.rows).T).T
+
+    def stored(self) -> list[Stored]:
+        numbers = [Stored(p, p.numel(), 8 * p.numel() * p.element_size()) for p in (self.rows, self.coefficients)]
+        return [*numbers, Stored(self.pivots, 0, 8 * self.pivots.numel() * self.pivots.element_size())]
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "class": class_path(self),
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "rank": len(self.rows),
+            "dtype": str(self.rows.dtype).removeprefix("torch."),
+        }
+
+    def describe(self) -> str:
+        return f"pivoted rank={len(self.rows)}"
+
+    def forward_flops(self, tokens: int) -> int:
+        return 2 * tokens * (self.rows.numel() + self.coefficients.numel())
+
+    def dense_flops(self) -> int:
+        return 2 * self.in_features * self.coefficients.numel()
+
+    def scaled(self, factor: float) -> "Pivoted":
+        return Pivoted(self.rows * factor, self.coefficients, self.pivots)
+
+    def as_stored(self, dtype: torch.dtype) -> "Pivoted":
+        return Pivoted(self.rows.to(dtype), self.coefficients.to(dtype), self.pivots)
+
+    def zero(self, like: Tensor) -> "Pivoted":
+        empty = self.pivots[:0].to(like.device)
+        return Pivoted(like.new_zeros(0, self.in_features), like.new_zeros(self.out_features, 0), empty)
+
+    def rank_bound(self) -> int:
+        return len(self.rows)
+
+
+def pivoted(left: Tensor, right: Tensor) -> Pivoted:
+    """The term of the matrix left @ right.T, with numbers in the type of `left`: (out, k), (in, k) -> Pivoted of rank <= k.
+
+    QR with column pivoting picks the rows, in float64, so that the coefficients stay small. The rank is the numerical one.
+    """
+    from scipy.linalg import qr, solve_triangular
+
+    basis, scale = torch.linalg.qr(right.detach().double().cpu())  # (in, k) orthonormal, (k, k)
+    rows = left.detach().double().cpu() @ scale.T  # (out, k): the rows of the matrix in this basis
+    triangle, order = qr(rows.T.numpy(), mode="r", pivoting=True)
+    size = abs(triangle.diagonal())
+    rank = int((size > size.max(initial=0.0) * 1e-12).sum())
+    order = torch.from_numpy(order.astype("int64"))
+    chosen, rest = order[:rank], order[rank:]
+    solved = solve_triangular(triangle[:rank, :rank], triangle[:rank, rank:])  # (rank, out - rank)
+    coefficients = torch.from_numpy(solved).T[rest.argsort()]  # rows in their order, columns in that of `chosen`
+    sorting = chosen.argsort()
+    pivots = chosen[sorting]
+    term = Pivoted(rows[pivots] @ basis.T, coefficients[:, sorting], pivots.int())
+    return Pivoted(term.rows.to(left), term.coefficients.to(left), term.pivots.to(left.device))

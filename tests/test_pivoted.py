@@ -1,0 +1,73 @@
+"""Tests of matrices that are stored by pivot rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nla.compressed.surgery import swap
+from nla.kernels.linear import Linear
+from nla.matrix.triplets import Triplets, triplet_size
+from nla.saved import convert
+from nla.saved.convert import pivot, thin_factors
+from nla.terms.base import Sum
+from nla.terms.kernel_term import KernelTerm
+from nla.terms.pivoted import pivoted
+from nla.terms.state import empty_term
+from tests.conftest import make_kernel
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 3))
+def test_any_matrix_of_low_rank_is_its_pivot_rows_and_coefficients(m, n, k, lost):
+    left, right = normal(m, k), normal(n, k, seed=1)
+    left[:, : min(lost, k)] = 0
+    matrix, term = left @ right.T, pivoted(left, right)
+    rank = int(torch.linalg.matrix_rank(matrix)) if matrix.any() else 0
+    torch.testing.assert_close(term.dense(), matrix, rtol=1e-9, atol=1e-9)
+    assert term.count() == rank * (m + n - rank) and term.bits() == 64 * term.count() + 32 * rank
+    x = normal(2, 3, n, seed=2)
+    torch.testing.assert_close(term(x), x @ matrix.T, rtol=1e-9, atol=1e-9)
+    assert empty_term(term.config()).count() == term.count()
+
+
+@pytest.mark.parametrize("kernel", ["linear", "piecewise", "phase"])
+def test_the_thin_factors_of_a_term_make_its_matrix(kernel):
+    generator = torch.Generator().manual_seed(0)
+    terms = [KernelTerm(k, k.random_start(9, 7, 2, 2, generator)) for k in (make_kernel(f"kernel={kernel}"), Linear())]
+    left, right = thin_factors(Sum(terms))
+    torch.testing.assert_close((left @ right.T).float(), Sum(terms).dense(), rtol=1e-5, atol=1e-5)
+    gaussian = make_kernel("kernel=gaussian")
+    assert thin_factors(Sum([terms[0], KernelTerm(gaussian, gaussian.random_start(9, 7, 2, 2, generator))])) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_a_square_matrix_needs_a_quarter_less_in_pivot_rows(dtype):
+    module = nn.Sequential(nn.Linear(64, 64))
+    A, B = normal(64, 32, 1).to(dtype), normal(64, 32, 1, seed=1).to(dtype)
+    swap(module, {"0": KernelTerm(Linear(), Triplets(A, B, torch.ones(32, dtype=dtype)))})
+    matrix = A.squeeze().double() @ B.squeeze().double().T
+    (line,) = pivot(module)
+    term = module[0].term
+    assert term.count() == 32 * (64 + 64 - 32) == pytest.approx(0.75 * 32 * triplet_size(64, 64, 1), rel=0.01)
+    error = float((term.as_stored(torch.float64).dense().detach() - matrix).norm() / matrix.norm())
+    assert error < 4 * torch.finfo(dtype).eps and f"relative error {error:.1e}" in line
+
+
+def test_terms_that_pivot_rows_would_not_keep_stay_as_they_are(monkeypatch):
+    module = nn.Sequential(nn.Linear(64, 64))
+    before = KernelTerm(Linear(), Triplets(normal(64, 32, 1).float(), normal(64, 32, 1, seed=1).float(), torch.ones(32)))
+    swap(module, {"0": before})
+    monkeypatch.setattr(convert, "LARGEST_ERROR", 1e-3)
+    (line,) = pivot(module)
+    assert module[0].term is before and "kept, because pivot rows with coefficients up to" in line
+    phase = make_kernel("kernel=phase")
+    wide = KernelTerm(phase, phase.random_start(8, 8, 3, 1, torch.Generator().manual_seed(0)))
+    swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": wide})  # rank 6 of 8 by 3 angles a row
+    (line,) = pivot(module)
+    assert module[0].term is wide and "would take" in line
