@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from analysis.settings import PRESETS
 from nla.harness.fits_table import FitRecord, parse_terms
 from nla.harness.record import RunRecord, read_record, run_name
 from nla.harness.request import resolve
@@ -21,7 +22,7 @@ from tests.conftest import TINY, configuration, only_folder, only_record, option
 FAST = [*TINY, "solver.steps=10"]
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", sorted(set(options("method")) - PRESETS))
 def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
     config = resolve(check_settings(configuration(*TINY, f"method={method}", "ratio=0.50")))
     del config["retrain"]  # as in a run without retraining

@@ -83,17 +83,3 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Ask Linux to send this process a signal when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-
-
-def kill_tree(process_id: int) -> None:
-    """Kill a process and all that it started, and wait until they are gone."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process_id)
-        root.suspend()  # so that it starts no more
-        tree = [*root.children(recursive=True), root]
-        for process in tree:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(tree, timeout=GRACE)

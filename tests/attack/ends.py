@@ -22,14 +22,14 @@ def files(outputs: Path) -> set[str]:
 
 def drafts(outputs: Path) -> list[str]:
     """Files that nobody will need again: drafts, half-made folders, and what several processes were given."""
-    given = [*outputs.glob("cache/launches/*"), *outputs.glob("cache/compressed/*")]
+    given = list(outputs.glob("cache/compressed/*"))
     given += [*outputs.rglob(".making-*"), *outputs.rglob(".reserve")]
     found = [path for path in outputs.rglob(".*") if re.fullmatch(r"\..*\.[0-9a-f]{32}", path.name)]
     return [str(path.relative_to(outputs)) for path in (*given, *found)]
 
 
 def going_on(mark: str) -> list[str]:
-    """Processes that were started with this mark in their environment, and have not ended a second later."""
+    """Processes that were started with this mark in their environment, and have not ended five seconds later."""
 
     def found() -> list[str]:
         commands = []
@@ -39,7 +39,7 @@ def going_on(mark: str) -> list[str]:
                     commands.append(" ".join(process.cmdline()))
         return commands
 
-    for _ in range(10):
+    for _ in range(50):
         if not found():
             return []
         time.sleep(0.1)
@@ -67,8 +67,8 @@ def faults(
         found["status"] = [(record["status"], record["error"]) for record in records(outputs)]
     if drafts(outputs):
         found["left"] = drafts(outputs)
-    if mark and going_on(mark):
-        found["processes"] = going_on(mark)
+    if mark and (left := going_on(mark)):
+        found["processes"] = left
     return found
 
 

@@ -44,7 +44,7 @@ MOMENTS = {
     "evaluation": ([*QUICK[:-2], "task.max_windows=null"], "cache/windows/*.jsonl"),
     "fits": (SLOW, "runs/*/losses.jsonl"),
     "retraining": ([*SHORT, "retrain.steps=2000"], "cache/trainings/*.json"),
-    "two processes": (TWO, "cache/launches/*.json"),
+    "two processes": (TWO, "cache/trainings/*.json"),
 }
 SIGNALS = [(signal.SIGTERM, moment) for moment in MOMENTS] + [(signal.SIGINT, "fits")]
 
