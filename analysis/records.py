@@ -10,6 +10,7 @@ and `steps.csv.gz` (about 50 steps of each retraining). Runs are sorted by time,
 import csv
 import gzip
 import io
+import shlex
 import sys
 import zlib
 from collections.abc import Iterable
@@ -106,9 +107,11 @@ def write_collection(records: Iterable[RunRecord], folder: Path) -> None:
 
 
 def without_noise(record: RunRecord) -> RunRecord:
-    """The record without the settings that change no figure."""
+    """The record without the settings that change no figure, such as folders of the machine that it was made on."""
     config = {key: value for key, value in record.config.items() if key not in NOT_IN_SIGNATURE}
-    return record.model_copy(update={"config": config})
+    typed = shlex.split(record.command or "")
+    command = shlex.join(word for word in typed if word.partition("=")[0].partition(".")[0] not in NOT_IN_SIGNATURE) or None
+    return record.model_copy(update={"config": config, "command": command})
 
 
 def left_out(record: RunRecord) -> set[str]:

@@ -85,6 +85,7 @@ def test_runs_are_added_to_those_in_git_once_and_only_finished_ones_of_committed
     record = run_here(*SHORT, "retrain.steps=4")
     folder, collection = only_folder(tmp_path), tmp_path / "collection"
     write_collection(read_collection(IN_GIT)[:2], collection)
+    record.command = f"python run.py ratio=0.5 outputs_dir={tmp_path} cache_dir={tmp_path}/cache track=none seed=1"
     for dirty, status, count in ((True, "done", 2), (False, "failed", 2), (False, "done", 3), (False, "done", 3)):
         record.environment |= {"dirty": dirty, "commit": "1234567"}
         record.status = status
@@ -96,6 +97,7 @@ def test_runs_are_added_to_those_in_git_once_and_only_finished_ones_of_committed
     added = read_collection(collection)[-1]
     assert added.fits == record.fits and [row["step"] for row in added.history] == [0, 1, 2, 3, 4]
     assert retraining(added.history).axes and added.metrics == record.metrics
+    assert added.command == "python run.py ratio=0.5 seed=1"  # without the places of the machine that made it
 
 
 def test_settings_are_named_by_the_nearest_yaml_of_the_same_class():

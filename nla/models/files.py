@@ -76,7 +76,7 @@ def weights_by_file(folder: Path) -> dict[Path, dict[str, Tensor]]:
 def tensors_in(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of weights, on the meta device: their shapes and types without their values."""
     try:
-        return headers(file) if file.suffix == ".safetensors" else pickled(file, "meta")
+        return headers(file) if file.suffix == ".safetensors" else of_bin(file, "meta")
     except Exception as error:  # the errors of the two formats have nothing in common
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read, it is damaged or no file of weights: {reason}; fetch it again") from error
@@ -91,8 +91,8 @@ def headers(file: Path) -> dict[str, Tensor]:
         return {name: torch.empty(s.get_shape(), dtype=TYPES[s.get_dtype()], device="meta") for name, s in slices.items()}
 
 
-def pickled(file: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a .bin file, whose pickled code is not run."""
+def of_bin(file: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a .bin file. torch reads tensors only, and runs no code of the file (`weights_only`)."""
     found = torch.load(file, device, weights_only=True, mmap=zipfile.is_zipfile(file))
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError("it holds something else than names and tensors")
@@ -104,6 +104,6 @@ def stored(file: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
     if file.suffix != ".safetensors":
-        return pickled(file, "cpu")[name]
+        return of_bin(file, "cpu")[name]
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(name)
