@@ -173,7 +173,7 @@ def explain_unknown_keys(arguments: list[str]) -> None:
         section = OmegaConf.select(cfg, parent) if parent else cfg
         if section is None and parent.partition(".")[0] in groups:
             print(f"\n{key} is not a setting while no {parent} is chosen; choose one, {parent}=<option>", file=sys.stderr)
-        if key.startswith("hydra") or not isinstance(section, DictConfig) or name in section:
+        if key in groups or key.startswith("hydra") or not isinstance(section, DictConfig) or name in section:
             continue
         allowed = sorted(k for k in map(str, section) if not k.startswith("_"))
         near = difflib.get_close_matches(name, allowed, 1)

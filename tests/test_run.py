@@ -12,6 +12,7 @@ from nla.harness import estimate_fits
 from nla.harness.fits_table import COLUMNS, parse_terms
 from nla.harness.record import read_record
 from nla.harness.settings import check_settings
+from nla.jobs import explain_unknown_keys
 from nla.machine.errors import UserError
 from nla.pipeline import run
 from tests import forked
@@ -214,6 +215,12 @@ def test_the_command_line_refuses_in_words_with_an_exit_code_and_no_traceback(cl
     assert all(text in said for text in expected), said
     assert "Traceback" not in said
     assert not records(tmp_path)
+
+
+def test_a_choice_of_a_group_is_not_called_an_unknown_setting(capsys):
+    explain_unknown_keys(["experiment=demo", "solver.step=5"])  # a refused command line also has settings that exist
+    said = capsys.readouterr().err
+    assert "solver.step is not a setting" in said and "experiment" not in said.splitlines()[1]
 
 
 def test_text_shorter_than_a_window_fails_with_its_length_and_a_failed_record(run_here, tmp_path):
