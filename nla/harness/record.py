@@ -53,6 +53,19 @@ class RetrainRecord(Strict):
     seconds: float
 
 
+class RefineRecord(Strict):
+    """Summary of the refinement of blocks. `error_before` and `error_after` are means over blocks of the relative squared error
+    of a block's outputs for held-out calibration samples. `refine.jsonl` has a line for each block (`nla.refine.block.Refined`).
+    """
+
+    blocks: int
+    error_before: float
+    error_after: float
+    steps: int
+    trained: int  # number of parameters that were trained, in all blocks
+    seconds: float
+
+
 class MadeFrom(Strict):
     """The origin of a run's figures, part of the signature: digests of the inputs and of the code, and versions of packages."""
 
@@ -90,6 +103,7 @@ class RunRecord(Strict):
     bits: Bits | None = None
     seconds: dict[str, float] = {}
     peak_bytes: dict[str, int] = {}
+    refinement: RefineRecord | None = None
     retraining: RetrainRecord | None = None
     saved: str | None = None
     made_from: MadeFrom | None = None
@@ -180,7 +194,7 @@ def run_name(config: dict[str, Any], signature: str) -> str:
     parts = [config["model"]["name"], *method_names(config)]
     parts.append(f"{config['ratio']:g}" if bits is None else f"{bits:g}bits")
     budget = module_name(config["budget"])
-    parts += [budget] * (budget != "uniform") + ["retrained"] * ("retrain" in config) + [signature[:8]]
+    parts += [budget] * (budget != "uniform") + ["refined"] * ("refine" in config) + ["retrained"] * ("retrain" in config) + [signature[:8]]
     return "-".join(re.sub(r"[^\w.]+", "_", part, flags=re.ASCII).strip(".")[:40] for part in parts)
 
 

@@ -2,10 +2,11 @@
 
 from nla.compressed.contents import count_bits, matrix_counts
 from nla.harness.fits_table import FitRecord
-from nla.harness.record import Bits, Parameters
+from nla.harness.record import Bits, Parameters, RefineRecord
 from nla.harness.request import PreparedRun
 from nla.methods.fit import Fit
 from nla.models.base import Model
+from nla.refine.block import Refined
 
 TAKEN_OVER = set(FitRecord.model_fields) - {"name", "shape", "terms", "fitted", "kept"}
 
@@ -13,6 +14,18 @@ TAKEN_OVER = set(FitRecord.model_fields) - {"name", "shape", "terms", "fitted", 
 def fit_record(name: str, fit: Fit) -> FitRecord:
     figures = {key: getattr(fit, key) for key in TAKEN_OVER}
     return FitRecord(name=name, shape=(fit.term.out_features, fit.term.in_features), terms=fit.term.describe(), **figures)
+
+
+def refine_record(refined: list[Refined]) -> RefineRecord:
+    """The summary of all refined blocks."""
+    return RefineRecord(
+        blocks=len(refined),
+        error_before=sum(block.before for block in refined) / len(refined),
+        error_after=sum(block.after for block in refined) / len(refined),
+        steps=sum(block.steps for block in refined),
+        trained=sum(block.trained for block in refined),
+        seconds=sum(block.seconds for block in refined),
+    )
 
 
 def kept_parameters(model: Model) -> dict[str, int]:

@@ -20,6 +20,7 @@ from nla.matrix.triplets import triplet_size
 from nla.methods.base import Method
 from nla.models.base import DTYPES, Inventory, ModelSource
 from nla.models.select import LinearSpec, select_linears
+from nla.refine.settings import Refinement
 from nla.retrain.settings import Retraining
 from tasks.base import Task
 from tasks.data.base import Data, training_set
@@ -34,7 +35,8 @@ class PreparedRun:
     Attributes:
         settings: the settings from which all other attributes were built.
         values: the settings for the record, resolved for this machine and without groups that this request does not use.
-        calibration: data from which method and budget get samples; None if they need none.
+        calibration: data from which method, budget and refinement get samples; None if they need none.
+        refinement: how blocks are refined after their fits; None for refine=none.
         training_data: data for retraining; None without retraining.
     """
 
@@ -48,6 +50,7 @@ class PreparedRun:
     plan: Plan
     tasks: list[Task]
     calibration: Data | None
+    refinement: Refinement | None
     retraining: Retraining
     training_data: Data | None
     tracker: Tracker
@@ -103,9 +106,9 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         UserError: this machine does not have the device.
     """
     values = settings | {"device": find_device(settings["device"])}
-    solver = values["method"].get("solver", {})
-    if solver.get("products") == "auto":
-        solver["products"] = "bfloat16" if has_matrix_units(values["device"]) else "float32"
+    for group in (values["method"].get("solver", {}), values["refine"]):
+        if group.get("products") == "auto":
+            group["products"] = "bfloat16" if has_matrix_units(values["device"]) else "float32"
     return {key: value for key, value in values.items() if key not in INGREDIENTS}
 
 
@@ -123,9 +126,11 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     model: ModelSource = build("model", values["model"])
     inventory = model.inventory(cache)
     chosen = select_linears(inventory.linears, values["select"]["include"], values["select"]["exclude"])
-    used = {"statistics": reads_calibration(method, budget), "retrain": bool(values["retrain"].get("steps"))}
+    refinement: Refinement | None = build("refine", values["refine"]) if values["refine"] else None
+    learns = reads_calibration(method, budget) or refinement is not None
+    used = {"statistics": learns, "retrain": bool(values["retrain"].get("steps"))}
     values, sets = learnt_from(values, used, inventory.reads)
-    used["prompt"] = inventory.reads == "text"
+    used |= {"prompt": inventory.reads == "text", "refine": refinement is not None}
     retraining: Retraining = build("retrain", values["retrain"] | {"data": sets["retrain"]})
     budget.check_retraining(retraining.steps, retraining.train)
     check_sharing(method, budget)
@@ -136,6 +141,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         task.check(inventory)
     if used["statistics"]:
         check_samples(values, inventory)
+    check_refinement(refinement, method, values["dtype"])
     check_retraining(retraining, inventory, plan, values)
     return PreparedRun(
         settings=settings,
@@ -148,6 +154,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         plan=plan,
         tasks=tasks,
         calibration=sets["statistics"],
+        refinement=refinement,
         retraining=retraining,
         training_data=retraining.data,
         tracker=build("track", values["track"]),
@@ -160,6 +167,16 @@ def check_samples(values: dict[str, Any], inventory: Inventory) -> None:
     length = values["statistics"]["length"]
     if inventory.reads == "text" and length > inventory.limit:
         raise UserError(f"statistics.length={length} is longer than the {inventory.limit} tokens the model can read")
+
+
+def check_refinement(refinement: Refinement | None, method: Method, dtype: str) -> None:
+    """Raise UserError if blocks compressed by this method cannot be refined."""
+    if refinement is None:
+        return
+    if method.shares_factors:
+        raise UserError("refine=block trains one block at a time, but this method's blocks share factors; use refine=none")
+    if dtype == "float16":
+        raise UserError("dtype=float16 cannot be refined: small gradients vanish in it; use dtype=bfloat16 or float32")
 
 
 def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:

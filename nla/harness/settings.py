@@ -68,6 +68,7 @@ class Settings(BaseModel):
     solver: Group
     budget: Group
     schedule: Group
+    refine: Group
     retrain: Group
     task: Group
     data: Group

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from nla.budget.plan import PlannedMatrix
 from nla.harness.estimate_fits import estimate
 from nla.harness.estimate_retraining import retraining_cost
-from nla.harness.record import RunRecord, read_record
+from nla.harness.record import RefineRecord, RunRecord, read_record
 from nla.harness.request import PreparedRun
 from nla.harness.units import duration, flop, millions, number, with_error
 from nla.machine.errors import UserError
@@ -146,6 +146,8 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
             "weighted by the inputs: %.4f; SVD-LLM with as many parameters %.4f; floor %.4f",
             *(mean(record, key) for key in ("weighted_error", "svd_llm_error", "weighted_floor")),
         )
+    if record.refinement:
+        log.info("%s", told_of_refinement(record.refinement))
     if record.retraining:
         log.info("%s", told_of_retraining(record))
     seconds, flops = sum(f.seconds for f in record.fits), sum(f.flops for f in record.fits)
@@ -181,6 +183,14 @@ def told_of_endings(record: RunRecord) -> str:
     if repairs:
         line += "; repaired: " + ", ".join(f"{count} {REPAIRED.get(name, name)}" for name, count in repairs.most_common())
     return textwrap.fill(line, 80, subsequent_indent=8 * " ")
+
+
+def told_of_refinement(r: RefineRecord) -> str:
+    """How much refinement lowered the error of the blocks' outputs, and its cost."""
+    return (
+        f"refinement: mean error of {r.blocks} blocks' outputs {r.error_before:.4f} -> {r.error_after:.4f};\n"
+        f"        {r.steps:,} steps in {r.seconds:,.0f} s"
+    )
 
 
 def told_of_retraining(record: RunRecord) -> str:

@@ -19,7 +19,7 @@ def summary(record: RunRecord) -> dict[str, float]:
 
     error, to_svd, weighted_error, to_svd_llm: means over the matrices, see `point`. `<metric>/<stage>`: the first metric of
     each task, such as perplexity/compressed; `<metric>_stderr/<stage>`: its standard error. ratio: removed fraction. bits: per
-    selected weight. bytes_before, bytes: of the model. peak_bytes: the largest of all stages. seconds: of the whole run.
+    selected weight. bytes_before, bytes: of the model. blocks/before, blocks/after: see RefineRecord. peak_bytes: the largest of all stages. seconds: of the whole run.
     """
     points = [point(fit) for fit in record.fits]
     names = dict.fromkeys(name for p in points for name in p)
@@ -34,6 +34,8 @@ def summary(record: RunRecord) -> dict[str, float]:
     if record.bits is not None:
         figures["bits"] = record.bits.selected_per_weight
         figures |= {"bytes_before": record.bits.model_bytes_before, "bytes": record.bits.model_bytes_after}
+    if record.refinement is not None:
+        figures |= {"blocks/before": record.refinement.error_before, "blocks/after": record.refinement.error_after}
     if record.peak_bytes:
         figures["peak_bytes"] = max(record.peak_bytes.values())
     if record.seconds:

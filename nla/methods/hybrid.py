@@ -26,6 +26,7 @@ class Hybrid(MatrixMethod):
 
     Args:
         linear_share: fraction of the parameters that the linear term gets.
+        sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
 
     Raises:
         UserError: linear_share is not between 0 and 1.
@@ -33,9 +34,10 @@ class Hybrid(MatrixMethod):
 
     needs = frozenset({"gram"})
 
-    def __init__(self, kernel: Kernel, solver: GradientFit, linear_share: float) -> None:
+    def __init__(self, kernel: Kernel, solver: GradientFit, linear_share: float, sequential: bool) -> None:
         if not isinstance(linear_share, int | float) or not 0 < linear_share < 1:
             raise UserError(f"method.linear_share={linear_share} must be a fraction, above 0 and below 1")
+        self.sequential = sequential
         self.linear, self.kernel, self.solver, self.linear_share = Linear(), kernel, solver, linear_share
 
     def objective(self, norms: Norms) -> Objective:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import torch
 
 from nla.kernels.base import Kernel
-from nla.machine.errors import require_choice
+from nla.machine.errors import UserError, require_choice
 from nla.matrix.objective import Norms, Objective
 from nla.methods.kernel_method import KernelMethod, size
 from nla.solvers.base import Solution, Start
@@ -19,11 +19,17 @@ class NLA(KernelMethod):
 
     Args:
         loss: `weight` (the paper's, ||W' - W||^2) or `activation` (||(W' - W) X^T||^2 over the calibration tokens X).
+        sequential: X are inputs that passed through the compressed earlier blocks.
+
+    Raises:
+        UserError: `sequential` is set although the loss has no inputs.
     """
 
-    def __init__(self, kernel: Kernel, solver: GradientFit, loss: str) -> None:
+    def __init__(self, kernel: Kernel, solver: GradientFit, loss: str, sequential: bool) -> None:
         require_choice("method.loss", loss, ["weight", "activation"])
-        self.kernel, self.solver = kernel, solver
+        if sequential and loss == "weight":
+            raise UserError("method.sequential=true is about the layers' inputs; add method.loss=activation")
+        self.kernel, self.solver, self.sequential = kernel, solver, sequential
         self.needs = frozenset({"gram"} if loss == "activation" else ())
 
     def objective(self, norms: Norms) -> Objective:

@@ -9,7 +9,7 @@ import torch
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest, tensor_digest
 from nla.machine.peak_memory import PeakMemory
-from nla.machine.provenance import code_digest, target_modules
+from nla.machine.provenance import code_digest, computing_packages, target_modules
 from nla.models.base import Model, Sample
 from nla.statistics.collect import collect
 from nla.statistics.store import StatisticsStore
@@ -40,11 +40,16 @@ def dense_statistics(prepared: PreparedRun, calibration: Calibration) -> Statist
 
 
 def sequential_statistics(prepared: PreparedRun, calibration: Calibration) -> StatisticsStore:
-    """The store of statistics of inputs behind compressed blocks. They depend on the fits, and so does its key."""
+    """The store of statistics of inputs behind compressed blocks."""
+    return StatisticsStore(prepared.cache, digest(compressed_blocks(prepared, calibration)))
+
+
+def compressed_blocks(prepared: PreparedRun, calibration: Calibration) -> list[Any]:
+    """JSON values that identify all that the compressed (and refined) blocks depend on."""
     budgets = [[matrix.spec.name, matrix.bits] for matrix in prepared.plan.matrices]
-    settings, seed = prepared.values["method"], prepared.values["seed"]
-    fits = [budgets, settings, seed, code_digest(*target_modules(settings))]
-    return StatisticsStore(prepared.cache, digest([calibration.made_from, fits]))
+    method, refine, seed = prepared.values["method"], prepared.values.get("refine"), prepared.values["seed"]
+    code = code_digest(*target_modules(method), *(["nla.refine.block"] if refine else []))
+    return [calibration.made_from, budgets, method, refine, seed, prepared.device.partition(":")[0], computing_packages(), code]
 
 
 def measure_inputs(prepared: PreparedRun, model: Model, calibration: Calibration) -> int:

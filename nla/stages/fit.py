@@ -1,5 +1,6 @@
-"""Fit all planned matrices, and put the fitted terms into the model."""
+"""Fit all planned matrices, put the fitted terms into the model, and refine its blocks if the run asks for it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,23 +8,23 @@ from tqdm import tqdm
 
 from nla.compressed.surgery import swap
 from nla.harness.record import RunRecord, write_line
-from nla.harness.recording import fit_record
+from nla.harness.recording import fit_record, refine_record
 from nla.harness.request import PreparedRun
 from nla.machine.files import write_atomically
 from nla.models.base import Model
-from nla.stages.calibrate import Calibration, dense_statistics, sequential_statistics
+from nla.refine.block import Refined
+from nla.stages.calibrate import Calibration, dense_statistics
+from nla.stages.fit_blocks import fit_block_by_block
 from nla.stages.fit_groups import NamedFits, fit_groups
-from nla.statistics.collect import StatisticsStream
 
 
 def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Calibration, folder: Path) -> None:
     """Fit all planned matrices and put the terms into the model. Losses of each fit are written and tracked at once."""
-    fit_all = fit_block_by_block if prepared.method.sequential else fit_at_once
-    lines = folder / "losses.jsonl"
+    lines, refined = folder / "losses.jsonl", list[Refined]()
     write_atomically(lines, b"")
     with progress(prepared) as bar:
         try:
-            for fits in fit_all(prepared, model, calibration, bar):
+            for fits in fits_of(prepared, model, calibration, bar, refined):
                 for name, result in fits.items():
                     entry = fit_record(name, result)
                     record.fits.append(entry)
@@ -32,6 +33,23 @@ def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Cal
         finally:
             prepared.tracker.fitted(record)
     record.peak_bytes["fit"] = max(f.peak_bytes for f in record.fits)
+    if refined:
+        record.refinement = refine_record(refined)
+        record.peak_bytes["refine"] = max(block.peak_bytes for block in refined)
+        write_atomically(folder / "refine.jsonl", "".join(f"{json.dumps(vars(block))}\n" for block in refined).encode())
+
+
+def fits_of(
+    prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm, refined: list[Refined]
+) -> Iterator[NamedFits]:
+    """The fits of all groups. The terms are put into the model: block by block if later blocks depend on earlier ones.
+
+    Args:
+        refined: gets the result of each refined block.
+    """
+    if prepared.method.sequential or prepared.refinement:
+        return fit_block_by_block(prepared, model, calibration, bar, refined)
+    return fit_at_once(prepared, model, calibration, bar)
 
 
 def fit_at_once(prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm) -> Iterator[NamedFits]:
@@ -42,22 +60,6 @@ def fit_at_once(prepared: PreparedRun, model: Model, calibration: Calibration, b
         found |= fits
         yield fits
     swap(model.module, {name: result.term for name, result in found.items()})
-
-
-def fit_block_by_block(prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm) -> Iterator[NamedFits]:
-    """The fits of all groups, block by block. Each block is fitted to inputs that passed the compressed earlier blocks."""
-    store, method, plan = sequential_statistics(prepared, calibration), prepared.method, prepared.plan
-    settings, seed = prepared.values["method"], prepared.values["seed"]
-    offload = prepared.values["statistics"]["offload"]
-    stream = StatisticsStream(model, plan.layers, method.needs, calibration.samples, store, offload)
-    for block in stream.blocks():
-        stream.measure(block)
-        found = NamedFits()
-        for fits in fit_groups(model.module, plan.of_layers(block.layers).groups, method, settings, seed, store, bar):
-            found |= fits
-            yield fits
-        swap(model.module, {name: result.term for name, result in found.items()})
-        stream.advance(block, swapped=True)
 
 
 def progress(prepared: PreparedRun) -> tqdm:

@@ -118,6 +118,10 @@ class Stream:
 
     @torch.no_grad()
     def through(self, block: Block, state: Tensor) -> Tensor:
+        """The output of a block for one batch, without a gradient: (batch, ..., features)."""
+        return self.run(block, state)
+
+    def run(self, block: Block, state: Tensor) -> Tensor:
         """The output of a block for one batch: (batch, ..., features)."""
         arguments, keywords = self.arguments[len(state)]
         output = block.run(state.to(self.device), *arguments, **keywords)

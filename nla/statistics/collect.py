@@ -72,7 +72,7 @@ class StatisticsStream:
 
     def blocks(self) -> Iterator[Block]:
         """The blocks in order, with a progress bar."""
-        with tqdm(self.chain, "statistics", unit="block", dynamic_ncols=True) as bar:
+        with tqdm(self.chain, "statistics" if self.kinds else "blocks", unit="block", dynamic_ncols=True) as bar:
             for block in bar:
                 yield block
                 bar.set_postfix_str(f"{self.rows} rows", refresh=False)

@@ -1,0 +1,1 @@
+"""Training of the terms of one block on the block's own outputs."""

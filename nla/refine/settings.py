@@ -1,0 +1,53 @@
+"""The settings `refine.*`. `conf/refine/` holds the presets."""
+
+from nla.kernels.base import TRAINING_RATE
+from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.solvers.gradient import PRODUCTS
+
+PARTS = ["triplets", "A", "B", "mu", "norms", "biases", "everything"]
+
+
+class Refinement:
+    """The checked settings of the refinement of blocks.
+
+    Args:
+        epochs: passes over the samples.
+        batch: positions (tokens of text) of a step; at least one batch of the calibration stream, which has up to 1,024.
+        held_out: fraction of the samples that are not trained on. The epoch with the smallest error on them is kept.
+        lr: learning rate, relative to the root mean square of each tensor at the start; None for each kernel's own rate.
+        warmup: fraction of the steps in which the rate rises; afterwards it falls along a cosine.
+        weight_decay, clip: as in `nla.training.loop.Recipe`.
+        train: names of PARTS joined by `+`.
+        products: type of the matrix products; parameters and the optimiser stay in fp32.
+
+    Raises:
+        UserError: a value is out of range; it names the setting.
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        batch: int,
+        held_out: float,
+        lr: float | None,
+        warmup: float,
+        weight_decay: float,
+        clip: float,
+        train: str,
+        products: str,
+    ) -> None:
+        require_integer("refine.epochs", epochs, 1)
+        require_integer("refine.batch", batch, 1)
+        self.own_rates, lr = lr is None, TRAINING_RATE if lr is None else lr
+        require_positive("refine.lr", lr)
+        require_positive("refine.clip", clip)
+        require_at_least_zero("refine.weight_decay", weight_decay)
+        require_choice("refine.products", products, list(PRODUCTS))
+        for name, value, least in (("held_out", held_out, "above 0"), ("warmup", warmup, "at least 0")):
+            if not isinstance(value, int | float) or not 0 <= value < 1 or (name == "held_out" and value == 0):
+                raise UserError(f"refine.{name}={value} must be a fraction, {least} and below 1")
+        self.parts = str(train).split("+")
+        for part in self.parts:
+            require_choice("refine.train", part, PARTS)
+        self.epochs, self.batch, self.held_out, self.lr, self.warmup = epochs, batch, held_out, lr, warmup
+        self.weight_decay, self.clip, self.products = weight_decay, clip, PRODUCTS[products]

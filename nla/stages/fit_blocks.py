@@ -1,0 +1,96 @@
+"""Fit the matrices block by block, for methods and refinements that read what the compressed earlier blocks produce."""
+
+from collections.abc import Iterator
+from copy import copy
+
+from torch import Tensor
+from tqdm import tqdm
+
+from nla.compressed.surgery import swap
+from nla.harness.request import PreparedRun
+from nla.machine.cache import digest
+from nla.machine.errors import UserError
+from nla.models.base import Model
+from nla.refine.block import Refined, load_refined, refine_block
+from nla.stages.calibrate import Calibration, compressed_blocks, dense_statistics, sequential_statistics
+from nla.stages.fit_groups import NamedFits, fit_groups
+from nla.statistics.blocks import Block, Stream
+from nla.statistics.collect import StatisticsStream
+
+
+def fit_block_by_block(
+    prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm, refined: list[Refined]
+) -> Iterator[NamedFits]:
+    """The fits of all groups, block by block. The terms of a block are put into the model before the next block begins.
+
+    A sequential method is fitted to inputs that passed the compressed earlier blocks. A refinement trains the terms of a block
+    on such inputs.
+
+    Args:
+        refined: gets the result of each refined block.
+    """
+    method, plan, settings = prepared.method, prepared.plan, prepared.values["method"]
+    seed, offload = prepared.values["seed"], prepared.values["statistics"]["offload"]
+    kinds = method.needs if method.sequential else frozenset()
+    statistics_of = sequential_statistics if method.sequential else dense_statistics
+    store = statistics_of(prepared, calibration)
+    stream = StatisticsStream(model, plan.layers, kinds, calibration.samples, store, offload)
+    refinement = BlockRefinement(prepared, calibration, stream) if prepared.refinement else None
+    for block in stream.blocks():
+        stream.measure(block)
+        targets = refinement.targets(block) if refinement else []
+        found = NamedFits()
+        for fits in fit_groups(model.module, plan.of_layers(block.layers).groups, method, settings, seed, store, bar):
+            found |= fits
+            yield fits
+        swap(model.module, {name: result.term for name, result in found.items()})
+        if refinement and block.layers:
+            refined.append(refinement.refine(block, targets))
+        if method.sequential or (refinement and block in refinement.before_missing):
+            stream.advance(block, swapped=True)
+
+
+class BlockRefinement:
+    """Refines the blocks of a model in order, beside a stream that passes the compressed blocks.
+
+    Attributes:
+        missing: the blocks up to the last one without a result in the cache. The streams must pass them.
+        before_missing: the same without that last one.
+
+    Raises:
+        UserError: there are too few samples to hold some out.
+    """
+
+    def __init__(self, prepared: PreparedRun, calibration: Calibration, stream: StatisticsStream) -> None:
+        assert prepared.refinement is not None
+        self.settings, self.seed, self.cache = prepared.refinement, prepared.values["seed"], prepared.cache
+        self.compressed, self.dense = stream.stream, copy(stream.stream)
+        if len(self.dense.states) < 2:
+            raise UserError(
+                f"refine=block holds a batch of samples out, but statistics.windows={len(calibration.samples)} samples are "
+                "one batch; use more"
+            )
+        made_from = compressed_blocks(prepared, calibration)
+        self.keys = {block.name: digest([made_from, block.name]) for block in stream.chain if block.layers}
+        lacking = [i for i, block in enumerate(stream.chain) if self.lacks(block)]
+        self.missing = stream.chain[: lacking[-1] + 1] if lacking else []
+        self.before_missing = self.missing[:-1]
+
+    def lacks(self, block: Block) -> bool:
+        """Whether the block is to be refined, and the cache has no undamaged result."""
+        return block.name in self.keys and self.cache.load_tensors("refined", self.keys[block.name]) is None
+
+    def targets(self, block: Block) -> list[Tensor]:
+        """The outputs of the dense block for the dense model's inputs."""
+        if block in self.missing:
+            self.dense.states = self.dense.after(block)
+        return self.dense.states
+
+    def refine(self, block: Block, targets: list[Tensor]) -> Refined:
+        """Train the compressed block, or load the result from the cache."""
+        key = self.keys[block.name]
+        with self.cache.lock("refined", key):
+            known = load_refined(block, self.cache, key, self.seed)
+            if known is None and block not in self.missing:
+                raise RuntimeError(f"the refined {block.name} left the cache while the run went on; start it again")
+            return known or refine_block(block, self.compressed, targets, self.settings, self.seed, self.cache, key)
