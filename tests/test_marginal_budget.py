@@ -1,0 +1,90 @@
+"""Ranks go where they lower the expected loss most for each number that they cost."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from nla.budget.base import Target
+from nla.budget.marginal import gain_of_each_rank
+from nla.matrix.inputs import Statistics
+from nla.matrix.objective import Norms
+from nla.matrix.triplets import triplet_size
+from nla.models.select import LinearSpec
+from nla.statistics.fisher import fisher
+from tests.conftest import configuration
+from tests.test_plan import of_values
+from tests.test_statistics import tiny
+
+SPECS = [LinearSpec("q", 12, 8), LinearSpec("k", 12, 8), LinearSpec("v", 12, 8)]
+COST = triplet_size(12, 8, 1)
+
+
+def view(weights, fishers=(1.0, 1.0, 1.0)):
+    """Matrices by name whose inputs are white and whose outputs have these squared gradients."""
+    known = {
+        spec.name: Norms(weight, Statistics(gram=torch.eye(8), fisher=torch.full((8,), value)))
+        for spec, weight, value in zip(SPECS, weights, fishers, strict=True)
+    }
+    return SimpleNamespace(norms=known.__getitem__)
+
+
+def shares(target, found):
+    return instantiate(configuration("budget=marginal").budget).look(SPECS, target, found)
+
+
+def of_ranks(count):
+    return Target(count * COST * 32 / sum(s.n_params for s in SPECS) + 1e-6, 32, "")
+
+
+@pytest.mark.parametrize("fishers", [(1.0, 1.0, 1.0), (1.0, 20.0, 0.1)])
+def test_no_other_ranks_within_the_budget_have_a_smaller_expected_loss(fishers):
+    values = [[5.0, 1.0, 0.3, 0.1], [2.0, 1.9, 1.8, 0.2], [4.0, 3.0, 2.5, 0.9]]
+    weights = [of_values(12, 8, v, seed=i) for i, v in enumerate(values)]
+    found = [bits // (32 * COST) for bits in shares(of_ranks(6), view(weights, fishers)).values()]
+
+    def expected(ranks):
+        return sum(f * sum(x**2 for x in v[r:]) for f, v, r in zip(fishers, values, ranks, strict=True))
+
+    allowed = [ranks for ranks in itertools.product(range(1, 5), repeat=3) if sum(ranks) <= 6]
+    assert sum(found) == 6
+    assert expected(found) == pytest.approx(min(map(expected, allowed)))
+
+
+def test_every_matrix_gets_a_rank_and_none_more_than_its_dense_size():
+    weights = [of_values(12, 8, [9.0] * 8, seed=0), torch.zeros(12, 8), of_values(12, 8, [1e-3], seed=2)]
+    found = shares(of_ranks(9), view(weights))
+    assert min(found.values()) == 32 * COST
+    assert max(shares(of_ranks(13), view(weights)).values()) <= 32 * 12 * 8
+
+
+def test_the_gradient_is_that_of_the_loss_with_respect_to_the_layers_outputs(tmp_path):
+    """For samples of one token each, the Fisher information over the inputs' squared size is the squared gradient, exactly."""
+    model, layers, samples = tiny("tiny_opt", tmp_path, count=1)
+    name = layers[-1]
+    information = fisher(model, [name], samples)[name]
+    layer, caught = model.module.get_submodule(name), {}
+
+    def keep(module, arguments, output):
+        output.retain_grad()
+        caught["x"], caught["y"] = arguments[0].detach().flatten(0, -2), output
+
+    layer.register_forward_hook(keep)
+    model.module.zero_grad()
+    model.loss(samples[0]).backward()
+    x, g = caught["x"], caught["y"].grad.flatten(0, -2)
+    by_hand = (g.T @ x).square().sum(0)
+    torch.testing.assert_close(information, by_hand, rtol=1e-4, atol=1e-12)
+    token = int(x.square().sum(1).argmax())
+    one = Statistics(gram=torch.outer(x[token], x[token]), fisher=(torch.outer(g[token], x[token])).square().sum(0))
+    gains = gain_of_each_rank(Norms(layer.weight.detach(), one))
+    output = (layer.weight.detach() @ x[token]).square().sum()
+    assert float(gains.sum()) == pytest.approx(float(g[token].square().sum() * output) / len(g[token]), rel=1e-3)
+
+
+def test_it_runs_and_stays_within_the_ratio(run_here):
+    arguments = ["model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "statistics.windows=8"]
+    record = run_here(*arguments, "statistics.length=32", "method=svd_llm", "budget=marginal", "ratio=0.5")
+    assert record.parameters.ratio >= 0.5 and len({fit.n_params for fit in record.fits if fit.shape == (48, 48)}) > 1
