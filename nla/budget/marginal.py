@@ -14,8 +14,8 @@ class MarginalGain(Budget):
     """Minimises the expected rise of the model's loss, summed over the matrices, for linear factors in the activation norm.
 
     A matrix of rank R leaves an output error of sum_{k > R} s_k^2, where s_k are the singular values of the whitened weight
-    W L (L L^T is the Gram matrix of the inputs). To second order, an output error e raises the loss by (g . e)^2 / 2, where g is
-    the gradient of the loss with respect to the output. With e in a random direction, that is in proportion to
+    W L (L L^T is the Gram matrix of the inputs). To second order, an output error e raises the loss by (g . e)^2 / 2, where g
+    is the gradient of the loss with respect to the output. With e in a random direction, that is in proportion to
     |g|^2 |e|^2 / out. |g|^2 comes from one backward pass: the Fisher information, divided by the squared size of the inputs.
 
     Rank R + 1 lowers the sum by |g|^2 s_{R+1}^2 / out and costs out + in + 1 numbers. The gains of a matrix fall with R, so the
@@ -40,9 +40,9 @@ class MarginalGain(Budget):
             costs.append(torch.full_like(found, cost * target.width))
             owners.append(torch.full_like(found, i, dtype=torch.long))
         order = torch.cat(gains).sort(descending=True, stable=True).indices
-        cost, owner = torch.cat(costs)[order], torch.cat(owners)[order]
-        bought = cost.cumsum(0) <= target.bits * sum(spec.n_params for spec in specs)
-        total = torch.zeros(len(specs), dtype=cost.dtype).scatter_add_(0, owner[bought], cost[bought])
+        spent, owner = torch.cat(costs)[order], torch.cat(owners)[order]
+        bought = spent.cumsum(0) <= target.bits * sum(spec.n_params for spec in specs)
+        total = torch.zeros(len(specs), dtype=spent.dtype).scatter_add_(0, owner[bought], spent[bought])
         return {spec.name: int(bits) for spec, bits in zip(specs, total.tolist(), strict=True)}
 
 

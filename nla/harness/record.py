@@ -54,8 +54,10 @@ class RetrainRecord(Strict):
 
 
 class RefineRecord(Strict):
-    """Summary of the refinement of blocks. `error_before` and `error_after` are means over blocks of the relative squared error
-    of a block's outputs for held-out calibration samples. `refine.jsonl` has a line for each block (`nla.refine.block.Refined`).
+    """Summary of the refinement of blocks. `refine.jsonl` has a line for each block (`nla.refine.block.Refined`).
+
+    `error_before` and `error_after` are means over the blocks of the relative squared error of a block's outputs for held-out
+    calibration samples.
     """
 
     blocks: int
@@ -194,7 +196,9 @@ def run_name(config: dict[str, Any], signature: str) -> str:
     parts = [config["model"]["name"], *method_names(config)]
     parts.append(f"{config['ratio']:g}" if bits is None else f"{bits:g}bits")
     budget = module_name(config["budget"])
-    parts += [budget] * (budget != "uniform") + ["refined"] * ("refine" in config) + ["retrained"] * ("retrain" in config) + [signature[:8]]
+    parts += [budget] * (budget != "uniform")
+    parts += [name for group, name in (("refine", "refined"), ("retrain", "retrained")) if group in config]
+    parts.append(signature[:8])
     return "-".join(re.sub(r"[^\w.]+", "_", part, flags=re.ASCII).strip(".")[:40] for part in parts)
 
 

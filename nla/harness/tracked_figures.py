@@ -19,7 +19,8 @@ def summary(record: RunRecord) -> dict[str, float]:
 
     error, to_svd, weighted_error, to_svd_llm: means over the matrices, see `point`. `<metric>/<stage>`: the first metric of
     each task, such as perplexity/compressed; `<metric>_stderr/<stage>`: its standard error. ratio: removed fraction. bits: per
-    selected weight. bytes_before, bytes: of the model. blocks/before, blocks/after: see RefineRecord. peak_bytes: the largest of all stages. seconds: of the whole run.
+    selected weight. bytes_before, bytes: of the model. blocks/before, blocks/after: see RefineRecord. peak_bytes: the largest
+    of all stages. seconds: of the whole run.
     """
     points = [point(fit) for fit in record.fits]
     names = dict.fromkeys(name for p in points for name in p)

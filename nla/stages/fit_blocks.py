@@ -14,7 +14,7 @@ from nla.models.base import Model
 from nla.refine.block import Refined, load_refined, refine_block
 from nla.stages.calibrate import Calibration, compressed_blocks, dense_statistics, sequential_statistics
 from nla.stages.fit_groups import NamedFits, fit_groups
-from nla.statistics.blocks import Block, Stream
+from nla.statistics.blocks import Block
 from nla.statistics.collect import StatisticsStream
 
 
