@@ -1,6 +1,7 @@
 """Ranks go where they lower the expected loss most for each number that they cost."""
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from nla.budget.base import Target
-from nla.budget.marginal import gain_of_each_rank
+from nla.budget.marginal import gain_of_each_rank, gradient_of_outputs
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.matrix.triplets import triplet_size
@@ -31,8 +32,9 @@ def view(weights, fishers=(1.0, 1.0, 1.0)):
     return SimpleNamespace(norms=known.__getitem__)
 
 
-def shares(target, found):
-    return instantiate(configuration("budget=marginal").budget).look(SPECS, target, found)
+def shares(target, found, emphasis=1.0, least=0.0):
+    settings = f"budget.emphasis={emphasis}", f"budget.least={least}"
+    return instantiate(configuration("budget=marginal", *settings).budget).look(SPECS, target, found)
 
 
 def of_ranks(count):
@@ -79,7 +81,7 @@ def test_the_gradient_is_that_of_the_loss_with_respect_to_the_layers_outputs(tmp
     torch.testing.assert_close(information, by_hand, rtol=1e-4, atol=1e-12)
     token = int(x.square().sum(1).argmax())
     one = Statistics(gram=torch.outer(x[token], x[token]), fisher=(torch.outer(g[token], x[token])).square().sum(0))
-    gains = gain_of_each_rank(Norms(layer.weight.detach(), one))
+    gains = gain_of_each_rank(Norms(layer.weight.detach(), one), 1.0)
     output = (layer.weight.detach() @ x[token]).square().sum()
     assert float(gains.sum()) == pytest.approx(float(g[token].square().sum() * output) / len(g[token]), rel=1e-3)
 
@@ -88,3 +90,35 @@ def test_it_runs_and_stays_within_the_ratio(run_here):
     arguments = ["model=tiny_llama", "task.window=64", "task.max_windows=1", "track=none", "statistics.windows=8"]
     record = run_here(*arguments, "statistics.length=32", "method=svd_llm", "budget=marginal", "ratio=0.5")
     assert record.parameters.ratio >= 0.5 and len({fit.n_params for fit in record.fits if fit.shape == (48, 48)}) > 1
+
+
+def test_tokens_with_enormous_inputs_and_no_gradient_do_not_change_the_estimate():
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(400, 8, generator=generator), torch.randn(400, 12, generator=generator)
+    ordinary = Statistics(gram=x.T @ x, fisher=(g.square().sum(1)[:, None] * x.square()).sum(0))
+    massive = torch.zeros(8, 8)
+    massive[2, 2] = 1e6
+    spoiled = Statistics(gram=ordinary.gram + massive, fisher=ordinary.fisher)
+    weight = torch.randn(12, 8, generator=generator)
+    found = [gradient_of_outputs(Norms(weight, statistics)) for statistics in (ordinary, spoiled)]
+    assert found[0] == pytest.approx(float(g.square().sum(1).mean()), rel=0.1)
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+def test_a_layer_whose_inputs_are_always_zero_has_no_gradient_to_weigh():
+    assert gradient_of_outputs(Norms(torch.ones(3, 2), Statistics(gram=torch.zeros(2, 2), fisher=torch.zeros(2)))) == 0
+
+
+def test_every_matrix_keeps_the_least_and_a_stronger_emphasis_gives_more_to_the_sensitive_one():
+    weights = [of_values(12, 8, [3.0, 2.0, 1.5, 1.2], seed=i) for i in range(3)]
+    target, seen = of_ranks(9), view(weights, (1.0, 10.0, 1.2))
+    kept = shares(target, seen, least=0.7)
+    assert min(kept.values()) == 2 * 32 * COST  # 0.7 of 3 ranks
+    sensitive = [shares(target, seen, emphasis=e)["k"] for e in (0.1, 1.0)]
+    assert sensitive[0] < sensitive[1]
+
+
+@pytest.mark.parametrize(("emphasis", "least", "message"), [(0, 0.3, "budget.emphasis=0"), (1, 1.5, "budget.least=1.5")])
+def test_an_invalid_setting_is_refused(emphasis, least, message):
+    with pytest.raises(Exception, match=re.escape(message)):
+        shares(of_ranks(6), None, emphasis, least)
