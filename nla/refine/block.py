@@ -69,7 +69,7 @@ def refine_block(
     """
     begun = time.perf_counter()
     prepare_terms(block.module, 0, seed)
-    trained = chosen_parts(block.module, settings.parts, settings.own_rates)
+    trained = chosen_parts(block.module, settings.parts)
     pairs = [Sample(state, target) for state, target in zip(stream.states, targets, strict=True)]
     count = min(max(1, round(settings.held_out * len(pairs))), len(pairs) - 1)
     learnt, held_out = pairs[count:], pairs[:count]

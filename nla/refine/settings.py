@@ -1,6 +1,5 @@
 """The settings `refine.*`. `conf/refine/` holds the presets."""
 
-from nla.kernels.base import TRAINING_RATE
 from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.solvers.gradient import PRODUCTS
 
@@ -14,7 +13,8 @@ class Refinement:
         epochs: passes over the samples.
         batch: positions (tokens of text) of a step; at least one batch of the calibration stream, which has up to 1,024.
         held_out: fraction of the samples that are not trained on. The epoch with the smallest error on them is kept.
-        lr: learning rate, relative to the root mean square of each tensor at the start; None for each kernel's own rate.
+        lr: learning rate, relative to the root mean square of each tensor at the start, for kernels whose `training_rate` is
+            the default. Those of other kernels are in proportion.
         warmup: fraction of the steps in which the rate rises; afterwards it falls along a cosine.
         weight_decay, clip: as in `nla.training.loop.Recipe`.
         train: names of PARTS joined by `+`.
@@ -29,7 +29,7 @@ class Refinement:
         epochs: int,
         batch: int,
         held_out: float,
-        lr: float | None,
+        lr: float,
         warmup: float,
         weight_decay: float,
         clip: float,
@@ -38,7 +38,6 @@ class Refinement:
     ) -> None:
         require_integer("refine.epochs", epochs, 1)
         require_integer("refine.batch", batch, 1)
-        self.own_rates, lr = lr is None, TRAINING_RATE if lr is None else lr
         require_positive("refine.lr", lr)
         require_positive("refine.clip", clip)
         require_at_least_zero("refine.weight_decay", weight_decay)
