@@ -52,6 +52,25 @@ def test_apply_is_multiplication_by_dense_with_the_same_gradients(name, size, se
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_apply_under_autocast_gives_nearly_the_same_output_and_gradients(name):
+    """Inputs in fp32 or, behind another layer, in bf16."""
+    kernel = ALL[name]
+    t = draw_triplets(kernel, 9, 7, 2, 3, seed=1).map(lambda p: p.detach().float().requires_grad_())
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        expected = kernel.apply(t, x.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = kernel.apply(t, x)
+        for got, want in zip(grads(y, x, t), grads(expected, x, t), strict=True):
+            torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05 * float(want.abs().max()))
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+
+
+def grads(y: torch.Tensor, x: torch.Tensor, t: Triplets) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(y.float().square().sum(), (x, *t.tensors))
+
+
+@pytest.mark.parametrize("name", ALL)
 @settings(max_examples=25, deadline=None)
 @given(size=sizes, seed=st.integers(0, 99), weighted=st.booleans())
 def test_squared_error_and_its_gradient_are_those_of_dense(name, size, seed, weighted):

@@ -3,11 +3,13 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nla.kernels.precision import without_autocast
 from nla.kernels.tiled import TileByTile, matrix_rows, panels
 from nla.machine.errors import require_integer
 from nla.matrix.objective import Objective
@@ -84,7 +86,7 @@ class Kernel(ABC):
 
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         """x @ dense(t).T, without the whole matrix in memory: (..., in) -> (..., out)."""
-        return TileByTile.apply(self, x, t.A, t.B, t.mu)
+        return without_autocast(partial(TileByTile.apply, self), t, x)
 
     def canonical(self, t: Triplets) -> Triplets:
         """Triplets of the same matrix that lose the least precision when they are rounded to the model's type."""

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from nla.kernels.base import Constraint
 from nla.kernels.factored import FactoredKernel
+from nla.kernels.precision import without_autocast
 from nla.kernels.self_term_surface import SelfTermSurface, self_term
 from nla.kernels.self_terms import fit_self_terms, fit_self_terms_flops
 from nla.matrix.objective import Objective
@@ -30,7 +31,7 @@ class Piecewise(FactoredKernel):
         return left, right
 
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
-        return ThreeTerms.apply(x, t.A, t.B, t.mu)
+        return without_autocast(ThreeTerms.apply, t, x)
 
     def balanced(self, t: Triplets) -> Triplets:
         """Triplets with mu = +1, -1 or 0: c A_l, c B_l and mu_l / c^2 give the same matrix as A_l, B_l and mu_l."""
