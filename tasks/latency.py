@@ -1,12 +1,10 @@
 """Seconds of a model's answers: reading a prompt, and writing token by token; beside the dense model of the same shape."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from nla.compressed.contents import matrix_terms
@@ -15,13 +13,12 @@ from nla.compressed.surgery import copy_with_same_tensors, merge
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
+from nla.machine.timing import in_turns, quartiles_of_ratio, quartiles_of_timings
 from nla.models.base import Inventory, LanguageModel, Model
 from tasks.base import Figures, Task, resident_bytes
 from tasks.data import SETS
 from tasks.data.base import Data
 from tasks.works import Work, decoding, parameter_bytes, reading_images, reading_prompt
-
-Works = dict[str, Work]
 
 
 @dataclass(frozen=True)
@@ -141,37 +138,31 @@ class Latency(Task):
             works = {who: scenario.begin(module, scenario.inputs) for who, module in compiled.items()}
             for work in works.values():
                 work()
-        times = self.in_turns(works, bar)
+        times = in_turns(works, counted(self.rounds, bar), self.seconds)
         found: Figures = {}
         for who, module in modules.items():
-            own = [t for turn in times[who] for t in turn]
-            low, middle, high = quartiles(own)
+            low, middle, high = quartiles_of_timings(times[who])
             found |= {
                 f"{who}{scenario.unit}_per_second": scenario.items / middle,
                 f"{who}seconds": middle,
                 f"{who}seconds_q25": low,
                 f"{who}seconds_q75": high,
-                f"{who}timings": len(own),
+                f"{who}timings": sum(map(len, times[who])),
                 f"{who}peak_bytes": peaks[who],
                 f"{who}parameter_bytes_per_{scenario.unit.removesuffix('s')}": parameter_bytes(module) / scenario.items,
                 f"{who}resident_bytes": resident_bytes(module),
             }
         if "dense_" in times:
-            ratios = [median(a) / median(b) for a, b in zip(times[""], times["dense_"], strict=True)]
-            low, middle, high = quartiles(ratios)
+            low, middle, high = quartiles_of_ratio(times[""], times["dense_"])
             found |= {"to_dense": middle, "to_dense_q25": low, "to_dense_q75": high}
         return found
 
-    def in_turns(self, works: Works, bar: tqdm) -> dict[str, list[list[float]]]:
-        """Seconds of each work in each round. torch's Timer runs each once before, because the others emptied the caches."""
-        threads = torch.get_num_threads()
-        timers = {who: Timer("work()", globals={"work": work}, num_threads=threads) for who, work in works.items()}
-        times: dict[str, list[list[float]]] = {who: [] for who in works}
-        for _ in range(self.rounds):
-            for who, timer in timers.items():
-                times[who].append(list(timer.blocked_autorange(min_run_time=self.seconds).times))
-            bar.update()
-        return times
+
+def counted(rounds: int, bar: tqdm) -> Iterator[int]:
+    """The rounds; the bar moves after each."""
+    for i in range(rounds):
+        yield i
+        bar.update()
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
@@ -179,11 +170,3 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     with PeakMemory(device) as memory:
         work()
     return memory.peak_bytes
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 25th, 50th and 75th percentile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = quantiles(values, n=4, method="inclusive")
-    return low, middle, high

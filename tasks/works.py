@@ -1,7 +1,7 @@
 """The work that task=latency times: reading a prompt, writing a token, reading images; and the parameters that it reads."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ def decoding(module: nn.Module, context: Tensor) -> Work:
     Raises:
         UserError: the model's cache cannot be cut.
     """
-    options = last_logits(module)
-    cache = module(context, use_cache=True, **options).past_key_values
+    options, name = last_logits(module), cache_name(module)
+    cache = module(context, use_cache=True, **options)[name]
     if not hasattr(cache, "crop"):
         raise UserError(
             f"task=latency needs a KV cache that can be cut, and {type(module).__name__} has {type(cache).__name__}; "
@@ -39,7 +39,7 @@ def decoding(module: nn.Module, context: Tensor) -> Work:
     last = context[:, -1:]
 
     def work() -> Tensor:
-        logits = module(last, past_key_values=cache, use_cache=True, **options).logits
+        logits = module(last, use_cache=True, **{name: cache}, **options).logits
         cache.crop(-1)  # the token that was just added
         return logits[:, -1].argmax(-1)
 
@@ -53,8 +53,17 @@ def reading_images(module: nn.Module, images: Tensor) -> Work:
 
 def last_logits(module: nn.Module) -> dict[str, Any]:
     """The argument with which a model of transformers computes logits of the last token only, as `generate` does."""
-    forward = getattr(module, "_orig_mod", module).forward
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+    return {"logits_to_keep": 1} if "logits_to_keep" in arguments(module) else {}
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a model of transformers calls its KV cache, as argument and as output. Older versions: past_key_values."""
+    return "cache" if "cache" in arguments(module) else "past_key_values"
+
+
+def arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the model's forward(), also if torch.compile has wrapped it."""
+    return inspect.signature(getattr(module, "_orig_mod", module).forward).parameters
 
 
 def parameter_bytes(module: nn.Module) -> int:

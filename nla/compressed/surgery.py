@@ -35,7 +35,7 @@ def merge(model: nn.Module) -> None:
 
 
 def copy_with_same_tensors(model: Module) -> Module:
-    """A copy of the model whose parameters and buffers are the same objects, so that layers can be replaced in the copy only."""
+    """A copy whose parameters and buffers are the same objects, so that layers can be replaced in the copy only."""
     return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 

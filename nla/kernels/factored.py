@@ -20,7 +20,7 @@ class FactoredKernel(Kernel):
         """The number of columns of L and R."""
 
     def factors_to_round(self, t: Triplets) -> tuple[Tensor, Tensor]:
-        """Factors of the same matrix whose columns do not cancel, so that they can be rounded to 16 bits. Default: factors()."""
+        """Factors of the same matrix whose columns do not cancel, so that they can be rounded to 16 bits."""
         return self.factors(t)
 
     def rank_bound(self, h: int, r: int) -> int:
