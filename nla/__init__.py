@@ -12,13 +12,17 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-FUNCTIONS = {"save_compressed": "nla.saved.save", "load_compressed": "nla.saved.load"}
+FUNCTIONS = {
+    "save_compressed": "nla.saved.save",
+    "load_compressed": "nla.saved.load",
+    "optimise_for_inference": "nla.compressed.inference",
+}
 REGISTRY = "transformers.quantizers.auto"  # transformers' table of storage formats
 OURS = "nla.saved.quantizer"  # adds the format of this project to it
 
 
 def __getattr__(name: str) -> Any:
-    """`nla.save_compressed` and `nla.load_compressed`, imported when they are used."""
+    """The functions of FUNCTIONS, such as `nla.load_compressed`, imported when they are used."""
     if name in FUNCTIONS:
         return getattr(import_module(FUNCTIONS[name]), name)
     raise AttributeError(f"module 'nla' has no attribute {name!r}")

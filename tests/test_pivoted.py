@@ -10,11 +10,12 @@ from nla.compressed.surgery import swap
 from nla.kernels.linear import Linear
 from nla.matrix.triplets import Triplets, triplet_size
 from nla.saved import convert
-from nla.saved.convert import pivot, thin_factors
+from nla.saved.convert import pivot
 from nla.terms.base import Sum
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.pivoted import pivoted
 from nla.terms.state import empty_term
+from nla.terms.thin import thin_factors
 from tests.conftest import make_kernel
 
 

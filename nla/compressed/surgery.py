@@ -1,11 +1,15 @@
 """Replacement of a model's layers by qualified name."""
 
 from collections.abc import Mapping
+from copy import deepcopy
+from typing import TypeVar
 
 from torch import nn
 
 from nla.compressed.layer import LAYERS, CompressedLinear
 from nla.terms.base import Term
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def swap(model: nn.Module, terms: Mapping[str, Term]) -> None:
@@ -28,6 +32,11 @@ def merge(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             model.set_submodule(name, module.dense())
+
+
+def copy_with_same_tensors(model: Module) -> Module:
+    """A copy whose parameters and buffers are the same objects, so that layers can be replaced in the copy only."""
+    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:

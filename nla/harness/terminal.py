@@ -13,6 +13,7 @@ from tabulate import tabulate
 from nla.budget.plan import PlannedMatrix
 from nla.harness.estimate_fits import estimate
 from nla.harness.estimate_retraining import retraining_cost
+from nla.harness.latency_table import latency_table
 from nla.harness.record import RefineRecord, RunRecord, read_record
 from nla.harness.request import PreparedRun
 from nla.harness.units import duration, flop, millions, number, with_error
@@ -120,6 +121,8 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         for data, figures in sets.items()
     ]
     log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
+    if latencies := latency_table(record):
+        log.info("\n%s", latencies)
     if record.continuations:
         log.info("%s", told_of_continuations(record))
     p, bits = record.parameters, record.bits

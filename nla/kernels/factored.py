@@ -19,6 +19,10 @@ class FactoredKernel(Kernel):
     def columns(self, h: int, r: int) -> int:
         """The number of columns of L and R."""
 
+    def factors_to_round(self, t: Triplets) -> tuple[Tensor, Tensor]:
+        """Factors of the same matrix whose columns do not cancel, so that they can be rounded to 16 bits."""
+        return self.factors(t)
+
     def rank_bound(self, h: int, r: int) -> int:
         return self.columns(h, r)
 

@@ -30,6 +30,22 @@ class Piecewise(FactoredKernel):
         right = torch.cat((torch.ones_like(s_in)[:, None], s_in[:, None], t.B.flatten(1)), 1)
         return left, right
 
+    def factors_to_round(self, t: Triplets) -> tuple[Tensor, Tensor]:
+        """Factors (out, h*r + 2) and (in, h*r + 2) with self-terms of the matrix's own size.
+
+        The two self-terms nearly cancel each other and the inner products. Here they are what is left after that: the
+        columns of the inner products have mean zero, so s_out is the mean of each row of the matrix, and s_in that of each
+        column, without the mean of all entries.
+        """
+        left, right = self.factors(t)
+        s_out, s_in, a, b = left[:, 0], right[:, 1], left[:, 2:], right[:, 2:]
+        mean_a, mean_b = a.mean(0), b.mean(0)
+        a, b = a - mean_a, b - mean_b  # M = a b^T + (a mean_b) 1^T + 1 (b mean_a)^T + (mean_a . mean_b)
+        s_out, s_in = s_out + a @ mean_b + mean_a @ mean_b, s_in + b @ mean_a
+        s_out, s_in = s_out + s_in.mean(), s_in - s_in.mean()
+        left = torch.cat((s_out[:, None], left[:, 1:2], a), 1)
+        return left, torch.cat((right[:, :1], s_in[:, None], b), 1)
+
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         return without_autocast(ThreeTerms.apply, t, x)
 

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from nla.compressed.layer import CompressedLinear
 from nla.compressed.surgery import merge
-from nla.kernels.factored import FactoredKernel
 from nla.machine.errors import UserError
 from nla.saved import pairs
 from nla.saved.save import SHARD
-from nla.terms.base import Term
-from nla.terms.kernel_term import KernelTerm
 from nla.terms.pivoted import pivoted
+from nla.terms.thin import thin_factors
 
 LARGEST_ERROR = 4.0  # relative error that pivot rows may have, as a multiple of the precision of the numbers' type
 
@@ -38,18 +36,6 @@ BUILD = {
     "model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER))",
     False: 'import timm\nimport torch\n\nmodel = timm.create_model(f"local-dir:{FOLDER}").to(DTYPE)',
 }
-
-
-def thin_factors(term: Term) -> tuple[Tensor, Tensor] | None:
-    """Factors L (out, k) and R (in, k) in float64 with dense() = L @ R.T, or None if a kernel has none."""
-    lefts, rights = [], []
-    for leaf in term.leaves():
-        if not isinstance(leaf, KernelTerm) or not isinstance(leaf.kernel, FactoredKernel):
-            return None
-        left, right = leaf.kernel.factors(leaf.triplets.map(lambda p: p.detach().double()))
-        lefts.append(left)
-        rights.append(right)
-    return torch.cat(lefts, 1), torch.cat(rights, 1)
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:

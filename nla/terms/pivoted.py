@@ -33,12 +33,15 @@ class Pivoted(Term):
         coefficients = torch.empty(out_features - rank, rank, dtype=dtype, device="meta")
         return cls(rows, coefficients, torch.empty(rank, dtype=torch.int32, device="meta"))
 
+    def places(self) -> Tensor:
+        """(out,) int64: the place of each row if the pivot rows come first and the others after them."""
+        first = torch.zeros(self.out_features, dtype=torch.bool, device=self.pivots.device)
+        first[self.pivots] = True
+        return torch.where(first, first.cumsum(0) - 1, len(self.rows) + (~first).cumsum(0) - 1)
+
     def in_order(self, pivot: Tensor, other: Tensor) -> Tensor:
         """(..., R) of the pivot rows and (..., out - R) of the others, in the order of all rows: (..., out)"""
-        first = torch.zeros(self.out_features, dtype=torch.bool, device=pivot.device)
-        first[self.pivots] = True
-        places = torch.where(first, first.cumsum(0) - 1, len(self.rows) + (~first).cumsum(0) - 1)
-        return torch.cat((pivot, other), -1)[..., places]
+        return torch.cat((pivot, other), -1)[..., self.places()]
 
     def forward(self, x: Tensor) -> Tensor:
         pivot = x @ self.rows.T  # (..., R)
