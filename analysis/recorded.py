@@ -113,9 +113,12 @@ def combinations(run: str) -> list[dict[str, str]]:
 
 
 def differences(settings: dict[str, str], typed: dict[str, str]) -> dict[str, str]:
-    """What a run has instead of these settings, and instead of the default of all others; empty if it is a run with them."""
+    """What a run has instead of these settings, and instead of the default of all others; empty if it is a run with them.
+
+    The value `null` is the default too, so that a sweep may have it beside others.
+    """
     asked = USUAL | settings
-    return {key: typed.get(key, "null") for key in settings | typed if asked.get(key) != typed.get(key)}
+    return {key: typed.get(key, "null") for key in settings | typed if asked.get(key, "null") != typed.get(key, "null")}
 
 
 def of_run(figure: Figure, record: RunRecord) -> float:

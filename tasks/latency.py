@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ class Latency(Task):
         works = {who: scenario.begin(module, scenario.inputs) for who, module in modules.items()}
         peaks = {who: peak_bytes(work, scenario.inputs.device) for who, work in works.items()}
         if self.compile:
-            compiled = {who: torch.compile(module, dynamic=True) for who, module in modules.items()}
+            compiled: dict[str, Any] = {who: torch.compile(module, dynamic=True) for who, module in modules.items()}
             works = {who: scenario.begin(module, scenario.inputs) for who, module in compiled.items()}
             for work in works.values():
                 work()

@@ -1,16 +1,17 @@
 """Tests of the record of a run: its name, its table, how its fits ended, and errors about damaged files."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
 from analysis.settings import PRESETS
-from nla.harness.fits_table import FitRecord, parse_terms
-from nla.harness.record import RunRecord, read_record, run_name
+from nla.harness.fits_table import FitRecord, parse_terms, read_fits
+from nla.harness.record import RunRecord, read_record, run_name, seal_of
 from nla.harness.request import resolve
 from nla.harness.settings import check_settings
-from nla.harness.terminal import told_of_endings
+from nla.harness.told import told_of_endings
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.pipeline import run
@@ -25,11 +26,24 @@ FAST = [*TINY, "solver.steps=10"]
 @pytest.mark.parametrize("method", sorted(set(options("method")) - PRESETS))
 def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
     config = resolve(check_settings(configuration(*TINY, f"method={method}", "ratio=0.50")))
-    del config["retrain"]  # as in a run without retraining
+    del config["retrain"], config["refine"]  # as in a run without them
     kernel = f"-{config['method']['kernel']['_target_'].split('.')[-2]}" if "kernel" in config["method"] else ""
     assert run_name(config, "0123456789abcdef") == f"tiny_llama-{method}{kernel}-0.5-01234567"
     asked = config | {"ratio": None, "bits": 2.28, "model": {"name": "../a model/of: mine"}, "retrain": {}}
     assert run_name(asked, "0123456789abcdef") == f"_a_model_of_mine-{method}{kernel}-2.28bits-retrained-01234567"
+
+
+def test_a_record_stays_valid_when_later_versions_have_more_fields(run_here, tmp_path):
+    """An older version wrote a record without the latest field, and its seal with it."""
+    run_here(*TINY, "method=svd")
+    path = only_folder(tmp_path) / "record.json"
+    values = json.loads(path.read_text())
+    del values["refinement"]
+    path.write_text(json.dumps(values | {"seal": seal_of(values, read_fits(path.parent / "fits.csv"))}))
+    assert read_record(path.parent).status == "done"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="was changed after the run"):
+        read_record(path.parent)
 
 
 def test_terms_are_read_back_from_their_text():

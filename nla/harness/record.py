@@ -121,13 +121,17 @@ class RunRecord(Strict):
 
     def write(self, folder: Path) -> None:
         """Write `fits.csv` and `record.json`."""
-        self.seal = self.sealed()
+        self.seal = seal_of(self.model_dump(mode="json", by_alias=True), self.fits)
         write_atomically(folder / "fits.csv", fits_text(self.fits).encode())
         write_atomically(folder / "record.json", self.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
 
-    def sealed(self) -> str:
-        """The digest of all fields and of the table of fits."""
-        return digest([self.model_dump(mode="json", by_alias=True, exclude={"seal"}), fits_text(self.fits)])
+
+def seal_of(values: dict[str, Any], fits: list[FitRecord]) -> str:
+    """The digest of all values of a `record.json` but its seal, and of the table of fits.
+
+    The values are those of the file, so that a record stays valid when later versions have more fields.
+    """
+    return digest([{name: value for name, value in values.items() if name != "seal"}, fits_text(fits)])
 
 
 def finished_record(folder: Path, signature: str) -> RunRecord | None:
@@ -156,7 +160,7 @@ def read_record(folder: Path) -> RunRecord:
         lacking = [name for name in ("parameters", "bits", "metrics", "fits") if not getattr(record, name)]
         if lacking:
             raise UserError(f"{path} is of a finished run without {' and '.join(lacking)}; delete its folder to run again")
-        if record.seal not in (None, record.sealed()):
+        if record.seal not in (None, seal_of(json.loads(path.read_bytes()), record.fits)):
             raise UserError(f"{path} or fits.csv beside it was changed after the run; delete its folder to run again")
     return record
 
