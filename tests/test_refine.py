@@ -1,6 +1,7 @@
 """Block refinement trains the terms of a block on the block's outputs, behind the compressed blocks before it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -164,3 +165,14 @@ def test_a_wrong_setting_is_refused(setting, message, run_here):
 def test_a_sequential_fit_of_the_weights_alone_is_refused(run_here):
     with pytest.raises(UserError, match=r"add method\.loss=activation"):
         run_here("model=tiny_llama", "method.sequential=true", *SMALL)
+
+
+def test_a_dry_run_counts_three_forward_passes_for_each_token_of_each_epoch(run_here, caplog):
+    """The forward pass of linear factors is two operations for each of their numbers, of which one a rank is a scale."""
+    fits = run_here(*LLAMA).fits
+    with caplog.at_level("INFO"):
+        run_here(*LLAMA, "dry_run=true", "refine.epochs=3")
+    ranks = {fit.name: fit.n_params // (sum(fit.shape) + 1) for fit in fits}
+    forward = sum(2 * ranks[fit.name] * sum(fit.shape) for fit in fits)
+    told = re.search(r"refinement +(\S+) MFLOP in the selected layers, for 7,680 tokens", caplog.text)
+    assert float(told[1]) == pytest.approx(3 * forward * 40 * 64 * 3 / 1e6, rel=1e-3)
