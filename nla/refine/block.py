@@ -1,8 +1,8 @@
 """Block refinement: the terms of a block are trained on the block's own outputs.
 
-Source: the second stage of AA-SVD (Sinha and Fleuret, 2026, arXiv 2604.02119), for terms of any kernel. The block's inputs have passed the compressed blocks before it,
-its targets are the outputs of the dense block for the dense model's inputs. So each block also corrects the errors of the
-blocks before it.
+Source: the second stage of AA-SVD (Sinha and Fleuret, 2026, arXiv 2604.02119), for terms of any kernel. The block's inputs have
+passed the compressed blocks before it, its targets are the outputs of the dense block for the dense model's inputs. So each
+block also corrects the errors of the blocks before it.
 """
 
 import math

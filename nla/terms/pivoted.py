@@ -11,7 +11,7 @@ from nla.terms.base import Stored, Term, class_path
 class Pivoted(Term):
     """W'[pivots] = rows and W'[others] = coefficients @ rows, with R (out + in - R) numbers instead of R (out + in).
 
-    Source: Zhao, Zhang and Cannistraci, "Pivoting Factorization" (PIFA), ICML 2025. Any matrix of rank R has such a form, exactly.
+    Source: Zhao, Zhang and Cannistraci, "Pivoting Factorization" (PIFA), ICML 2025. Any matrix of rank R has such a form.
 
     Args:
         rows: (R, in), the pivot rows.
