@@ -210,3 +210,34 @@ def test_the_weighted_optimum_stands_beside_a_fit_in_the_activation_norm():
     assert fit.svd_llm_error == pytest.approx(best.weighted_error, rel=1e-3) and fit.optimum == pytest.approx(
         fit.weighted_floor
     )
+
+
+def test_a_fit_that_is_worse_than_linear_factors_is_replaced_by_them_if_asked():
+    """One enormous entry: cosines of bounded size need many triplets for it, linear factors one."""
+    weight = 0.01 * torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    weight[3, 5] = 100.0
+    found = {}
+    for fallback in ("null", "linear"):
+        settings = [
+            "kernel=phase",
+            "method=nla_outputs",
+            f"method.fallback={fallback}",
+            "solver.steps=0",
+            "solver.products=float32",
+        ]
+        method = instantiate(configuration(*settings).method)
+        (found[fallback],) = method.compress(
+            [weight], 200 * 32, [Statistics(gram=torch.eye(16))], torch.Generator().manual_seed(0)
+        )
+    assert found["null"].weighted_error > 2 * found["null"].svd_llm_error
+    assert found["linear"].weighted_error == pytest.approx(found["linear"].svd_llm_error, rel=1e-3)
+    assert found["linear"].status == "linear" and found["linear"].term.kernel.name == "linear"
+    assert found["linear"].n_params <= 200
+
+
+def test_a_fit_that_is_better_than_linear_factors_stays():
+    angles = torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) * 6
+    weight = torch.cos(angles[0][:, None] - angles[1][None, :16])  # rank 2 with the parameters of rank 1
+    method = instantiate(configuration("kernel=phase", "method=nla_outputs", "solver.products=float32").method)
+    (fit,) = method.compress([weight], 41 * 32, [Statistics(gram=torch.eye(16))], torch.Generator().manual_seed(0))
+    assert fit.weighted_error < 0.1 * fit.svd_llm_error and fit.term.kernel.name == "phase"

@@ -12,6 +12,7 @@ class Status(str, Enum):
     OPTIMAL = "at the global optimum of this kernel at this size, known in closed form"
     CONVERGED = "converged: the error fell by less than the tolerance within the patience"
     STEP_LIMIT = "step limit reached while the error was still falling; solver.steps=... goes on"
+    LINEAR = "linear factors of the same size have a smaller error than the fit, and were taken instead"
     ZERO = "the matrix is zero and needs no triplets"
 
     @property
