@@ -27,7 +27,7 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
     return {
         "model": model_name(config["model"]),
         "method": nearest_option("method", config["method"])[0],
-        "kernel": "+".join(sorted({term.kernel for text in {fit.terms for fit in record.fits} for term in parse_terms(text)})),
+        "kernel": kernel_name(record),
         "ratio": config["ratio"],
         "bits": config.get("bits"),
         "select": selection(config["select"]),
@@ -41,6 +41,14 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "matrices": len(record.fits),
         "signature": record.signature,
     }
+
+
+def kernel_name(record: RunRecord) -> str:
+    """The kernels of a run's terms. Of NLA, matrices that fell back to linear factors do not count, unless all did."""
+    names = {term.kernel for text in {fit.terms for fit in record.fits} for term in parse_terms(text)}
+    if nearest_option("method", record.config["method"])[0] == "nla" and len(names) > 1:
+        names -= {"linear"}
+    return "+".join(sorted(names))
 
 
 def model_name(model: dict[str, Any]) -> str:
@@ -80,7 +88,7 @@ def group_options(group: str) -> dict[str, dict[str, Any]]:
 
 def option(group: str, name: str) -> dict[str, Any]:
     """The settings of an option, merged over those of the options of the same group that it inherits from."""
-    content = dict(read_yaml(CONF / group / f"{name}.yaml"))
+    content = dict(read_yaml(CONF / group / f"{name}.yaml") or {})
     bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     return {key: value for base in bases for key, value in option(group, base).items()} | content
 
@@ -112,6 +120,9 @@ def changed_pairs(config: dict[str, Any], stepped: bool) -> list[Pair]:
     pairs += [("budget", nearest_option("budget", config["budget"])[0], "uniform")]
     pairs += [("forward", forward_form(config), top["forward"])]
     changed += [(key, value) for key, value, default in pairs if value != default]
+    if config.get("refine"):
+        name, others = nearest_option("refine", config["refine"], NOT_COMPARED)
+        changed += [("refine", name), *dotted("refine", others)]
     changed += [("calibration", name) for name in other_calibration(config)]
     return [(key, value) for key, value in changed if stepped or key != "solver.steps" or not value]
 

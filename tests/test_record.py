@@ -26,7 +26,7 @@ FAST = [*TINY, "solver.steps=10"]
 @pytest.mark.parametrize("method", sorted(set(options("method")) - PRESETS))
 def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
     config = resolve(check_settings(configuration(*TINY, f"method={method}", "ratio=0.50")))
-    del config["retrain"], config["refine"]  # as in a run without them
+    del config["retrain"]  # as in a run without retraining
     kernel = f"-{config['method']['kernel']['_target_'].split('.')[-2]}" if "kernel" in config["method"] else ""
     assert run_name(config, "0123456789abcdef") == f"tiny_llama-{method}{kernel}-0.5-01234567"
     asked = config | {"ratio": None, "bits": 2.28, "model": {"name": "../a model/of: mine"}, "retrain": {}}

@@ -201,7 +201,7 @@ def run_name(config: dict[str, Any], signature: str) -> str:
     parts.append(f"{config['ratio']:g}" if bits is None else f"{bits:g}bits")
     budget = module_name(config["budget"])
     parts += [budget] * (budget != "uniform")
-    parts += [name for group, name in (("refine", "refined"), ("retrain", "retrained")) if group in config]
+    parts += ["refined"] * bool(config.get("refine")) + ["retrained"] * ("retrain" in config)
     parts.append(signature[:8])
     return "-".join(re.sub(r"[^\w.]+", "_", part, flags=re.ASCII).strip(".")[:40] for part in parts)
 
