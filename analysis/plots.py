@@ -56,16 +56,6 @@ def by_layer(fits: pd.DataFrame, error: str, rival: str, floor: str, label: str)
     return figure
 
 
-if __name__ == "__main__":  # python -m analysis.plots: the README's figure, from the records in git
-    from analysis.frames import fits_frame
-    from analysis.records import IN_GIT, load_records
-    from analysis.tables import of_layers
-
-    fits = of_layers(fits_frame(load_records([IN_GIT])), "smollm2_135m")
-    figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "") & (fits["method"] == "nla")])
-    figure.savefig(IN_GIT.parent / "loss_by_layer.png", dpi=110)
-
-
 def retraining(history: list[dict[str, Any]]) -> Figure:
     """Curves over the steps: training and held-out loss on the left, budget and kept parameters on the right."""
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -99,3 +89,39 @@ def kept_by_matrix(fits: Iterable[FitRecord]) -> Figure:
     axis.set(xlabel="layer")
     figure.colorbar(image, label="kept fraction")
     return figure
+
+
+def refined(table: pd.DataFrame) -> Figure:
+    """Perplexity by removed fraction, before (dashed) and after (solid) block refinement: a line for each method and budget.
+
+    Args:
+        table: of `analysis.tables.refined`.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for number, ((method, budget), line) in enumerate(table.reset_index().groupby(["method", "budget"], sort=True)):
+        name = str(method).partition(" (")[0] + ("" if budget == "uniform" else f", {budget} budget")
+        colour = f"C{number}"
+        axis.plot(100 * line["ratio"], line["refined"], "-", marker="o", markersize=4, color=colour, label=f"{name}, refined")
+        if line["fitted"].notna().any():
+            axis.plot(100 * line["ratio"], line["fitted"], "--", marker=".", color=colour, label=f"{name}, fitted only")
+    axis.axhline(float(table["dense"].iloc[0]), color="k", linewidth=1, label="dense")
+    axis.set_yscale("log")
+    axis.set_xlabel("removed, % of the parameters of all 210 matrices", fontsize=9)
+    axis.set_ylabel("perplexity", fontsize=9)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    return figure
+
+
+if __name__ == "__main__":  # python -m analysis.plots: the README's figures, from the records in git
+    from analysis.frames import fits_frame, runs_frame
+    from analysis.records import IN_GIT, load_records
+    from analysis.tables import of_layers
+    from analysis.tables import refined as refined_table
+
+    records = load_records([IN_GIT])
+    fits = of_layers(fits_frame(records), "smollm2_135m")
+    figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "") & (fits["method"] == "nla")])
+    figure.savefig(IN_GIT.parent / "loss_by_layer.png", dpi=110)
+    figure = refined(refined_table(runs_frame(records), "smollm2_135m", "language_modelling.sotu.perplexity"))
+    figure.savefig(IN_GIT.parent / "refined.png", dpi=110)

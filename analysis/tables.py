@@ -25,7 +25,7 @@ def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.
     if frame.empty:
         raise ValueError("no finished runs to show; run.py makes them, and analysis/records has some")
     rows = frame[(frame["model"] == model) & frame["select"].isin(WHOLE if select is None else [select])]
-    rows = rows[(rows["retrain_steps"] == 0) & (rows["tasks"] != "forward_cost")]
+    rows = rows[(rows["retrain_steps"] == 0) & ~rows["tasks"].isin(["forward_cost", "latency"])]
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 
 
@@ -36,6 +36,26 @@ def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     table = rows.pivot(index="name_of_method", columns="ratio", values=f"compressed.{metric}")
     table.insert(0, 0.0, rows.groupby("name_of_method")[f"dense.{metric}"].first())
     return table.rename_axis(index="method", columns="removed")
+
+
+def refined(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
+    """A metric before and after block refinement, one row per refined run. `excess` is refined - dense.
+
+    `fitted` is that of the run with equal settings and without refinement, if there is one.
+    """
+    rows = of_layers(runs, model)
+    rows = rows[rows[f"compressed.{metric}"].notna()]
+    words = rows["changed"].str.split()
+    same = words.map(lambda pairs: " ".join(p for p in pairs if p.partition("=")[0] not in ("refine", "budget")))
+    rows = rows.assign(
+        method=[method_name(pd.Series({**row, "changed": s})) for (_, row), s in zip(rows.iterrows(), same, strict=True)]
+    )
+    index = ["ratio", "budget", "method"]
+    trained = words.map(lambda pairs: "refine=block" in pairs)
+    table = rows[trained].set_index(index)[[f"dense.{metric}", f"compressed.{metric}"]].set_axis(["dense", "refined"], axis=1)
+    fitted = rows[~trained].set_index(index)[f"compressed.{metric}"].rename("fitted")
+    table = table.join(fitted, how="left")[["dense", "fitted", "refined"]].sort_index()
+    return table.assign(excess=table["refined"] - table["dense"])
 
 
 def retrained(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:

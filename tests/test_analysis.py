@@ -1,10 +1,13 @@
 """Tests of the notebooks, tables and figures, and of the records in git."""
 
+import math
+
 import nbformat
 import pandas as pd
 import pytest
 import torch
 
+from analysis import plots, tables
 from analysis.benchmarks.forward import compare_forms
 from analysis.costs import forward_cost
 from analysis.execute import NOTEBOOKS, execute
@@ -215,3 +218,30 @@ def test_a_table_of_costs_has_the_dense_model_first_and_a_row_per_kernel_and_for
     memory = table["training MB"].xs("piecewise", level="kernel").droplevel("method")
     assert memory["triplets"] < memory["reconstruct"] and table["inference s"].iloc[1:].is_monotonic_increasing
     assert forward_cost(runs, "tiny_llama", "sotu", 0.7, tokens=512).empty
+
+
+def test_a_refined_run_stands_beside_the_run_with_equal_settings_and_without_refinement():
+    usual = {"model": "m", "select": "layers", "retrain_steps": 0, "tasks": "language_modelling", "budget": "uniform"}
+    metric = "language_modelling.sotu.perplexity"
+
+    def row(method, ratio, changed, value, **others):
+        figures = {f"dense.{metric}": 20.0, f"compressed.{metric}": value}
+        return usual | {"method": method, "kernel": "phase", "ratio": ratio, "changed": changed} | others | figures
+
+    runs = pd.DataFrame(
+        [
+            row("svd_llm", 0.5, "windows=88", 400.0),
+            row("svd_llm", 0.5, "windows=88 refine=block", 70.0),
+            row("svd_llm", 0.5, "", 500.0),  # other statistics
+            row("nla", 0.5, "loss=activation windows=88 budget=marginal refine=block", 45.0, budget="marginal"),
+            row("nla", 0.7, "loss=activation windows=88", 900.0),  # never refined
+        ]
+    )
+    table = tables.refined(runs, "m", metric)
+    assert table.loc[(0.5, "uniform", "SVD-LLM (windows=88)")].tolist() == [20.0, 400.0, 70.0, 50.0]
+    alone = table.loc[(0.5, "marginal", "NLA phase (loss=activation windows=88)")]
+    assert math.isnan(alone["fitted"]) and alone["excess"] == 25.0 and len(table) == 2
+    axis = plots.refined(table).axes[0]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
+    assert drawn["SVD-LLM, refined"] == [70.0] and drawn["SVD-LLM, fitted only"] == [400.0]
+    assert drawn["NLA phase, marginal budget, refined"] == [45.0] and "NLA phase, marginal budget, fitted only" not in drawn
