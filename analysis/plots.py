@@ -113,15 +113,10 @@ def refined(table: pd.DataFrame) -> Figure:
     return figure
 
 
-if __name__ == "__main__":  # python -m analysis.plots: the README's figures, from the records in git
-    from analysis.frames import fits_frame, runs_frame
+if __name__ == "__main__":  # python -m analysis.plots: the README's figure, from the records in git
+    from analysis.frames import runs_frame
     from analysis.records import IN_GIT, load_records
-    from analysis.tables import of_layers
     from analysis.tables import refined as refined_table
 
-    records = load_records([IN_GIT])
-    fits = of_layers(fits_frame(records), "smollm2_135m")
-    figure = loss_by_layer(fits[(fits["ratio"] == 0.7) & (fits["changed"] == "") & (fits["method"] == "nla")])
-    figure.savefig(IN_GIT.parent / "loss_by_layer.png", dpi=110)
-    figure = refined(refined_table(runs_frame(records), "smollm2_135m", "language_modelling.sotu.perplexity"))
-    figure.savefig(IN_GIT.parent / "refined.png", dpi=110)
+    table = refined_table(runs_frame(load_records([IN_GIT])), "smollm2_135m", "language_modelling.sotu.perplexity")
+    refined(table).savefig(IN_GIT.parent / "refined.png", dpi=110)

@@ -125,7 +125,8 @@ def of_run(figure: Figure, record: RunRecord) -> float:
     """The figure of one run."""
     divided_by = figure.to if isinstance(figure.to, str) else None
     if not figure.figure.startswith(("fits.", "steps.")):
-        number = sum(at_path(record, path) for path in figure.figure.split(" + "))
+        terms = figure.figure.replace(" - ", " + -").split(" + ")
+        number = sum(-at_path(record, path[1:]) if path.startswith("-") else at_path(record, path) for path in terms)
         return number / at_path(record, divided_by) if divided_by else number
     values = column(figure.figure, record, figure.where)
     if divided_by:
