@@ -98,6 +98,12 @@ def test_factors_with_as_many_numbers_as_the_matrix_become_the_matrix(kernel):
     torch.testing.assert_close(layer(x), own(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("h, kind", [(14, ThinLinear), (15, nn.Linear)])
+def test_factors_of_nearly_the_matrixs_size_are_multiplied_out(h, kind):
+    own = term(Phase(), 64, 64, torch.Generator().manual_seed(0), h=h)  # 2 h columns of 128 numbers, against 4,096
+    assert type(inference_layer(own, None)) is kind
+
+
 def test_a_term_without_triplets_gives_zeros():
     own = term(Piecewise(r=2), 24, 16, torch.Generator().manual_seed(0)).zero(torch.zeros(()))
     assert not inference_layer(own, None)(torch.randn(3, 16)).any()

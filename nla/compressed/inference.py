@@ -18,6 +18,7 @@ from nla.terms.pivoted import Pivoted
 from nla.terms.thin import thin_factors
 
 ALIGNED = 8  # the number of columns of 16-bit factors is a multiple of this, so that rows begin at multiples of 16 bytes
+WORTH = 0.9  # of the matrix's numbers: with more, too few bytes are saved for the call of a second product (a chosen limit)
 
 
 class InferenceLinear(nn.Module):
@@ -69,11 +70,12 @@ class PivotedLinear(InferenceLinear):
 
 @torch.no_grad()
 def optimise_for_inference(model: nn.Module) -> nn.Module:
-    """Replace every CompressedLinear, in place, by the layer that reads the fewest numbers for the same outputs.
+    """Replace every CompressedLinear, in place, by a layer that computes the same outputs faster.
 
-    These are two thin matrices or pivot rows, or the dense matrix if they have as many numbers as it, or if the kernel has no
-    thin factors. Outputs differ from the compressed layer's by rounding. The model can then neither be trained nor saved. It
-    may need more memory than before: phase has two numbers for each stored angle, a dense matrix has all.
+    That is two thin matrices or pivot rows, or the dense matrix if they have nearly as many numbers as it (see WORTH), or if
+    the kernel has no thin factors. Outputs differ from the compressed layer's by rounding. The model can then neither be
+    trained nor saved. It may need more memory than before: phase has two numbers for each stored angle, a dense matrix has
+    all.
 
     Returns:
         the same model.
@@ -85,18 +87,18 @@ def optimise_for_inference(model: nn.Module) -> nn.Module:
 
 
 def inference_layer(term: Term, bias: Tensor | None) -> nn.Module:
-    """The layer that reads the fewest numbers for the outputs of this term."""
+    """The layer for inference with the outputs of this term: thin, pivoted or dense."""
     dtype = next(term.parameters()).dtype
     term = term.as_stored(dtype)
     m, n = term.out_features, term.in_features
-    if isinstance(term, Pivoted) and term.count() < m * n:
+    if isinstance(term, Pivoted) and term.count() <= WORTH * m * n:
         rows, coefficients = term.rows.contiguous(), term.coefficients.contiguous()
         return PivotedLinear(bias, rows=rows, coefficients=coefficients, places=term.places())
     factors = thin_factors(term)
     if factors is None:
         return dense_layer(term.dense(), bias)
     left, right = factors
-    if left.shape[1] * (m + n) >= m * n:
+    if left.shape[1] * (m + n) > WORTH * m * n:
         return dense_layer((left.float() @ right.float().T).to(dtype), bias)
     first, second = (aligned(f.to(dtype)) for f in (right, left))
     return ThinLinear(bias, first=first.T.contiguous(), second=fast_for_one_row(second))
