@@ -97,7 +97,7 @@ def refined(table: pd.DataFrame) -> Figure:
     Args:
         table: of `analysis.tables.refined`.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axis = figure.subplots()
     for number, ((method, budget), line) in enumerate(table.reset_index().groupby(["method", "budget"], sort=True)):
         name = str(method).partition(" (")[0] + ("" if budget == "uniform" else f", {budget} budget")
@@ -109,7 +109,8 @@ def refined(table: pd.DataFrame) -> Figure:
     axis.set_yscale("log")
     axis.set_xlabel("removed, % of the parameters of all 210 matrices", fontsize=9)
     axis.set_ylabel("perplexity", fontsize=9)
-    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    axis.set_xticks(sorted({100 * ratio for ratio in table.index.get_level_values("ratio")}))
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
 
 
@@ -119,4 +120,4 @@ if __name__ == "__main__":  # python -m analysis.plots: the README's figure, fro
     from analysis.tables import refined as refined_table
 
     table = refined_table(runs_frame(load_records([IN_GIT])), "smollm2_135m", "language_modelling.sotu.perplexity")
-    refined(table).savefig(IN_GIT.parent / "refined.png", dpi=110)
+    refined(table.xs("uniform", level="budget", drop_level=False)).savefig(IN_GIT.parent / "refined.png", dpi=110)
