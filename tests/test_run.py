@@ -93,6 +93,7 @@ READ_FIRST += [
     "bits",
     "seconds",
     "peak_bytes",
+    "refinement",
     "retraining",
     "saved",
     "made_from",
