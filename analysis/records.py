@@ -2,17 +2,16 @@
 
     python -m analysis.records add outputs/runs/*
 
-adds runs to those in git, or replaces them. The files there are `runs.jsonl` (a line per run: its record.json without the
-settings that change no figure), `fits.csv.gz` (a row per matrix and run, the columns of fits.csv behind the run's signature)
-and `steps.csv.gz` (about 50 steps of each retraining). Runs are sorted by time, and equal runs always give equal bytes.
+adds runs to those in git, or replaces them. The files there, which `xz -dc` shows, are `runs.jsonl.xz` (a line per run: its
+record.json without what is of one machine), `fits.csv.xz` (a row per matrix and run, the columns of fits.csv behind the run's
+signature) and `steps.csv.xz` (about 50 steps of each retraining). Runs are sorted by time, and equal runs give equal bytes.
 """
 
 import csv
-import gzip
 import io
+import lzma
 import shlex
 import sys
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def by_time(record: RunRecord) -> tuple[str, str]:
 
 def read_place(place: Path) -> list[RunRecord]:
     """The records in a folder, which has either the files that are kept in git, or one folder per run."""
-    if (place / "runs.jsonl").exists():
+    if (place / "runs.jsonl.xz").exists():
         return read_collection(place)
     return [read_run(path.parent) for path in sorted(place.glob("*/record.json"))]
 
@@ -66,19 +65,19 @@ def read_collection(folder: Path) -> list[RunRecord]:
     Raises:
         UserError: a file is damaged. The message names the file, the line and the field.
     """
-    path = folder / "runs.jsonl"
+    path = folder / "runs.jsonl.xz"
     records = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_xz(path).splitlines(), 1):
         try:
             record = RunRecord.model_validate_json(line)
         except ValidationError as error:
             raise UserError(f"{path}: line {number} is no record of schema {SCHEMA}: {first_problem(error)}") from error
         records[record.signature] = record
-    table = folder / "fits.csv.gz"
-    for run, fit in parse_fits(read_gzip(table), table, ["signature", *COLUMNS]):
+    table = folder / "fits.csv.xz"
+    for run, fit in parse_fits(read_xz(table), table, ["signature", *COLUMNS]):
         of_run(records, run["signature"], table).fits.append(fit)
-    table = folder / "steps.csv.gz"
-    for step in csv.DictReader(io.StringIO(read_gzip(table))):
+    table = folder / "steps.csv.xz"
+    for step in csv.DictReader(io.StringIO(read_xz(table))):
         record = of_run(records, step.pop("signature"), table)
         record.history.append({name: to_number(cell) for name, cell in step.items() if cell})
     return list(records.values())
@@ -86,7 +85,7 @@ def read_collection(folder: Path) -> list[RunRecord]:
 
 def of_run(records: dict[str, RunRecord], signature: str, table: Path) -> RunRecord:
     if signature not in records:
-        raise UserError(f"{table} has rows of run {signature}, which is not in runs.jsonl beside it")
+        raise UserError(f"{table} has rows of run {signature}, which is not in runs.jsonl.xz beside it")
     return records[signature]
 
 
@@ -101,17 +100,29 @@ def write_collection(records: Iterable[RunRecord], folder: Path) -> None:
     fits = [{"signature": record.signature, **to_row(fit)} for record in ordered for fit in record.fits]
     steps = [{"signature": record.signature, **step} for record in ordered for step in map(to_cells, record.history)]
     columns = list(dict.fromkeys(name for step in steps for name in step)) or ["signature"]
-    write_atomically(folder / "runs.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    write_gzip(folder / "fits.csv.gz", table_text(["signature", *COLUMNS], fits))
-    write_gzip(folder / "steps.csv.gz", table_text(columns, steps))
+    write_xz(folder / "runs.jsonl.xz", "".join(f"{line}\n" for line in lines))
+    write_xz(folder / "fits.csv.xz", table_text(["signature", *COLUMNS], fits))
+    write_xz(folder / "steps.csv.xz", table_text(columns, steps))
 
 
 def without_noise(record: RunRecord) -> RunRecord:
-    """The record without the settings that change no figure, such as folders of the machine that it was made on."""
-    config = {key: value for key, value in record.config.items() if key not in NOT_IN_SIGNATURE}
-    typed = shlex.split(record.command or "")
-    command = shlex.join(word for word in typed if word.partition("=")[0].partition(".")[0] not in NOT_IN_SIGNATURE) or None
+    """The record without the settings that change no figure, and without the folders of the machine that it was made on."""
+    config = without_folders({key: value for key, value in record.config.items() if key not in NOT_IN_SIGNATURE})
+    typed = [word.partition("=") for word in shlex.split(record.command or "")]
+    words = [key + equals + (Path(value).name if key.endswith(".path") else value) for key, equals, value in typed]
+    command = shlex.join(word for word in words if word.partition("=")[0].partition(".")[0] not in NOT_IN_SIGNATURE) or None
     return record.model_copy(update={"config": config, "command": command})
+
+
+def without_folders(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the name alone of the file or folder in every `path`. A digest of its contents is in `made_from`."""
+
+    def kept(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return without_folders(value)
+        return Path(value).name if key == "path" and isinstance(value, str) else value
+
+    return {key: kept(key, value) for key, value in settings.items()}
 
 
 def left_out(record: RunRecord) -> set[str]:
@@ -130,16 +141,16 @@ def to_cells(step: dict[str, Any]) -> dict[str, str]:
     return {name: to_cell(value) for name, value in step.items() if isinstance(value, int | float)}
 
 
-def read_gzip(path: Path) -> str:
+def read_xz(path: Path) -> str:
     try:
-        return gzip.decompress(path.read_bytes()).decode()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        return lzma.decompress(path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def write_gzip(path: Path, text: str) -> None:
-    """Write a gzip file without time and name, so that equal texts give equal files."""
-    write_atomically(path, gzip.compress(text.encode(), 9, mtime=0))
+def write_xz(path: Path, text: str) -> None:
+    """Write an xz file, which has no time and no name, so that equal texts give equal files."""
+    write_atomically(path, lzma.compress(text.encode(), preset=9))
 
 
 def add(folders: Iterable[Path], collection: Path = IN_GIT) -> None:

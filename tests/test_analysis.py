@@ -14,7 +14,7 @@ from analysis.execute import NOTEBOOKS, execute
 from analysis.frames import fits_frame, runs_frame
 from analysis.paper_runs import evaluated
 from analysis.plots import kept_by_matrix, loss_by_layer, retraining
-from analysis.records import IN_GIT, add, load_records, read_collection, write_collection
+from analysis.records import IN_GIT, add, load_records, read_collection, read_xz, write_collection, write_xz
 from analysis.settings import nearest_option
 from analysis.tables import accuracy, adaptive_or_not, by_ratio, retrained
 from nla.harness.fits_table import FitRecord
@@ -67,19 +67,22 @@ def test_frames_have_a_row_per_run_and_per_matrix(records, runs, fits):
     assert set(whole["kind"]) == {f"self_attn.{k}_proj" for k in "qkvo"} | {f"mlp.{k}_proj" for k in ("gate", "up", "down")}
 
 
-def test_the_records_in_git_are_small_and_are_written_again_byte_for_byte(tmp_path):
+def test_the_records_in_git_are_small_and_the_same_records_are_written_as_the_same_bytes(tmp_path):
     records = read_collection(IN_GIT)
     write_collection(reversed(records), tmp_path)
     files = sorted(path.name for path in IN_GIT.iterdir())
-    assert files == ["fits.csv.gz", "runs.jsonl", "steps.csv.gz"] == sorted(path.name for path in tmp_path.iterdir())
-    assert all((tmp_path / name).read_bytes() == (IN_GIT / name).read_bytes() for name in files)
-    assert sum((IN_GIT / name).stat().st_size for name in files) < 6_300 * len(records)  # 1 MB for 159 records
+    assert files == ["fits.csv.xz", "runs.jsonl.xz", "steps.csv.xz"] == sorted(path.name for path in tmp_path.iterdir())
+    assert all(read_xz(tmp_path / name) == read_xz(IN_GIT / name) for name in files)
+    before = [(tmp_path / name).read_bytes() for name in files]
+    write_collection(records, tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in files] == before
+    assert sum((IN_GIT / name).stat().st_size for name in files) < 1_000_000
 
 
 def test_a_damaged_collection_is_named_with_its_line_and_field(tmp_path):
     write_collection(read_collection(IN_GIT)[:2], tmp_path)
-    path = tmp_path / "runs.jsonl"
-    path.write_text(path.read_text().replace('"selected_before"', '"selected"', 1))
+    path = tmp_path / "runs.jsonl.xz"
+    write_xz(path, read_xz(path).replace('"selected_before"', '"selected"', 1))
     with pytest.raises(UserError, match=rf"{path}: line 1 is no record of schema 2: parameters\.selected_before"):
         read_collection(tmp_path)
 
@@ -89,6 +92,8 @@ def test_runs_are_added_to_those_in_git_once_and_only_finished_ones_of_committed
     folder, collection = only_folder(tmp_path), tmp_path / "collection"
     write_collection(read_collection(IN_GIT)[:2], collection)
     record.command = f"python run.py ratio=0.5 outputs_dir={tmp_path} cache_dir={tmp_path}/cache track=none seed=1"
+    record.command += f" data=wikitext2 data.path={tmp_path}/wiki.test.raw"
+    record.config["task"]["language_modelling"]["data"]["path"] = f"{tmp_path}/wiki.test.raw"
     for dirty, status, count in ((True, "done", 2), (False, "failed", 2), (False, "done", 3), (False, "done", 3)):
         record.environment |= {"dirty": dirty, "commit": "1234567"}
         record.status = status
@@ -100,7 +105,9 @@ def test_runs_are_added_to_those_in_git_once_and_only_finished_ones_of_committed
     added = read_collection(collection)[-1]
     assert added.fits == record.fits and [row["step"] for row in added.history] == [0, 1, 2, 3, 4]
     assert retraining(added.history).axes and added.metrics == record.metrics
-    assert added.command == "python run.py ratio=0.5 seed=1"  # without the places of the machine that made it
+    assert added.command == "python run.py ratio=0.5 seed=1 data=wikitext2 data.path=wiki.test.raw"
+    assert added.config["task"]["language_modelling"]["data"]["path"] == "wiki.test.raw"
+    assert str(tmp_path) not in read_xz(collection / "runs.jsonl.xz")  # nothing of the machine that made it
 
 
 def test_settings_are_named_by_the_nearest_yaml_of_the_same_class():

@@ -8,7 +8,6 @@ block also corrects the errors of the blocks before it.
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from nla.compressed.contents import kernel_terms, replace_parameters
 from nla.machine.cache import Cache, digest
-from nla.machine.threads import ordered_map
 from nla.models.base import Sample
 from nla.refine.settings import Refinement
 from nla.retrain.constraints import Constraints
 from nla.retrain.trainable import chosen_parts, prepare_terms
 from nla.statistics.blocks import Block, Stream, rows
 from nla.training.loop import Recipe, train
+from nla.training.mean_loss import mean_loss
 from nla.training.observer import Observer
 from nla.training.parameters import TrainedParameter
 
@@ -80,7 +79,7 @@ def refine_block(
         return relative_error(output, sample.targets)
 
     def measure() -> float:
-        return mean_error(loss, held_out, stream.device)
+        return mean_loss(loss, held_out, stream.device)
 
     size = max(1, settings.batch // rows(pairs[0].inputs))  # states of a step; each is a micro-batch
     each = -(-len(learnt) // size)  # steps of an epoch
@@ -125,17 +124,6 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     target = target.float()
     difference = (output.float() - target).square().sum(-1)
     return (difference / target.square().sum(-1).clamp_min(SMALLEST)).mean()
-
-
-def mean_error(loss: Callable[[Sample], Tensor], samples: list[Sample], device: torch.device) -> float:
-    """The loss, averaged over the samples."""
-
-    @torch.no_grad()
-    def error(sample: Sample) -> float:
-        return float(loss(sample.to(device)))
-
-    with closing(ordered_map(error, samples, device)) as errors:
-        return sum(errors) / len(samples)
 
 
 def batches(learnt: list[Sample], size: int, each: int, seed: int) -> Callable[[int], list[Sample]]:

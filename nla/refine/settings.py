@@ -1,9 +1,10 @@
 """The settings `refine.*`. `conf/refine/` holds the presets."""
 
 from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.retrain import settings as retrain
 from nla.solvers.gradient import PRODUCTS
 
-PARTS = ["triplets", "A", "B", "mu", "norms", "biases", "everything"]
+PARTS = [part for part in retrain.PARTS if part != "linear_term"]
 
 
 class Refinement:
@@ -42,9 +43,10 @@ class Refinement:
         require_positive("refine.clip", clip)
         require_at_least_zero("refine.weight_decay", weight_decay)
         require_choice("refine.products", products, list(PRODUCTS))
-        for name, value, least in (("held_out", held_out, "above 0"), ("warmup", warmup, "at least 0")):
-            if not isinstance(value, int | float) or not 0 <= value < 1 or (name == "held_out" and value == 0):
-                raise UserError(f"refine.{name}={value} must be a fraction, {least} and below 1")
+        if not isinstance(held_out, int | float) or not 0 < held_out < 1:
+            raise UserError(f"refine.held_out={held_out} must be a fraction, above 0 and below 1")
+        if not isinstance(warmup, int | float) or not 0 <= warmup < 1:
+            raise UserError(f"refine.warmup={warmup} must be a fraction, from 0 and below 1")
         self.parts = str(train).split("+")
         for part in self.parts:
             require_choice("refine.train", part, PARTS)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -10,9 +9,7 @@ from torch import Tensor
 
 from nla.budget.adaptive import Tightening
 from nla.budget.importance import IMPORTANCE_QUANTILES
-from nla.machine.threads import ordered_map
 from nla.matrix.triplets import Triplets
-from nla.models.base import Model, Sample
 from nla.retrain.constraints import Constraints
 from nla.terms.kernel_term import TENSORS
 from nla.training.loop import Recipe
@@ -119,15 +116,3 @@ def by_matrix(matrices: Iterable[str], kept: Iterable[int]) -> dict[str, int]:
     for matrix, count in zip(matrices, kept, strict=True):
         total[matrix] = total.get(matrix, 0) + count
     return total
-
-
-def mean_loss(model: Model, samples: list[Sample]) -> float:
-    """The model's own loss (nats), averaged over the samples."""
-    device = next(model.module.parameters()).device
-
-    @torch.no_grad()
-    def loss(sample: Sample) -> float:
-        return float(model.loss(sample.to(device)))
-
-    with closing(ordered_map(loss, samples, device)) as losses:
-        return sum(losses) / len(samples)

@@ -17,7 +17,7 @@ from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
 from nla.retrain.constraints import Constraints
 from nla.retrain.dropping import drop_from_training
-from nla.retrain.history import History, Row, mean_loss
+from nla.retrain.history import History, Row
 from nla.retrain.losses import Distillation
 from nla.retrain.settings import Retraining
 from nla.retrain.trainable import chosen_parts
@@ -25,6 +25,7 @@ from nla.statistics.blocks import chain
 from nla.terms.kernel_term import TENSORS
 from nla.training.checkpoints import Progress
 from nla.training.loop import Recipe, train
+from nla.training.mean_loss import mean_loss
 from nla.training.parameters import TrainedParameter, owned_by_module
 from nla.training.processes import OneProcess
 from tasks.data.base import Data
@@ -198,7 +199,7 @@ def watched_loss(model: Model, data: Data, count: int, length: int, seed: int) -
     samples = data.samples(model, count, length, seed)
 
     def measure() -> Row:
-        loss = mean_loss(model, samples)
+        loss = mean_loss(model.loss, samples, next(model.module.parameters()).device)
         return {"watched": loss} | ({"watched_perplexity": math.exp(min(loss, 700))} if data.kind == "text" else {})
 
     return measure

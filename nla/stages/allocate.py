@@ -1,11 +1,9 @@
 """Distribute the budget over the matrices, if it depends on measurements of the model."""
 
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from nla.budget.plan import Plan, PlannedGroup, PlannedMatrix, make_plan
@@ -13,12 +11,12 @@ from nla.compressed.surgery import get_linear, swap
 from nla.harness.request import PreparedRun, without_linear_term
 from nla.machine.cache import digest
 from nla.machine.provenance import code_digest, target_modules
-from nla.machine.threads import ordered_map
 from nla.matrix.objective import Norms
 from nla.methods.fit import Fit
-from nla.models.base import DTYPES, Model, Sample
+from nla.models.base import DTYPES, Model
 from nla.stages.calibrate import Calibration, dense_statistics
 from nla.stages.fit_groups import fit_groups
+from nla.training.mean_loss import mean_loss
 
 
 def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> PreparedRun:
@@ -79,17 +77,9 @@ class View:
 
     def loss_with(self, name: str, fit: Fit) -> float:
         """Mean loss of the model over the samples (nats) with only this matrix compressed."""
-        device, module = torch.device(self.prepared.device), self.model.module
-        dense = module.get_submodule(name)
-        assert isinstance(dense, nn.Linear)
-
-        @torch.no_grad()
-        def loss(sample: Sample) -> float:
-            return float(self.model.loss(sample.to(device)))
-
+        module, dense = self.model.module, get_linear(self.model.module, name)
         swap(module, {name: fit.term})
         try:
-            with closing(ordered_map(loss, self.samples, device)) as losses:
-                return sum(losses) / len(self.samples)
+            return mean_loss(self.model.loss, self.samples, torch.device(self.prepared.device))
         finally:
             module.set_submodule(name, dense)
