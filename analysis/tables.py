@@ -30,9 +30,12 @@ def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.
 
 
 def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
-    """A metric, such as `language_modelling.sotu.perplexity`, by method and removed fraction. Ratio 0 is the dense model."""
+    """A metric, such as `language_modelling.sotu.perplexity`, by method and removed fraction. Ratio 0 is the dense model.
+
+    Runs on fewer windows than usual, and refined runs (see `refined`), are left out.
+    """
     rows = of_layers(runs, model)
-    rows = rows[rows[f"compressed.{metric}"].notna()]
+    rows = rows[rows[f"compressed.{metric}"].notna() & ~rows["changed"].str.contains("max_windows=|refine=")]
     table = rows.pivot(index="name_of_method", columns="ratio", values=f"compressed.{metric}")
     table.insert(0, 0.0, rows.groupby("name_of_method")[f"dense.{metric}"].first())
     return table.rename_axis(index="method", columns="removed")
