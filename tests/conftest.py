@@ -14,7 +14,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts commands with & so that they ignore it
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from hypothesis import settings as hypothesis_settings
 
 from tests import forked
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts commands with & so that they ignore it
 hypothesis_settings.register_profile("same every time", derandomize=True)  # a test that fails fails again
 hypothesis_settings.load_profile("same every time")
 
