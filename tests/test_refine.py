@@ -176,3 +176,11 @@ def test_a_dry_run_counts_three_forward_passes_for_each_token_of_each_epoch(run_
     forward = sum(2 * ranks[fit.name] * sum(fit.shape) for fit in fits)
     told = re.search(r"refinement +(\S+) MFLOP in the selected layers, for 7,680 tokens", caplog.text)
     assert float(told[1]) == pytest.approx(3 * forward * 40 * 64 * 3 / 1e6, rel=1e-3)
+
+
+def test_the_result_of_a_refined_run_fits_a_terminal_of_80_columns(run_here, caplog):
+    with caplog.at_level("INFO", logger="nla.harness.terminal"):
+        run_here(*LLAMA)
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    assert any("refinement: mean error of 2 blocks' outputs" in line for line in lines)
+    assert max(len(line) for line in lines if not line.startswith("record: ")) <= 80

@@ -147,7 +147,7 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     )
     if record.fits[0].weighted_error is not None:
         log.info(
-            "weighted by the inputs: %.4f; SVD-LLM with as many parameters %.4f; floor %.4f",
+            "weighted by the inputs: %.4f; SVD-LLM with as many parameters %.4f;\n        floor %.4f",
             *(mean(record, key) for key in ("weighted_error", "svd_llm_error", "weighted_floor")),
         )
     if record.refinement:
