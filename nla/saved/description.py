@@ -33,7 +33,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def parameter_name(packed: str) -> str:
-    """The name in a model of a parameter that `pack` calls `<layer>/<part>`."""
+    """The name in a model of a tensor that `pack` calls `<layer>/<part>`."""
     layer, part = packed.split("/")
     return f"{layer}.term.{part}"
 
@@ -78,7 +78,8 @@ def share(module: nn.Module, description: Mapping[str, Any]) -> None:
     """Make the tensors that are stored once the same object wherever they are used."""
     for own, other in description["shared"].items():
         holder, _, attribute = own.rpartition(".")
-        setattr(module.get_submodule(holder), attribute, module.get_parameter(other))
+        there, _, name = other.rpartition(".")
+        setattr(module.get_submodule(holder), attribute, getattr(module.get_submodule(there), name))
 
 
 def stored_tensors(module: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ def pack(terms: Mapping[str, Term]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     names: dict[int, str] = {}
     shared: dict[str, str] = {}
     for name, term in terms.items():
-        for part, tensor in term.named_parameters():
+        for part, tensor in term.state_dict(keep_vars=True).items():
             own = f"{name}/{part}"
             if id(tensor) in names:
                 shared[own] = names[id(tensor)]
@@ -29,14 +29,14 @@ def pack(terms: Mapping[str, Term]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def unpack(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Term]:
     """The terms that `pack` stored, bit for bit, on the device of the tensors."""
-    parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+    held = {name: nn.Parameter(t) if t.is_floating_point() else t for name, t in tensors.items()}
     terms = {}
     for name, config in info["terms"].items():
         term = empty_term(config)
-        for part, _ in list(term.named_parameters()):
+        for part in list(term.state_dict()):
             own = f"{name}/{part}"
             module, _, attribute = part.rpartition(".")
-            setattr(term.get_submodule(module), attribute, parameters[info["shared"].get(own, own)])
+            setattr(term.get_submodule(module), attribute, held[info["shared"].get(own, own)])
         terms[name] = term
     return terms
 

@@ -1,0 +1,1 @@
+"""How the numbers of terms are stored in few bits: packed codes, grids with scales, angles, lattices."""
