@@ -18,7 +18,7 @@ from nla.machine.cache import Cache, digest
 from nla.models.base import Sample
 from nla.refine.settings import Refinement
 from nla.retrain.constraints import Constraints
-from nla.retrain.trainable import chosen_parts, prepare_terms
+from nla.retrain.trainable import chosen_parts, pack_terms, prepare_terms
 from nla.statistics.blocks import Block, Stream, rows
 from nla.training.loop import Recipe, train
 from nla.training.mean_loss import mean_loss
@@ -90,6 +90,7 @@ def refine_block(
     batch = batches(learnt, size, each, seed)
     progress = train(trained, loss, batch, recipe, cache, key, f"refine {block.name}", best)
     replace_parameters(block.module, best.tensors_of_best)
+    pack_terms(block.module)
     result = Refined(
         block=block.name,
         before=best.errors[0],
@@ -112,6 +113,7 @@ def load_refined(block: Block, cache: Cache, key: str, seed: int) -> Refined | N
     tensors, figures = entry
     prepare_terms(block.module, 0, seed)
     replace_parameters(block.module, tensors)
+    pack_terms(block.module)
     return Refined(**figures)
 
 

@@ -12,8 +12,9 @@ from nla.kernels.base import TRAINING_RATE
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.matrix.triplets import Triplets
-from nla.terms.base import Sum
+from nla.terms.base import Sum, Term
 from nla.terms.kernel_term import TENSORS, KernelTerm
+from nla.terms.rounded import RoundedTerm
 from nla.training.parameters import TrainedParameter
 
 SIZE_OF_ZEROS = 0.02  # the size that a tensor of zeros counts as, for its learning rate: the usual start of transformers
@@ -27,17 +28,30 @@ def prepare_terms(module: nn.Module, linear_term: int, seed: int) -> None:
     """Balance all triplets, and add a linear term of rank `linear_term`, whose matrix is zero, to every compressed matrix.
 
     Balancing makes A, B and mu similar in size and does not change the matrix (`Kernel.balanced`). Terms that share a factor
-    are not balanced, because balancing one of them would unbalance the other.
+    are not balanced, because balancing one of them would unbalance the other. Rounded numbers become trainable (`pack_terms`
+    leads back).
     """
+    for layer in compressed_layers(module):
+        layer.term = layer.term.trainable()
     terms = kernel_terms(module).values()
     users = Counter(id(p) for term in terms for p in term.parameters())
     for term in terms:
         if all(users[id(p)] == 1 for p in term.parameters()):
             term.hold(term.kernel.balanced(term.triplets))
     if linear_term:
-        for i, layer in enumerate(m for m in module.modules() if isinstance(m, CompressedLinear)):
+        for i, layer in enumerate(compressed_layers(module)):
             added = zero_term(layer, linear_term, torch.Generator().manual_seed(seed + i))
             layer.term = Sum([*(layer.term.summands if isinstance(layer.term, Sum) else [layer.term]), added])
+
+
+def pack_terms(module: nn.Module) -> None:
+    """Store the rounded numbers of every compressed matrix as codes again, after a training."""
+    for layer in compressed_layers(module):
+        layer.term = layer.term.packed()
+
+
+def compressed_layers(module: nn.Module) -> list[CompressedLinear]:
+    return [m for m in module.modules() if isinstance(m, CompressedLinear)]
 
 
 def zero_term(layer: CompressedLinear, rank: int, generator: torch.Generator) -> AddedTerm:
@@ -66,14 +80,16 @@ def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True
         UserError: the model has no such parameter.
     """
     wanted = set(TENSORS) | set(parts) if "triplets" in parts else set(parts)
-    term_of = {f"{name}.{part}": term for name, term in kernel_terms(module).items() for part in TENSORS}
+    terms = {name: m for name, m in module.named_modules() if isinstance(m, Term)}
+    term_of = {f"{name}.{part}": term for name, term in terms.items() for part, _ in term.named_parameters(recurse=False)}
     found = []
     for name, p in module.named_parameters():
         kind, term, rate = name.rpartition(".")[2], term_of.get(name), 1.0
         holder = module.get_submodule(name.rpartition(".")[0])
         if term is not None:
-            chosen = kind in wanted or (isinstance(term, AddedTerm) and "linear_term" in wanted)
-            rate = term.kernel.training_rate / TRAINING_RATE if own_rates else 1.0
+            chosen = kind in wanted or "triplets" in wanted or (isinstance(term, AddedTerm) and "linear_term" in wanted)
+            if own_rates and isinstance(term, KernelTerm | RoundedTerm):
+                rate = term.kernel.training_rate / TRAINING_RATE
         elif "norm" in type(holder).__name__.lower():
             chosen = "norms" in wanted
         else:

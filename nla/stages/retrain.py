@@ -20,7 +20,7 @@ from nla.models.base import LanguageModel, Model
 from nla.retrain import dropping
 from nla.retrain.history import Row
 from nla.retrain.stages import checkpoint_keys
-from nla.retrain.trainable import prepare_terms
+from nla.retrain.trainable import pack_terms, prepare_terms
 from nla.stages.train_here import train_here
 from nla.stages.train_together import train_together
 from nla.terms.state import pack
@@ -38,6 +38,7 @@ def retrain(prepared: PreparedRun, record: RunRecord, model: Model, folder: Path
         prepared.tracker.step(row)
 
     result = train_or_load(prepared, model, key, show)
+    pack_terms(model.module)
     record.peak_bytes["retrain"] = result.peak_bytes
     record.retraining, record.history = retrain_record(prepared, model, result), result.rows
     kept = kept_parameters(model)

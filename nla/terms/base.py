@@ -75,7 +75,11 @@ class Term(nn.Module, ABC):
         """The smallest term of this kind whose matrix is zero, with the type and device of `like`."""
 
     def trainable(self) -> "Term":
-        """A term of the same matrix whose parameters can be trained. `as_stored` leads back."""
+        """A term of the same matrix in which all numbers are parameters that can be trained. `packed` leads back."""
+        return self
+
+    def packed(self) -> "Term":
+        """A term of the same matrix in which rounded numbers are codes of a few bits."""
         return self
 
     def rank_bound(self) -> int | None:
@@ -152,6 +156,9 @@ class Sum(Term):
 
     def trainable(self) -> "Sum":
         return Sum(term.trainable() for term in self.summands)
+
+    def packed(self) -> "Sum":
+        return Sum(term.packed() for term in self.summands)
 
     def zero(self, like: Tensor) -> "Sum":
         return Sum(term.zero(like) for term in self.summands)
