@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nla.storage.feedback import BLOCK, blocks, gptq, static_groups, weighted_errors
+from nla.storage.feedback import BLOCK, Hessian, blocks, feedback, gptq, static_groups
 from nla.storage.grid_format import WIDTHS, GridFormat, fitting, formats, least_grid_bits
 from nla.storage.levels import NormalFloat
 from nla.storage.packed import packed, packed_width, unpacked
@@ -134,29 +134,38 @@ def test_two_bits_in_groups_of_64_take_2_28_bits_a_weight():
 @pytest.mark.parametrize("form", [GridFormat(2, 32), GridFormat(3, 96), GridFormat(4, 32, "nf4")], ids=str)
 def test_gptq_with_a_multiple_of_the_identity_is_round_to_nearest(form):
     weight = normal(16, 96)
-    found, nearest = gptq(weight, 3.7 * torch.eye(96, dtype=torch.float64), form), rounded_to_nearest(weight, form)
+    hessian = Hessian(3.7 * torch.eye(96, dtype=torch.float64))
+    found, nearest = gptq(weight, hessian, form), rounded_to_nearest(weight, form)
     assert torch.equal(found.codes, nearest.codes) and torch.equal(found.lattice.scales, nearest.lattice.scales)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    fed = static_groups(weight, torch.eye(96, dtype=torch.float64), form, nearest.lattice, order)
+    fed = static_groups(weight, form, nearest.lattice, order, hessian.own)
     assert torch.equal(fed.codes, nearest.codes)
 
 
 @pytest.mark.parametrize("tokens", [400, 50])
 @pytest.mark.parametrize("form", [GridFormat(2, 32), GridFormat(2, 50), GridFormat(3, 130), GridFormat(2, 300)], ids=str)
 def test_gptq_has_a_much_smaller_weighted_error_than_round_to_nearest(form, tokens):
-    weight, gram = normal(24, 300), correlated(300, tokens)
+    weight, hessian = normal(24, 300), Hessian(correlated(300, tokens))
     found, nearest = (
-        weighted_errors(weight - r.dense(form), gram) for r in (gptq(weight, gram, form), rounded_to_nearest(weight, form))
+        hessian.errors(weight - r.dense(form)) for r in (gptq(weight, hessian, form), rounded_to_nearest(weight, form))
     )
     assert found.sum() < 0.6 * nearest.sum()
 
 
+def test_feedback_is_the_factor_of_the_inverse_of_the_damped_hessian():
+    gram = correlated(20)
+    U = feedback(gram)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    torch.testing.assert_close(U.T @ U @ damped, torch.eye(20, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert torch.equal(U, U.triu())
+
+
 def test_feedback_in_blocks_is_feedback_input_by_input(monkeypatch):
-    weight, gram, form = normal(8, 300), correlated(300), GridFormat(4, 32)
+    weight, U, form = normal(8, 300), feedback(correlated(300)).float(), GridFormat(4, 32)
     lattice, order = best_lattice(weight, form), torch.arange(300)
-    found = static_groups(weight, gram, form, lattice, order)
+    found = static_groups(weight, form, lattice, order, U)
     monkeypatch.setattr("nla.storage.feedback.BLOCK", 1)
-    assert (static_groups(weight, gram, form, lattice, order).codes == found.codes).float().mean() > 0.99
+    assert (static_groups(weight, form, lattice, order, U).codes == found.codes).float().mean() > 0.99
 
 
 @settings(deadline=None)
@@ -172,6 +181,6 @@ def test_zero_weights_and_grams_are_rounded_to_finite_numbers(form):
     weight = normal(6, 11)
     weight[2], weight[:, 3] = 0, 0
     for gram in (torch.zeros(11, 11), torch.diag(torch.tensor([1.0] + [0.0] * 10)), correlated(11, 2)):
-        found = gptq(weight, gram.double(), form).dense(form)
+        found = gptq(weight, Hessian(gram.double()), form).dense(form)
         assert found.isfinite().all() and not found[2].any()
-    assert not gptq(0 * weight, correlated(11), form).dense(form).any()
+    assert not gptq(0 * weight, Hessian(correlated(11)), form).dense(form).any()

@@ -1,11 +1,8 @@
 """GPTQ: quantisation with error feedback (Frantar et al., 2023)."""
 
-import torch
-from torch import Tensor
-
 from nla.matrix.objective import Norms, Objective
 from nla.methods.grid_method import GridMethod
-from nla.storage.feedback import gptq
+from nla.storage.feedback import Hessian, gptq
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import Rounded
 from nla.terms.base import Term
@@ -33,14 +30,12 @@ class GPTQ(GridMethod):
         return super().start_flops(term) + gptq_flops(term.out_features, term.in_features)
 
 
-def hessian(objective: Objective) -> Tensor:
-    """S S^T of the objective's norm ||(W' - W) S|| (in, in), fp64; the identity for the plain norm."""
-    root = objective.wide_root
-    if root is None:
-        return torch.eye(objective.weight.shape[1], dtype=torch.float64, device=objective.weight.device)
-    return root @ root.T
+def hessian(objective: Objective) -> Hessian:
+    """The Hessian S S^T of the objective's norm ||(W' - W) S||, which must be a weighted one."""
+    assert objective.wide_root is not None
+    return Hessian(objective.wide_root @ objective.wide_root.T)
 
 
 def gptq_flops(out_features: int, in_features: int) -> int:
-    """Floating-point operations of the Cholesky factors and the feedback of both orders."""
-    return 2 * (2 * in_features**3 // 3 + out_features * in_features**2)
+    """Floating-point operations of the Cholesky factors and the feedback in three passes."""
+    return 4 * in_features**3 // 3 + 3 * out_features * in_features**2

@@ -1,6 +1,7 @@
 """GPTQ: rounding with error feedback. The error of each input is made up for by the inputs that are not rounded yet."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,28 +14,55 @@ BLOCK = 128  # inputs between two updates of all later ones
 DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it
 
 
-def gptq(weight: Tensor, gram: Tensor, form: GridFormat) -> Rounded:
-    """The rounding with the smallest weighted error of three, chosen for each row: static groups, dynamic groups, and RTN.
+class Hessian:
+    """The matrix G (in, in) of the weighted error e G e^T of a row e, fp64, and what error feedback needs of it, computed once.
+
+    Attributes:
+        importance: the diagonal (in,).
+        order: the inputs by falling importance (in,).
+        own: feedback() in the inputs' own order, fp32.
+        ordered: feedback() in `order`, fp32.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        self.gram = gram
+        self.importance = gram.diagonal().clamp(min=0)
+
+    @cached_property
+    def order(self) -> Tensor:
+        return self.importance.argsort(descending=True, stable=True)
+
+    @cached_property
+    def own(self) -> Tensor:
+        return feedback(self.gram).float()
+
+    @cached_property
+    def ordered(self) -> Tensor:
+        return feedback(self.gram[self.order][:, self.order]).float()
+
+    def errors(self, error: Tensor) -> Tensor:
+        """e G e^T for each row e of an error (out, in), fp32: (out,)"""
+        return ((error @ self.gram.to(error)) * error).sum(1)
+
+
+def gptq(weight: Tensor, hessian: Hessian, form: GridFormat) -> Rounded:
+    """The rounding of a weight (out, in), fp32, with the smallest weighted error of four, chosen for each row.
 
     Source: Frantar et al., "GPTQ", ICLR 2023. Rows are independent, and no order is stored. Static groups have the lattice
-    of the original weight and take the inputs in the order of the Hessian's diagonal. Dynamic groups take the inputs in their
-    own order, and have the lattice of the weights that are left when they are reached.
-
-    Args:
-        weight: (out, in), fp32.
-        gram: the Hessian G (in, in), fp64; the weighted error of a row e is e G e^T.
+    of the original weight and take the inputs by importance or in their own order. Dynamic groups take them in their own
+    order, and have the lattice of the weights that are left when they are reached. The fourth is RTN.
     """
-    importance = gram.diagonal().clamp(min=0)
-    if not importance.any():
+    if not hessian.importance.any():
         return rounded_to_nearest(weight, form)
-    nearest = rounded_to_nearest(weight, form, importance)
-    order = importance.argsort(descending=True, stable=True)
-    found = [nearest, static_groups(weight, gram, form, nearest.lattice, order)]
-    if form.groups(weight.shape[1]) > 1:
-        found.append(dynamic_groups(weight, gram, form, importance))
-    else:
-        found.append(static_groups(weight, gram, form, nearest.lattice, torch.arange(len(gram), device=gram.device)))
-    return best_rows(found, [weighted_errors(weight - r.dense(form), gram) for r in found])
+    nearest = rounded_to_nearest(weight, form, hessian.importance)
+    own = torch.arange(weight.shape[1], device=weight.device)
+    found = [
+        nearest,
+        static_groups(weight, form, nearest.lattice, hessian.order, hessian.ordered),
+        static_groups(weight, form, nearest.lattice, own, hessian.own),
+        dynamic_groups(weight, form, hessian),
+    ]
+    return best_rows(found, [hessian.errors(weight - rounded.dense(form)) for rounded in found])
 
 
 def best_rows(found: list[Rounded], errors: list[Tensor]) -> Rounded:
@@ -48,34 +76,27 @@ def best_rows(found: list[Rounded], errors: list[Tensor]) -> Rounded:
     return Rounded(codes, Lattice(scales, zeros))
 
 
-def weighted_errors(error: Tensor, gram: Tensor) -> Tensor:
-    """e G e^T for each row e of an error (out, in): (out,)"""
-    return ((error @ gram.to(error)) * error).sum(1)
-
-
-def static_groups(weight: Tensor, gram: Tensor, form: GridFormat, lattice: Lattice, order: Tensor) -> Rounded:
-    """Error feedback with this lattice; the inputs are rounded in this order (in,)."""
-    wide = lattice.of_inputs(order, form.group)
-    scales, zeros = (part.T.contiguous() for part in wide)
-    left, U = weight.T[order].contiguous(), feedback(gram[order][:, order]).float()
+def static_groups(weight: Tensor, form: GridFormat, lattice: Lattice, order: Tensor, U: Tensor) -> Rounded:
+    """Error feedback with this lattice; the inputs are rounded in this order (in,). U: of feedback() in this order, fp32."""
+    scales, zeros = (part.T.contiguous() for part in lattice.of_inputs(order, form.group))
+    left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
     for block in slices(len(left), BLOCK):
         codes[block] = rounded_block(left, block, U, scales[block], zeros[block], form)
     return Rounded(codes[order.argsort()].T.contiguous(), lattice)
 
 
-def dynamic_groups(weight: Tensor, gram: Tensor, form: GridFormat, importance: Tensor) -> Rounded:
+def dynamic_groups(weight: Tensor, form: GridFormat, hessian: Hessian) -> Rounded:
     """Error feedback in the order of the inputs, with the best lattice of each group when it is reached."""
-    left, U = weight.T.contiguous(), feedback(gram).float()
+    left = weight.T.contiguous()
     codes, lattices = torch.empty_like(left), []
     for block in blocks(len(left), form.group):
-        width = min(form.group, len(left) - block.start)
         if block.start % form.group == 0:  # never inside a block, so that all weights of the group are up to date
-            group = slice(block.start, block.start + width)
-            counts = importance[group]
+            group = slice(block.start, block.start + form.group)
+            counts = hessian.importance[group]
             lattices.append(best_lattice(left[group].T.contiguous(), form, counts if counts.any() else None))
         scales, zeros = (part.T.expand(block.stop - block.start, -1) for part in lattices[-1])
-        codes[block] = rounded_block(left, block, U, scales, zeros, form)
+        codes[block] = rounded_block(left, block, hessian.own, scales, zeros, form)
     return Rounded(codes.T.contiguous(), Lattice(*(torch.cat(part, 1) for part in zip(*lattices, strict=True))))
 
 
