@@ -16,7 +16,7 @@ from nla.methods.svd_llm import SVDLLM
 from tests.conftest import configuration, options
 
 METHODS = options("method")
-QUANTISED = {"rtn", "gptq"}  # methods whose numbers have fewer bits than the model's type
+QUANTISED = {"rtn", "gptq", "lq_lora", "eora", "svdquant", "caldera"}  # numbers in fewer bits than the model's type
 
 
 def make_method(name: str):

@@ -1,0 +1,43 @@
+"""CALDERA: a grid with error feedback and linear factors, fitted in turn to the layer's outputs (Saha et al., 2024)."""
+
+from collections.abc import Iterator
+
+from nla.matrix.objective import Norms, Objective
+from nla.matrix.triplets import Triplets
+from nla.methods.gptq import gptq_flops, hessian
+from nla.methods.grid_plus_low_rank import GridPlusLowRank, low_rank, product
+from nla.storage.feedback import gptq
+from nla.storage.grid_format import GridFormat
+from nla.storage.rounding import Rounded
+from nla.terms.base import Term
+
+
+class Caldera(GridPlusLowRank):
+    """Q = GPTQ(W - L R^T), then L R^T = the best matrix of its rank for W - Q in the norm of the outputs, several times.
+
+    Error feedback does not lower the error in each iteration, so the best one is kept. The first one is EoRA's.
+
+    Args:
+        sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+    """
+
+    needs = frozenset({"gram"})
+
+    def __init__(self, rank: int | None, iterations: int, sequential: bool) -> None:
+        super().__init__(rank, iterations)
+        self.sequential, self.patience = sequential, self.iterations
+
+    def objective(self, norms: Norms) -> Objective:
+        return norms.outputs
+
+    def pairs(self, objective: Objective, form: GridFormat, rank: int) -> Iterator[tuple[Rounded, Triplets]]:
+        weight = rest = objective.weight
+        of_outputs = hessian(objective)
+        while True:
+            rounded = gptq(rest, of_outputs, form)
+            factors = low_rank(weight - rounded.dense(form), objective, rank)
+            yield rounded, factors
+            rest = weight - product(factors)
+
+    def start_flops(self, term: Term) -> int:
+        return self.iterations * (super().start_flops(term) + gptq_flops(term.out_features, term.in_features))
