@@ -1,6 +1,5 @@
 """The levels of a grid: which multiples of a group's scale a code stands for."""
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -27,8 +26,8 @@ class Levels(Protocol):
     def nearest(self, values: Tensor, zeros: Tensor) -> Tensor:
         """The codes whose values are nearest to these values, as floating-point numbers."""
 
-    def starts(self, groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(scales, zeros), each (..., 1), worth trying for groups of weights (..., group)."""
+    def starts(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros (starts, ..., 1) worth trying for groups of weights (..., group)."""
 
 
 class Uniform:
@@ -48,7 +47,7 @@ class Uniform:
     def nearest(self, values: Tensor, zeros: Tensor) -> Tensor:
         return (values + (zeros + 0.5)).round_().clamp_(0, 2**self.width - 1)
 
-    def starts(self, groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def starts(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Shrunk ranges, from the smallest to the largest weight and symmetric about 0."""
         steps = 2**self.width - 1
         low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
@@ -56,9 +55,9 @@ class Uniform:
         zeros = (-low / torch.where(scale > 0, scale, 1.0) - 0.5).round().clamp(0, steps)
         size = 2 * torch.maximum(high, -low) / steps
         middle = torch.full_like(zeros, (steps - 1) // 2)
-        for factor in SHRINKAGE:
-            yield scale * factor, zeros
-            yield size * factor, middle
+        tried = len(SHRINKAGE)
+        scales = torch.stack([start * factor for start in (scale, size) for factor in SHRINKAGE])
+        return scales, torch.stack([zeros] * tried + [middle] * tried)
 
 
 class NormalFloat:
@@ -79,10 +78,11 @@ class NormalFloat:
     def nearest(self, values: Tensor, zeros: Tensor) -> Tensor:
         return torch.bucketize(values, self.borders.to(values)).to(values)
 
-    def starts(self, groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def starts(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Shrunk ranges, symmetric about 0."""
         size = groups.abs().amax(-1, keepdim=True)
-        return ((size * factor, torch.zeros_like(size)) for factor in SHRINKAGE)
+        scales = torch.stack([size * factor for factor in SHRINKAGE])
+        return scales, torch.zeros_like(scales)
 
 
 def levels_of(name: str, width: int) -> Levels:

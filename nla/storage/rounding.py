@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from nla.kernels.tiled import TILE, slices
 from nla.storage.grid_format import GridFormat
 
+STARTS = 38  # about how many scales are tried for a group at once
 ROUNDS = 3  # of codes for the scale, then the best scale for the codes; neither raises the error
 
 
@@ -52,7 +53,7 @@ def best_lattice(weight: Tensor, form: GridFormat, importance: Tensor | None = N
     missing = (0, -n % form.group)
     groups = pad(weight, missing).view(m, -1, form.group)
     counts = pad(counts, missing).view(-1, form.group)
-    parts = [best_of_rows(groups[rows], form, counts) for rows in slices(m, TILE["cpu"] // n)]
+    parts = [best_of_rows(groups[rows], form, counts) for rows in slices(m, TILE["cpu"] // (STARTS * n))]
     return Lattice(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -70,13 +71,10 @@ def best_of_rows(groups: Tensor, form: GridFormat, counts: Tensor) -> tuple[Tens
         scale = torch.where(size > 0, along / size, 0.0).clamp_(min=0)
         return scale, scale * (2 * along - scale * size)
 
-    best_scale = best_zero = torch.zeros_like(groups[..., :1])
-    best_gain = torch.full_like(best_scale, -1.0)
-    for start, zero in form.levels.starts(groups):
-        scale, gain = fitted(start, zero)
-        better = gain > best_gain
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-        best_gain = torch.where(better, gain, best_gain)
+    scales, zeros = form.levels.starts(groups)
+    scales, gains = fitted(scales, zeros)
+    best = gains.argmax(0, keepdim=True)
+    best_scale, best_zero = (part.take_along_dim(best, 0)[0] for part in (scales, zeros))
     for _ in range(ROUNDS):
         best_scale, _ = fitted(best_scale, best_zero)
     return best_scale.squeeze(-1), best_zero.squeeze(-1)

@@ -122,9 +122,7 @@ class Grid(Term):
         return Grid(self.codes, self.zeros, self.scales.to(torch.bfloat16).to(dtype), self.in_features, self.form)
 
     def zero(self, like: Tensor) -> "Grid":
-        nothing = torch.zeros(self.out_features, self.in_features, device=like.device)
-        column = nothing[:, :1].to(like.dtype)
-        return grid(nothing, column, column, GridFormat(1, self.in_features))
+        return zero_grid(self.out_features, self.in_features, like)
 
 
 def grid(codes: Tensor, zeros: Tensor, scales: Tensor, form: GridFormat) -> Grid:
@@ -136,3 +134,10 @@ def grid(codes: Tensor, zeros: Tensor, scales: Tensor, form: GridFormat) -> Grid
 def grid_of(rounded: Rounded, form: GridFormat) -> Grid:
     """The term of a rounded matrix."""
     return grid(rounded.codes, rounded.lattice.zeros, rounded.lattice.scales, form)
+
+
+def zero_grid(out_features: int, in_features: int, like: Tensor) -> Grid:
+    """The smallest grid of this shape, of zeros, with the type and device of `like`."""
+    nothing = torch.zeros(out_features, in_features, device=like.device)
+    column = nothing[:, :1].to(like.dtype)
+    return grid(nothing, column, column, GridFormat(1, in_features))
