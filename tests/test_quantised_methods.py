@@ -6,18 +6,19 @@ from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms, Objective
 from nla.methods.caldera import Caldera
 from nla.methods.eora import EoRA
 from nla.methods.gptq import GPTQ
-from nla.methods.grid_plus_low_rank import low_rank, product
 from nla.methods.lq_lora import LQLoRA
 from nla.methods.rtn import RTN
 from nla.methods.svdquant import SVDQuant
 from nla.storage.grid_format import GridFormat
 from nla.terms.grid import Grid
+from nla.terms.kernel_term import KernelTerm
 from tests.conftest import TINY, composed
 
 PAIRED = ["lq_lora", "eora", "svdquant", "caldera"]
@@ -36,6 +37,11 @@ def inputs(n: int, tokens: int = 0) -> torch.Tensor:
 def known(n: int, tokens: int = 0) -> Statistics:
     x = inputs(n, tokens)
     return Statistics(gram=x.T @ x)
+
+
+def linear(m: int, n: int, rank: int) -> KernelTerm:
+    """A linear term of this rank without values."""
+    return KernelTerm.empty(Linear(), m, n, rank, 1, torch.float32)
 
 
 def make_method(name: str, **values: object):
@@ -83,14 +89,14 @@ def test_eora_is_the_published_projection_to_scaled_eigenvectors(shape):
     """The repair of W - Q by the paper's recipe: eigenvectors of the Gram matrix, SVD, and back."""
     weight, statistics = normal(*shape), known(shape[1])
     objective = Norms(weight, statistics).outputs
-    ((rounded, factors),) = EoRA(3, False).pairs(objective, GridFormat(2, 8), 3)
+    ((rounded, factors),) = EoRA(3, False).pairs(objective, GridFormat(2, 8), linear(*shape, 3))
     values, Q = torch.linalg.eigh(statistics.gram.double())
     scaled = Q * values.sqrt()
     rest = (weight - rounded.dense(GridFormat(2, 8))).double()
     U, s, Vh = torch.linalg.svd(rest @ scaled, full_matrices=False)
     expected = (U[:, :3] * s[:3]) @ Vh[:3] @ torch.linalg.inv(scaled)
-    torch.testing.assert_close(product(factors).double(), expected, rtol=1e-3, atol=1e-4)
-    left = (rest - product(factors).double()) @ scaled
+    torch.testing.assert_close(factors.dense().detach().double(), expected, rtol=1e-3, atol=1e-4)
+    left = (rest - factors.dense().detach().double()) @ scaled
     assert float(left.square().sum()) == pytest.approx(float(s[3:].square().sum()), rel=1e-4)
 
 
@@ -108,7 +114,7 @@ def test_a_pair_is_better_than_its_grid_alone_and_is_the_best_of_all_that_were_t
 
 def test_caldera_begins_with_eora_and_goes_on_below_it():
     weight = normal(64, 96)
-    eora, caldera = compress(EoRA(4, False), weight, 5), compress(Caldera(4, 6, False), weight, 5)
+    eora, caldera = compress(EoRA(4, False), weight, 5), compress(Caldera(4, 6, False, None), weight, 5)
     assert caldera.losses[0][1] == pytest.approx(eora.losses[0][1]) and len(caldera.losses) == 6
     assert caldera.weighted_error < eora.weighted_error
 
@@ -122,8 +128,9 @@ def test_alternation_ends_when_the_error_rises():
 def test_svdquants_first_pair_has_the_singular_vectors_of_the_weight():
     weight = normal(32, 48)
     objective = Norms(weight, known(48)).outputs
-    _, factors = next(SVDQuant(4, 1, False).pairs(objective, GridFormat(4, 16), 4))
-    torch.testing.assert_close(product(factors), product(low_rank(weight, Objective(weight), 4)))
+    _, factors = next(SVDQuant(4, 1, False).pairs(objective, GridFormat(4, 16), linear(32, 48, 4)))
+    left, s, right = (part.float() for part in Objective(weight).spectrum.truncated(4))
+    torch.testing.assert_close(factors.dense().detach(), left * s @ right.T)
 
 
 def test_weighting_the_inputs_lowers_lq_loras_error_of_the_outputs():
@@ -149,7 +156,7 @@ def test_settings_that_make_no_sense_are_errors_that_name_them():
     with pytest.raises(UserError, match=r"method\.rank=0 must be a whole number from 1"):
         EoRA(0, False)
     with pytest.raises(UserError, match=r"method\.iterations=0"):
-        Caldera(None, 0, False)
+        Caldera(None, 0, False, None)
     with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: nf4, uniform"):
         LQLoRA(None, 5, "weight", "nf3")
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from nla.matrix.objective import Norms, Objective
-from nla.matrix.triplets import Triplets
 from nla.methods.gptq import gptq_flops, hessian
-from nla.methods.grid_plus_low_rank import GridPlusLowRank, low_rank, product
+from nla.methods.grid_plus_low_rank import GridPlusLowRank
+from nla.methods.packed_svd import PackedSVD
 from nla.storage.feedback import gptq
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import Rounded
@@ -19,25 +19,26 @@ class Caldera(GridPlusLowRank):
 
     Args:
         sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        storage: of the linear factors, see PackedSVD; None: numbers of the model's type.
     """
 
     needs = frozenset({"gram"})
 
-    def __init__(self, rank: int | None, iterations: int, sequential: bool) -> None:
-        super().__init__(rank, iterations)
+    def __init__(self, rank: int | None, iterations: int, sequential: bool, storage: str | None) -> None:
+        super().__init__(rank, iterations, None if storage is None else PackedSVD(storage))
         self.sequential, self.patience = sequential, self.iterations
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
 
-    def pairs(self, objective: Objective, form: GridFormat, rank: int) -> Iterator[tuple[Rounded, Triplets]]:
+    def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
         weight = rest = objective.weight
         of_outputs = hessian(objective)
         while True:
             rounded = gptq(rest, of_outputs, form)
-            factors = low_rank(weight - rounded.dense(form), objective, rank)
+            factors = self.low_rank(weight - rounded.dense(form), objective, low)
             yield rounded, factors
-            rest = weight - product(factors)
+            rest = weight - factors.dense().detach()
 
     def start_flops(self, term: Term) -> int:
         return self.iterations * (super().start_flops(term) + gptq_flops(term.out_features, term.in_features))

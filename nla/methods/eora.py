@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 from nla.matrix.objective import Norms, Objective
-from nla.matrix.triplets import Triplets
 from nla.methods.gptq import gptq_flops, hessian
-from nla.methods.grid_plus_low_rank import GridPlusLowRank, low_rank
+from nla.methods.grid_plus_low_rank import GridPlusLowRank
 from nla.storage.feedback import gptq
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import Rounded
@@ -31,9 +30,9 @@ class EoRA(GridPlusLowRank):
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
 
-    def pairs(self, objective: Objective, form: GridFormat, rank: int) -> Iterator[tuple[Rounded, Triplets]]:
+    def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
         rounded = gptq(objective.weight, hessian(objective), form)
-        yield rounded, low_rank(objective.weight - rounded.dense(form), objective, rank)
+        yield rounded, self.low_rank(objective.weight - rounded.dense(form), objective, low)
 
     def start_flops(self, term: Term) -> int:
         return super().start_flops(term) + gptq_flops(term.out_features, term.in_features)

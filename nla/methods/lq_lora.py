@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
-from nla.matrix.triplets import Triplets
-from nla.methods.grid_plus_low_rank import GridPlusLowRank, low_rank, product
+from nla.methods.grid_plus_low_rank import GridPlusLowRank
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import Rounded, rounded_to_nearest
+from nla.terms.base import Term
 
 
 class LQLoRA(GridPlusLowRank):
@@ -40,11 +40,11 @@ class LQLoRA(GridPlusLowRank):
     def levels(self, form: GridFormat) -> GridFormat:
         return GridFormat(4, form.group, self.kind) if form.width == 4 else form
 
-    def pairs(self, objective: Objective, form: GridFormat, rank: int) -> Iterator[tuple[Rounded, Triplets]]:
+    def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
         weight, importance = objective.weight, None if objective.factor is None else objective.factor.S.square()
         rest = weight
         while True:
             rounded = rounded_to_nearest(rest, form, importance)
-            factors = low_rank(weight - rounded.dense(form), objective, rank)
+            factors = self.low_rank(weight - rounded.dense(form), objective, low)
             yield rounded, factors
-            rest = weight - product(factors)
+            rest = weight - factors.dense().detach()

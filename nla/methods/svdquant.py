@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from nla.matrix.objective import Norms, Objective
-from nla.matrix.triplets import Triplets
-from nla.methods.grid_plus_low_rank import GridPlusLowRank, low_rank, product
+from nla.methods.grid_plus_low_rank import GridPlusLowRank
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import Rounded, rounded_to_nearest
+from nla.terms.base import Term
 
 
 class SVDQuant(GridPlusLowRank):
@@ -27,10 +27,10 @@ class SVDQuant(GridPlusLowRank):
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
 
-    def pairs(self, objective: Objective, form: GridFormat, rank: int) -> Iterator[tuple[Rounded, Triplets]]:
+    def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
         weight = rest = objective.weight
         while True:
-            factors = low_rank(rest, Objective(weight), rank)
-            rounded = rounded_to_nearest(weight - product(factors), form)
+            factors = self.low_rank(rest, Objective(weight), low)
+            rounded = rounded_to_nearest(weight - factors.dense().detach(), form)
             yield rounded, factors
             rest = weight - rounded.dense(form)

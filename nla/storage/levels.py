@@ -55,9 +55,8 @@ class Uniform:
         zeros = (-low / torch.where(scale > 0, scale, 1.0) - 0.5).round().clamp(0, steps)
         size = 2 * torch.maximum(high, -low) / steps
         middle = torch.full_like(zeros, (steps - 1) // 2)
-        tried = len(SHRINKAGE)
-        scales = torch.stack([start * factor for start in (scale, size) for factor in SHRINKAGE])
-        return scales, torch.stack([zeros] * tried + [middle] * tried)
+        scales = torch.cat((scale * shrinkage(groups), size * shrinkage(groups)))
+        return scales, torch.stack((zeros, middle)).repeat_interleave(len(SHRINKAGE), 0)
 
 
 class NormalFloat:
@@ -81,8 +80,13 @@ class NormalFloat:
     def starts(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Shrunk ranges, symmetric about 0."""
         size = groups.abs().amax(-1, keepdim=True)
-        scales = torch.stack([size * factor for factor in SHRINKAGE])
+        scales = size * shrinkage(groups)
         return scales, torch.zeros_like(scales)
+
+
+def shrinkage(groups: Tensor) -> Tensor:
+    """SHRINKAGE as a tensor (starts, 1, ..., 1) with one dimension more than `groups`."""
+    return torch.tensor(SHRINKAGE, device=groups.device).view(-1, *(1 for _ in groups.shape))
 
 
 def levels_of(name: str, width: int) -> Levels:
