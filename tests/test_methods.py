@@ -13,10 +13,9 @@ from nla.methods.asvd import ASVD
 from nla.methods.fwsvd import FWSVD
 from nla.methods.svd import SVD
 from nla.methods.svd_llm import SVDLLM
-from tests.conftest import configuration, options
+from tests.conftest import QUANTISED, configuration, options
 
 METHODS = options("method")
-QUANTISED = {"rtn", "gptq", "lq_lora", "eora", "svdquant", "caldera"}  # numbers in fewer bits than the model's type
 
 
 def make_method(name: str):

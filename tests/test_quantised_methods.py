@@ -10,15 +10,20 @@ from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms, Objective
+from nla.matrix.spectrum import balanced_factors
 from nla.methods.caldera import Caldera
 from nla.methods.eora import EoRA
 from nla.methods.gptq import GPTQ
 from nla.methods.lq_lora import LQLoRA
+from nla.methods.packed_svd import PackedSVD
 from nla.methods.rtn import RTN
+from nla.methods.svd_llm import SVDLLM
 from nla.methods.svdquant import SVDQuant
 from nla.storage.grid_format import GridFormat
+from nla.storage.rounding import rounded_to_nearest
 from nla.terms.grid import Grid
 from nla.terms.kernel_term import KernelTerm
+from nla.terms.state import empty_term, pack, unpack
 from tests.conftest import TINY, composed
 
 PAIRED = ["lq_lora", "eora", "svdquant", "caldera"]
@@ -172,3 +177,81 @@ def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp
     loaded = nla.load_compressed(folder)
     grids = [module for module in loaded.modules() if isinstance(module, Grid)]
     assert len(grids) == 14 and sum(8 * b.numel() for g in grids for b in g.buffers()) > 0
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4", "int3", "int2"])
+@settings(deadline=None, max_examples=30)
+@given(m=st.integers(1, 300), n=st.integers(1, 300), per_weight=st.floats(0.5, 15))
+def test_packed_factors_have_the_largest_rank_that_fits(storage, m, n, per_weight):
+    method, bits = PackedSVD(storage), int(per_weight * m * n)
+    term = method.plan([(m, n)], bits, torch.bfloat16)[0]
+    rank = term.rank_bound()
+    assert term.bits() <= bits and (rank == min(m, n) or method.bits_of(m, n, rank + 1) > bits)
+    assert (rank > 0) == (bits >= method.least_bits([(m, n)], torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 11), (20, 12)])
+def test_packed_factors_are_a_term_like_any_other(dtype, shape):
+    weight = normal(*shape)
+    term = compress(SVDLLM(False, "int4"), weight, 6).term.as_stored(dtype)
+    x = normal(2, 3, shape[1], seed=4).to(dtype)
+    loose = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(term(x), x @ term.dense().T, **loose)
+    restored = unpack(*pack({"w": term}))["w"]
+    assert torch.equal(restored.dense(), term.dense()) and restored.config() == term.config()
+    assert empty_term(term.config()).bits() == term.bits() == term.as_stored(torch.float32).bits()
+    if dtype == torch.bfloat16:
+        assert term.bits() == sum(8 * t.numel() * t.element_size() for t in term.state_dict().values())
+    torch.testing.assert_close(term.scaled(4.0).dense(), 4 * term.dense())
+    assert torch.linalg.matrix_rank(term.as_stored(torch.float64).dense()) <= term.rank_bound()
+    assert not term.zero(x).dense().any()
+
+
+def test_gradients_of_packed_factors_are_those_of_their_matrix():
+    term, x = compress(SVDLLM(False, "int4"), normal(20, 12), 6).term, normal(5, 12, seed=1).requires_grad_()
+    variables = [x, *term.parameters()]
+    found = torch.autograd.grad(term(x).square().sum(), variables)
+    wanted = torch.autograd.grad((x @ term.dense().T).square().sum(), variables)
+    assert len(variables) == 3
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
+    weight = normal(96, 128).to(torch.bfloat16)
+    wide, packed_4 = compress(SVDLLM(False), weight, 4), compress(SVDLLM(False, "int4"), weight, 4)
+    assert packed_4.term.rank_bound() > 3 * wide.term.rank_bound()
+    assert packed_4.weighted_error < 0.5 * wide.weighted_error and packed_4.bits <= 4 * weight.numel()
+    assert packed_4.weighted_error == pytest.approx(min(error for _, error in packed_4.losses), rel=0.02)
+
+
+def test_error_feedback_makes_packed_factors_better_than_rounding_them():
+    weight, statistics = normal(96, 128), known(128)
+    fit = compress(SVDLLM(False, "int3"), weight, 3, statistics)
+    objective, form, rank = Norms(weight, statistics).outputs, GridFormat(3, 128), fit.term.rank_bound()
+    left, right = (f.float().T.contiguous() for f in balanced_factors(objective.spectrum, rank))
+    rounded = rounded_to_nearest(left, form).dense(form).T @ rounded_to_nearest(right, form).dense(form)
+    plain = float(objective.squared(rounded - weight)[0]) / objective.energy
+    assert fit.weighted_error < 0.7 * plain
+
+
+@pytest.mark.parametrize("tokens", [3, 0])
+def test_packed_factors_of_more_rank_than_the_weight_has_are_finite(tokens):
+    weight = normal(24, 2) @ normal(2, 32, seed=1)
+    fit = compress(SVDLLM(False, "int8"), weight, 8, known(32, tokens))
+    assert fit.term.is_finite() and fit.weighted_error < 1e-2
+    assert compress(SVDLLM(False, "int8"), 0 * weight, 8).status == "zero"
+
+
+def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():
+    weight = normal(96, 128).to(torch.bfloat16)
+    wide, narrow = (compress(Caldera(None, 3, False, storage), weight, 3, known(128)) for storage in (None, "int4"))
+    (_, low), (_, packed_low) = (fit.term.leaves() for fit in (wide, narrow))
+    assert packed_low.rank_bound() > 2 * low.rank_bound() and narrow.bits <= 3 * weight.numel()
+    assert narrow.weighted_error < wide.weighted_error
+
+
+def test_a_storage_that_does_not_exist_is_an_error_that_names_the_allowed_ones():
+    with pytest.raises(UserError, match=r"method\.storage=int5 is not known; allowed: None, int8, int4, int3, int2"):
+        SVDLLM(False, "int5")
