@@ -105,6 +105,7 @@ def test_the_count_falls_by_exactly_what_the_fits_save(model):
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
+    "smollm2_rotated": 134_515_008 + 49_152 * 576,  # a head of its own
     "llama7b": 6_738_415_616,
     "llama13b": 13_015_864_320,
     "llama2_7b": 6_738_415_616,

@@ -14,6 +14,7 @@ from nla.matrix.objective import Norms
 from nla.methods.base import MatrixMethod
 from nla.solvers.gradient import PRODUCTS
 from nla.solvers.squared_error import squared_error
+from nla.terms.coded import CodedTerm
 from nla.terms.kernel_term import KernelTerm
 
 LARGEST = 512  # side of the largest matrix that is measured
@@ -74,12 +75,9 @@ def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, 
         return start_rate, 0.0
     products = PRODUCTS[prepared.values["method"]["solver"]["products"]]
     objective = method.objective(Norms(weight, statistics))
-    kernels = [leaf.kernel for leaf in term.leaves() if isinstance(leaf, KernelTerm)]
-    triplets = [
-        leaf.kernel.random_start(m, n, leaf.triplets.h, leaf.triplets.r, generator).map(lambda p: p.to(device))
-        for leaf in term.leaves()
-        if isinstance(leaf, KernelTerm)
-    ]
+    leaves = [leaf for leaf in term.leaves() if isinstance(leaf, KernelTerm | CodedTerm)]
+    kernels = [leaf.kernel for leaf in leaves]
+    triplets = [leaf.kernel.random_start(m, n, leaf.h, leaf.r, generator).map(lambda p: p.to(device)) for leaf in leaves]
 
     def step(_: int) -> None:
         squared_error(kernels, triplets, objective, products)

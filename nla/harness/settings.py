@@ -66,6 +66,7 @@ class Settings(BaseModel):
     method: Group
     kernel: Group
     solver: Group
+    storage: Group
     budget: Group
     schedule: Group
     refine: Group

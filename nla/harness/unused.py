@@ -32,6 +32,7 @@ def unused_groups(prepared: PreparedRun) -> dict[str, str]:
     trained = values["model"].get("training") == prepared.settings["calibration"]  # a model that the harness trains itself
     used = {
         "kernel": ("kernel" in values["method"], method),
+        "storage": ("storage" in values["method"], method),
         "solver": ("solver" in values["method"], method),
         "schedule": ("schedule" in values["budget"], budget),
         "statistics": (samples, f"{method} and {budget}"),

@@ -96,6 +96,11 @@ class Kernel(ABC):
         """Triplets of the same matrix with A, B and mu of similar size, from which retraining starts."""
         return t
 
+    def with_size(self, t: Triplets, size: float) -> Triplets | None:
+        """Triplets of the same matrix in which each A_l and B_l has a root mean square near `size`; None (the default) if the
+        kernel's formula does not allow it."""
+        return None
+
     def constraint(self, t: Triplets, trained: frozenset[str]) -> Constraint | None:
         """The surface through the current triplets on which retraining must stay, or None (the default).
 

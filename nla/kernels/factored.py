@@ -2,9 +2,11 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from nla.kernels.base import Kernel
+from nla.matrix.objective import Objective
 from nla.matrix.triplets import Triplets
 
 
@@ -22,6 +24,14 @@ class FactoredKernel(Kernel):
     def factors_to_round(self, t: Triplets) -> tuple[Tensor, Tensor]:
         """Factors of the same matrix whose columns do not cancel, so that they can be rounded to 16 bits."""
         return self.factors(t)
+
+    def mixed_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Triplets:
+        """A start for triplets that are rounded to a few bits. The default is the warm start.
+
+        If one triplet carried most of the matrix, as the first of a truncated SVD often does, its rounding error would be
+        larger than all others together.
+        """
+        return self.warm_start(objective, h, r, generator)[0]
 
     def rank_bound(self, h: int, r: int) -> int:
         return self.columns(h, r)

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.objective import Objective
-from nla.matrix.spectrum import balanced_factors, spectrum_flops
-from nla.matrix.triplets import Triplets
+from nla.matrix.spectrum import balanced_factors, mixed_factors, spectrum_flops
+from nla.matrix.triplets import Triplets, root_mean_square
 
 
 class Linear(FactoredKernel):
@@ -25,6 +25,10 @@ class Linear(FactoredKernel):
         scale_a, scale_b = (torch.where(norm > 0, size / norm, 1.0)[:, None] for norm in (a, b))
         return Triplets(t.A * scale_a, t.B * scale_b, t.mu.sign())
 
+    def with_size(self, t: Triplets, size: float) -> Triplets:
+        a, b = (root_mean_square(f) / size for f in (t.A, t.B))
+        return Triplets(t.A / a[:, None], t.B / b[:, None], t.mu * a * b)
+
     def columns(self, h: int, r: int) -> int:
         return h * r
 
@@ -36,6 +40,12 @@ class Linear(FactoredKernel):
         A = scale * torch.randn(out_features, h, r, generator=generator)
         B = scale * torch.randn(in_features, h, r, generator=generator)
         return Triplets(A, B, torch.ones(h))
+
+    def mixed_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Triplets:
+        """The optimum as in `warm_start`, in a random basis, so that all triplets have the same share of it."""
+        left, right = mixed_factors(objective.spectrum, h * r, generator)
+        A, B = (f.unflatten(1, (h, r)).to(objective.weight.dtype) for f in (left, right))
+        return Triplets(A, B, torch.ones_like(A[0, :, 0]))
 
     def warm_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> tuple[Triplets, float | None]:
         """Truncated SVD in the objective's norm, which is the optimum (Eckart and Young, 1936), and its error."""

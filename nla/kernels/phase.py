@@ -6,7 +6,7 @@ from torch import Tensor
 from nla.kernels.base import random_like
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.objective import Objective
-from nla.matrix.spectrum import spectrum_flops
+from nla.matrix.spectrum import mixed_factors, spectrum_flops
 from nla.matrix.triplets import Triplets
 
 
@@ -51,6 +51,13 @@ class Phase(FactoredKernel):
         B[:, :pairs] = torch.atan2(right[:, 1 : 2 * pairs : 2], right[:, 0 : 2 * pairs : 2])
         angles = Triplets(A.unflatten(1, (h, r)), B.unflatten(1, (h, r)), torch.ones_like(t.mu))
         return Triplets(angles.A, angles.B, self.best_mu(angles, objective)), None
+
+    def mixed_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Triplets:
+        """Angles of pairs of columns of the truncated SVD's factors in a random basis, and the least-squares mu for them."""
+        left, right = (f.to(objective.weight.dtype) for f in mixed_factors(objective.spectrum, 2 * h * r, generator))
+        A, B = (torch.atan2(f[:, h * r :], f[:, : h * r]).unflatten(1, (h, r)) for f in (left, right))
+        angles = Triplets(A, B, torch.ones_like(A[0, :, 0]))
+        return Triplets(A, B, self.best_mu(angles, objective))
 
     def warm_start_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return spectrum_flops(out_features, in_features)

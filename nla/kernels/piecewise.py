@@ -11,7 +11,7 @@ from nla.kernels.self_term_surface import SelfTermSurface, self_term
 from nla.kernels.self_terms import fit_self_terms, fit_self_terms_flops
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import spectrum_flops
-from nla.matrix.triplets import Triplets
+from nla.matrix.triplets import Triplets, root_mean_square
 
 
 class Piecewise(FactoredKernel):
@@ -53,6 +53,10 @@ class Piecewise(FactoredKernel):
         """Triplets with mu = +1, -1 or 0: c A_l, c B_l and mu_l / c^2 give the same matrix as A_l, B_l and mu_l."""
         scale = torch.where(t.mu != 0, t.mu.abs().sqrt(), 1.0)[:, None]
         return Triplets(t.A * scale, t.B * scale, t.mu.sign())
+
+    def with_size(self, t: Triplets, size: float) -> Triplets:
+        scale = root_mean_square(torch.cat((t.A, t.B))) / size
+        return Triplets(t.A / scale[:, None], t.B / scale[:, None], t.mu * scale.square())
 
     def constraint(self, t: Triplets, trained: frozenset[str]) -> Constraint | None:
         """The surface on which the self-terms keep their fitted values: see `nla.kernels.self_term_surface`."""

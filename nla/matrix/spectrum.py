@@ -89,6 +89,14 @@ def balanced_factors(spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
     return pad(left * s.sqrt(), missing), pad(right * s.sqrt(), missing)
 
 
+def mixed_factors(spectrum: Spectrum, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The balanced factors times a random orthogonal matrix: their product is the same, and their columns are all alike."""
+    left, right = balanced_factors(spectrum, rank)
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))
+    basis = basis.to(left.device)
+    return left @ basis, right @ basis
+
+
 def spectrum_flops(out_features: int, in_features: int) -> int:
     """Floating-point operations of a Spectrum: the Gram matrix of the shorter side and its eigenvectors."""
     short, long = sorted((out_features, in_features))

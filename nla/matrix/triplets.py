@@ -71,6 +71,12 @@ class Triplets:
         return Triplets(self.A, self.B, self.mu * factor)
 
 
+def root_mean_square(factor: Tensor) -> Tensor:
+    """Root mean square (h,) of each column block of A or B, (rows, h, r); 1 where it is zero."""
+    size = factor.square().mean((0, 2)).sqrt()
+    return torch.where(size > 0, size, 1.0)
+
+
 def alternating_signs(h: int, like: Tensor) -> Tensor:
     """The signs +1, -1, +1, ... (h,), a start for mu in which a part common to all triplets cancels."""
     signs = torch.ones(h, dtype=like.dtype, device=like.device)

@@ -58,11 +58,11 @@ class Hybrid(MatrixMethod):
 
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         linear, other = (leaf for leaf in planned.leaves() if isinstance(leaf, KernelTerm))
-        first = self.solver.begin(self.linear, objective, linear.triplets.h, linear.triplets.r, generator).term
+        first = self.solver.begin(self.linear, objective, linear.h, linear.r, generator).term
         rest = objective.weight - first.dense().detach()
         scale = float(rest.square().mean().sqrt()) or 1.0
         remaining = Objective(rest / scale, objective.factor)
-        second = self.solver.begin(self.kernel, remaining, other.triplets.h, other.triplets.r, generator).term
+        second = self.solver.begin(self.kernel, remaining, other.h, other.r, generator).term
         return Start(Sum([first, second.scaled(scale)]))
 
     def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:

@@ -7,6 +7,8 @@ import torch
 from nla.kernels.base import Kernel
 from nla.matrix.triplets import triplet_size
 from nla.methods.base import MatrixMethod, Shape
+from nla.terms.base import Term
+from nla.terms.coded import CodedTerm
 from nla.terms.kernel_term import KernelTerm
 
 
@@ -23,6 +25,7 @@ class KernelMethod(MatrixMethod):
         return sum(triplet_size(m, n, 1) for m, n in shapes) * 8 * dtype.itemsize
 
 
-def size(term: KernelTerm) -> tuple[int, int, int, int]:
-    """(out, in, h, r) of a term."""
-    return term.out_features, term.in_features, term.triplets.h, term.triplets.r
+def size(term: Term) -> tuple[int, int, int, int]:
+    """(out, in, h, r) of a term of triplets."""
+    assert isinstance(term, KernelTerm | CodedTerm)
+    return term.out_features, term.in_features, term.h, term.r

@@ -1,5 +1,6 @@
 """The paper's method: triplets of a kernel, fitted by a solver."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -8,53 +9,64 @@ from nla.kernels.base import Kernel
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError, require_choice
 from nla.matrix.objective import Norms, Objective
-from nla.matrix.triplets import triplet_size
-from nla.methods.fit import squared_error_of
-from nla.methods.kernel_method import KernelMethod, size
+from nla.methods.base import MatrixMethod, Shape
+from nla.methods.fit import equal_rank, squared_error_of
+from nla.methods.kernel_method import size
 from nla.solvers.base import Solution, Start, Status
 from nla.solvers.gradient import GradientFit
+from nla.storage.base import Storage
 from nla.terms.base import Term
 from nla.terms.kernel_term import KernelTerm
 
 
-class NLA(KernelMethod):
+class NLA(MatrixMethod):
     """Nonlinear low-rank approximation (NLA) with any kernel.
 
     Args:
+        storage: how the numbers of the triplets are kept; the fit knows it.
         loss: `weight` (the paper's, ||W' - W||^2) or `activation` (||(W' - W) X^T||^2 over the calibration tokens X).
         sequential: X are inputs that passed through the compressed earlier blocks.
         fallback: `linear`: a matrix whose fit has a larger error than linear factors with as many parameters gets those. None:
             it keeps the fit.
 
     Raises:
-        UserError: a value is not known, or `sequential` is set although the loss has no inputs.
+        UserError: a value is not known, `sequential` is set although the loss has no inputs, or the kernel's triplets cannot be
+            stored so.
     """
 
-    def __init__(self, kernel: Kernel, solver: GradientFit, loss: str, sequential: bool, fallback: str | None) -> None:
+    def __init__(
+        self, kernel: Kernel, solver: GradientFit, storage: Storage, loss: str, sequential: bool, fallback: str | None
+    ) -> None:
         require_choice("method.loss", loss, ["weight", "activation"])
         if sequential and loss == "weight":
             raise UserError("method.sequential=true is about the layers' inputs; add method.loss=activation")
         require_choice("method.fallback", fallback, [None, "linear"])
-        self.kernel, self.solver, self.sequential, self.fallback = kernel, solver, sequential, fallback
+        storage.check(kernel)
+        self.kernel, self.solver, self.storage = kernel, solver, storage
+        self.sequential, self.fallback = sequential, fallback
         self.needs = frozenset({"gram"} if loss == "activation" else ())
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs if self.needs else norms.plain
 
+    def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
+        return self.storage.plan(self.kernel, out_features, in_features, bits, dtype)
+
+    def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
+        return sum(self.storage.least_bits(m, n, dtype) for m, n in shapes)
+
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
-        assert isinstance(planned, KernelTerm)
-        return self.solver.begin(self.kernel, objective, planned.triplets.h, planned.triplets.r, generator)
+        return self.storage.start(self.kernel, self.solver, objective, planned, generator)
 
     def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        solution = self.solver.descend(self.start(objective, planned, generator), objective, memory)
-        return solution if self.fallback is None else no_worse_than_linear(solution, objective)
+        start = self.start(objective, planned, generator)
+        solution = self.storage.fit(self.solver, start, objective, memory)
+        return solution if self.fallback is None else no_worse_than_linear(solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:
-        assert isinstance(term, KernelTerm)
         return self.kernel.warm_start_flops(*size(term)) if self.solver.start == "warm" else 0
 
     def step_flops(self, term: Term) -> int:
-        assert isinstance(term, KernelTerm)
         weighting = self.kernel.weighting_flops(*size(term)) if self.needs else 0
         return self.kernel.fit_flops(*size(term)) + weighting
 
@@ -63,11 +75,13 @@ class NLA(KernelMethod):
         return self.solver.steps
 
 
-def no_worse_than_linear(solution: Solution, objective: Objective) -> Solution:
-    """The solution, or the best linear factors with as many parameters if their error is smaller."""
-    term = solution.term
-    rank = term.count() // triplet_size(term.out_features, term.in_features, 1)
-    if not objective.spectrum.tail(rank) < float(squared_error_of(term, objective)) / objective.energy:
+def no_worse_than_linear(solution: Solution, planned: Term, objective: Objective) -> Solution:
+    """The solution, or the best linear factors in the model's type with as many bits as planned, if their error is smaller."""
+    dtype = next(planned.parameters()).dtype
+    rank = equal_rank(planned.out_features, planned.in_features, planned.bits(), dtype)
+    with torch.no_grad():
+        error = float(squared_error_of(solution.term, objective)) / objective.energy
+    if not objective.spectrum.tail(rank) < error:
         return solution
     triplets, optimum = Linear().warm_start(objective, rank, 1, torch.Generator())
     losses = [*solution.losses, (solution.steps, objective.spectrum.tail(rank))]

@@ -33,13 +33,19 @@ def of_factors(
     triplets = [t.map(lambda p: p.detach().requires_grad_()) for t in triplets]
     with torch.enable_grad():
         left, right = joined_factors(kernels, triplets)
-    with torch.no_grad():
-        low_left, low_right, target = left.to(products), objective.weigh(right.to(products)), objective.target
-        error = torch.addmm(target.to(products), low_left, low_right.T, beta=-1)
-        loss = torch.linalg.vector_norm(error, dtype=target.dtype).square()
-        d_left = (error @ low_right).to(target.dtype).mul_(2)
-        d_right = objective.weigh_back(error.T @ low_left).to(target.dtype).mul(2)
+    loss, d_left, d_right = of_product(left, right, objective, products)
     return loss, gradients(triplets, (left, right), (d_left, d_right))
+
+
+@torch.no_grad()
+def of_product(left: Tensor, right: Tensor, objective: Objective, products: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """||(L R^T - W) S||^2, and its gradients with respect to L (out, k) and R (in, k)."""
+    low_left, low_right, target = left.to(products), objective.weigh(right.to(products)), objective.target
+    error = torch.addmm(target.to(products), low_left, low_right.T, beta=-1)
+    loss = torch.linalg.vector_norm(error, dtype=target.dtype).square()
+    d_left = (error @ low_right).to(target.dtype).mul_(2)
+    d_right = objective.weigh_back(error.T @ low_left).to(target.dtype).mul(2)
+    return loss, d_left, d_right
 
 
 @torch.no_grad()

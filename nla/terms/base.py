@@ -74,6 +74,10 @@ class Term(nn.Module, ABC):
     def zero(self, like: Tensor) -> "Term":
         """The smallest term of this kind whose matrix is zero, with the type and device of `like`."""
 
+    def trainable(self) -> "Term":
+        """A term of the same matrix whose parameters can be trained. `as_stored` leads back."""
+        return self
+
     def rank_bound(self) -> int | None:
         """The largest rank that the matrix can have, or None if the term does not bound it."""
         return None
@@ -145,6 +149,9 @@ class Sum(Term):
 
     def as_stored(self, dtype: torch.dtype) -> "Sum":
         return Sum(term.as_stored(dtype) for term in self.summands)
+
+    def trainable(self) -> "Sum":
+        return Sum(term.trainable() for term in self.summands)
 
     def zero(self, like: Tensor) -> "Sum":
         return Sum(term.zero(like) for term in self.summands)

@@ -44,6 +44,14 @@ class KernelTerm(Term):
     def triplets(self) -> Triplets:
         return Triplets(self.A, self.B, self.mu)
 
+    @property
+    def h(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[2]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel.apply(self.triplets, x)  # (..., in) -> (..., out)
 

@@ -1,0 +1,57 @@
+"""Fits triplets whose A and B are rounded to a codebook, by gradient descent that knows the rounding."""
+
+import math
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from nla.machine.errors import NonFiniteError
+from nla.matrix.objective import Objective
+from nla.solvers.base import Solution, Status
+from nla.solvers.gradient import GradientFit
+from nla.solvers.squared_error import of_product
+from nla.terms.rounded import RoundedTerm
+
+
+def descend_rounded(solver: GradientFit, term: RoundedTerm, objective: Objective, measured: ExitStack) -> Solution:
+    """The best iterate of all steps. The error of every step is that of the rounded triplets.
+
+    The matrix is computed from rounded A and B, and the gradient changes the numbers before rounding ("straight-through").
+
+    Args:
+        solver: optimiser, steps, learning rate and its schedule, types of the products. There is no early end.
+        term: the start; its parameters are changed.
+        measured: as in `GradientFit.descend`.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+    """
+    numbers = list(term.parameters())
+    sizes = [max(float(p.detach().square().mean().sqrt()), 1e-12) for p in numbers]
+    optimiser = solver.optimiser([{"params": [p], "lr": solver.lr * size} for p, size in zip(numbers, sizes, strict=True)])
+    best: list[Tensor] = []
+    best_error, losses = math.inf, list[tuple[int, float]]()
+    for step in range(solver.steps + 1):
+        if step == 2:  # the optimiser's state exists now, and later steps need no more memory
+            measured.close()
+        with torch.enable_grad():
+            left, right = term.factors()
+        loss, d_left, d_right = of_product(left.detach(), right.detach(), objective, solver.products)
+        error = float(loss) / objective.energy
+        if not math.isfinite(error):
+            raise NonFiniteError(f"the loss is {error} at step {step}; try solver.lr={solver.lr / 3:.2g}")
+        if error < best_error:
+            best, best_error = [p.detach().clone() for p in numbers], error
+        if step % solver.interval == 0 or step == solver.steps:
+            losses.append((step, error))
+        if step < solver.steps:
+            gradients = torch.autograd.grad((left, right), numbers, (d_left, d_right))
+            for group, p, g, size in zip(optimiser.param_groups, numbers, gradients, sizes, strict=True):
+                group["lr"] = solver.lr * size * solver.rate(step)
+                p.grad = g.div_(objective.energy)
+            optimiser.step()
+    with torch.no_grad():
+        for p, kept in zip(numbers, best, strict=True):
+            p.copy_(kept)
+    return Solution(term, losses, solver.steps, Status.STEP_LIMIT, None)

@@ -1,0 +1,118 @@
+"""Storages: how the numbers of a method's triplets are kept. The fit of a storage with few bits knows its rounding."""
+
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+
+import torch
+
+from nla.kernels.base import Kernel, random_like
+from nla.kernels.factored import FactoredKernel
+from nla.machine.errors import UserError
+from nla.matrix.objective import Objective
+from nla.matrix.triplets import triplet_size
+from nla.solvers.base import Solution, Start
+from nla.solvers.gradient import GradientFit
+from nla.solvers.rounded import descend_rounded
+from nla.storage.codebook import codebook_of
+from nla.storage.packed import packed_width
+from nla.terms.base import Term
+from nla.terms.coded import CodedTerm, coded_size
+from nla.terms.kernel_term import KernelTerm
+from nla.terms.rounded import RoundedTerm
+
+
+class Storage(ABC):
+    """The form in which the triplets of a kernel are stored, with the size that a number of bits allows, and the fit."""
+
+    @abstractmethod
+    def check(self, kernel: Kernel) -> None:
+        """Raise UserError if the triplets of this kernel cannot be stored so."""
+
+    @abstractmethod
+    def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
+        """The term without values, of the size that `bits` allow; count() is 0 if they allow no triplet."""
+
+    @abstractmethod
+    def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Bits of a term with one triplet."""
+
+    @abstractmethod
+    def start(
+        self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
+    ) -> Start:
+        """The start of a fit of a term of the planned size."""
+
+    @abstractmethod
+    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
+        """The fit from this start. `memory` is as in `MatrixMethod.find`."""
+
+
+class Float(Storage):
+    """All numbers in the model's type."""
+
+    def check(self, kernel: Kernel) -> None:
+        pass
+
+    def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> KernelTerm:
+        h, r = kernel.size(out_features, in_features, bits // (8 * dtype.itemsize))
+        return KernelTerm.empty(kernel, out_features, in_features, h, r, dtype)
+
+    def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        return triplet_size(out_features, in_features, 1) * 8 * dtype.itemsize
+
+    def start(
+        self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
+    ) -> Start:
+        assert isinstance(planned, KernelTerm)
+        return solver.begin(kernel, objective, planned.h, planned.r, generator)
+
+    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
+        return solver.descend(start, objective, memory)
+
+
+class Coded(Storage):
+    """A and B as codes of a few bits; mu and a scale of every row and column in the model's type.
+
+    Args:
+        kind: `angle` (equal distances on the circle, for the phase kernel) or `int` (levels at equal distances).
+        width: bits of a code.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+
+    def __init__(self, kind: str, width: int) -> None:
+        self.codebook, self.kind = codebook_of(kind, width), kind
+
+    def check(self, kernel: Kernel) -> None:
+        if not isinstance(kernel, FactoredKernel):
+            raise UserError(f"storage={self.codebook.name} needs a kernel with thin factors, unlike kernel={kernel.name}")
+        one = kernel.random_start(2, 2, 1, kernel.r, torch.Generator().manual_seed(0))
+        self.codebook.scaled(kernel, one)
+
+    def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> CodedTerm:
+        assert isinstance(kernel, FactoredKernel)
+        r, width = kernel.r, self.codebook.width
+        while (h := coded_size(out_features, in_features, r, width, bits, 8 * dtype.itemsize)) < kernel.min_h and r > 1:
+            r -= 1
+        return CodedTerm.empty(kernel, self.kind, width, out_features, in_features, h, r, dtype)
+
+    def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        number, codes = 8 * dtype.itemsize, [packed_width(n, self.codebook.width) for n in (out_features, in_features)]
+        return 8 * sum(codes) + number * (out_features + in_features + 1)
+
+    def start(
+        self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
+    ) -> Start:
+        assert isinstance(planned, CodedTerm) and isinstance(kernel, FactoredKernel)
+        if solver.start == "random":
+            triplets = random_like(kernel, objective.weight, planned.h, planned.r, generator)
+        else:
+            triplets = kernel.mixed_start(objective, planned.h, planned.r, generator)
+        triplets = self.codebook.scaled(kernel, triplets)
+        ones = [torch.ones_like(triplets.A[:, 0, 0]), torch.ones_like(triplets.B[:, 0, 0])]
+        return Start(RoundedTerm(kernel, self.codebook, triplets, *ones))
+
+    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
+        assert isinstance(start.term, RoundedTerm)
+        return descend_rounded(solver, start.term, objective, memory)

@@ -1,0 +1,121 @@
+"""Triplets whose A and B are rounded to the values of a codebook: the form in which they are fitted and trained."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla.kernels.factored import FactoredKernel
+from nla.matrix.triplets import Triplets
+from nla.storage.codebook import Codebook, codebook_of, kind_of
+from nla.terms.base import Stored, Term, class_path
+from nla.terms.coded import CodedTerm
+
+PARTS = ("A", "B", "mu", "rows", "columns")
+
+
+class RoundedTerm(Term):
+    """W'[i, j] = rows_i columns_j sum_l mu_l k(A[i, l], B[j, l]), with A and B rounded to the values of a codebook.
+
+    A and B are kept unrounded, so that small steps add up. Gradients pass the rounding unchanged. `packed` gives the term of
+    the codes, which has the same matrix.
+
+    Args:
+        rows, columns: (out,) and (in,), scales.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    mu: nn.Parameter
+    rows: nn.Parameter
+    columns: nn.Parameter
+
+    def __init__(self, kernel: FactoredKernel, codebook: Codebook, triplets: Triplets, rows: Tensor, columns: Tensor) -> None:
+        super().__init__()
+        self.kernel, self.codebook = kernel, codebook
+        self.out_features, self.in_features = triplets.out_features, triplets.in_features
+        for part, tensor in zip(PARTS, (*triplets.tensors, rows, columns), strict=True):
+            setattr(self, part, nn.Parameter(tensor.detach()))
+
+    @classmethod
+    def empty(  # type: ignore[override]
+        cls,
+        kernel: FactoredKernel,
+        kind: str,
+        width: int,
+        out_features: int,
+        in_features: int,
+        h: int,
+        r: int,
+        dtype: torch.dtype,
+    ) -> "RoundedTerm":
+        sizes = ((out_features, h, r), (in_features, h, r), (h,), (out_features,), (in_features,))
+        A, B, mu, rows, columns = (torch.empty(size, dtype=dtype, device="meta") for size in sizes)
+        return cls(kernel, codebook_of(kind, width), Triplets(A, B, mu), rows, columns)
+
+    @property
+    def h(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[2]
+
+    @property
+    def triplets(self) -> Triplets:
+        """The rounded triplets."""
+        return Triplets(self.codebook.rounded(self.A), self.codebook.rounded(self.B), self.mu)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Factors (out, k) and (in, k) of the matrix."""
+        left, right = self.kernel.factors(self.triplets)
+        return left * self.rows[:, None], right * self.columns[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.factors()
+        return (x @ right) @ left.T  # (..., in) -> (..., k) -> (..., out)
+
+    def dense(self) -> Tensor:
+        left, right = self.factors()
+        return left @ right.T
+
+    def stored(self) -> list[Stored]:
+        return self.packed().stored()
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "class": class_path(self),
+            "kernel": {"class": class_path(self.kernel), **self.kernel.settings()},
+            "kind": kind_of(self.codebook),
+            "width": self.codebook.width,
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "h": self.h,
+            "r": self.r,
+            "dtype": str(self.mu.dtype).removeprefix("torch."),
+        }
+
+    def describe(self) -> str:
+        return f"{self.kernel.name} {self.codebook.name} h={self.h} r={self.r}"
+
+    def forward_flops(self, tokens: int) -> int:
+        return self.kernel.forward_flops(self.out_features, self.in_features, self.h, self.r, tokens)
+
+    def dense_flops(self) -> int:
+        return self.kernel.dense_flops(self.out_features, self.in_features, self.h, self.r)
+
+    def rank_bound(self) -> int:
+        return self.kernel.rank_bound(self.h, self.r)
+
+    def scaled(self, factor: float) -> "RoundedTerm":
+        t = Triplets(self.A, self.B, self.mu * factor)
+        return RoundedTerm(self.kernel, self.codebook, t, self.rows, self.columns)
+
+    def zero(self, like: Tensor) -> Term:
+        return self.packed().zero(like)
+
+    def as_stored(self, dtype: torch.dtype) -> Term:
+        return self.packed().as_stored(dtype)
+
+    def packed(self) -> CodedTerm:
+        return CodedTerm.of(self.kernel, self.codebook, Triplets(self.A, self.B, self.mu), self.rows, self.columns)
