@@ -1,28 +1,49 @@
 """SVD-LLM: truncation-aware SVD of the whitened weight (Wang et al., 2025)."""
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
 from nla.matrix.objective import Norms, Objective
+from nla.methods.base import MatrixMethod, Shape
+from nla.methods.packed_svd import PackedSVD
 from nla.methods.svd import SVD
+from nla.solvers.base import Solution, Start
 from nla.terms.base import Term
 
 
-class SVDLLM(SVD):
+class SVDLLM(MatrixMethod):
     """SVD in the norm ||(W' - W) L||, where X^T X = L L^T is the Gram matrix of the calibration tokens X.
 
     No matrix of its rank changes the layer's outputs on these tokens less.
 
     Args:
         sequential: each block is whitened by inputs that passed through the compressed earlier blocks.
+        storage: of the factors, see PackedSVD; None: numbers of the model's type.
     """
 
     needs = frozenset({"gram"})
 
-    def __init__(self, sequential: bool) -> None:
-        super().__init__()
+    def __init__(self, sequential: bool, storage: str | None = None) -> None:
         self.sequential = sequential
+        self.factors: MatrixMethod = SVD() if storage is None else PackedSVD(storage)
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
 
+    def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
+        return self.factors.plan_matrix(out_features, in_features, bits, dtype)
+
+    def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
+        return self.factors.least_bits(shapes, dtype)
+
+    def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
+        return self.factors.start(objective, planned, generator)
+
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
+        return self.factors.find(objective, planned, generator, memory)
+
     def start_flops(self, term: Term) -> int:
         whiten = term.in_features**3 // 3 + 2 * term.out_features * term.in_features**2
-        return whiten + super().start_flops(term)
+        return whiten + self.factors.start_flops(term)

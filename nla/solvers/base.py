@@ -13,6 +13,7 @@ class Status(str, Enum):
     CONVERGED = "converged: the error fell by less than the tolerance within the patience"
     STEP_LIMIT = "step limit reached while the error was still falling; solver.steps=... goes on"
     LINEAR = "linear factors of the same size have a smaller error than the fit, and were taken instead"
+    ROUNDED = "rounded to few bits; the global optimum at this size is not known"
     ZERO = "the matrix is zero and needs no triplets"
 
     @property

@@ -1,0 +1,41 @@
+"""GPTQ: quantisation with error feedback (Frantar et al., 2023)."""
+
+from nla.matrix.objective import Norms, Objective
+from nla.methods.grid_method import GridMethod
+from nla.storage.feedback import Hessian, gptq
+from nla.storage.grid_format import GridFormat
+from nla.storage.rounding import Rounded
+from nla.terms.base import Term
+
+
+class GPTQ(GridMethod):
+    """Inputs are rounded one after another; those that follow make up for the error in the layer's outputs.
+
+    Args:
+        sequential: each block is rounded for inputs that passed through the compressed earlier blocks.
+    """
+
+    needs = frozenset({"gram"})
+
+    def __init__(self, sequential: bool) -> None:
+        self.sequential = sequential
+
+    def objective(self, norms: Norms) -> Objective:
+        return norms.outputs
+
+    def rounded(self, objective: Objective, form: GridFormat) -> Rounded:
+        return gptq(objective.weight, hessian(objective), form)
+
+    def start_flops(self, term: Term) -> int:
+        return super().start_flops(term) + gptq_flops(term.out_features, term.in_features)
+
+
+def hessian(objective: Objective) -> Hessian:
+    """The Hessian S S^T of the objective's norm ||(W' - W) S||, which must be a weighted one."""
+    assert objective.wide_root is not None
+    return Hessian(objective.wide_root @ objective.wide_root.T)
+
+
+def gptq_flops(out_features: int, in_features: int) -> int:
+    """Floating-point operations of the Cholesky factors and the feedback in three passes."""
+    return 4 * in_features**3 // 3 + 3 * out_features * in_features**2

@@ -1,0 +1,36 @@
+"""SVDQuant's weights: the largest singular vectors stay, and a grid holds the rest (Li et al., 2025)."""
+
+from collections.abc import Iterator
+
+from nla.matrix.objective import Norms, Objective
+from nla.methods.grid_plus_low_rank import GridPlusLowRank
+from nla.storage.grid_format import GridFormat
+from nla.storage.rounding import Rounded, rounded_to_nearest
+from nla.terms.base import Term
+
+
+class SVDQuant(GridPlusLowRank):
+    """L R^T = truncated SVD of W and Q = W - L R^T rounded to nearest; then L R^T of W - Q, until the outputs' error rises.
+
+    Activations are not quantised here, and weights are not smoothed before.
+
+    Args:
+        sequential: errors are those for inputs that passed through the compressed earlier blocks.
+    """
+
+    needs = frozenset({"gram"})
+
+    def __init__(self, rank: int | None, iterations: int, sequential: bool) -> None:
+        super().__init__(rank, iterations)
+        self.sequential = sequential
+
+    def objective(self, norms: Norms) -> Objective:
+        return norms.outputs
+
+    def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
+        weight = rest = objective.weight
+        while True:
+            factors = self.low_rank(rest, Objective(weight), low)
+            rounded = rounded_to_nearest(weight - factors.dense().detach(), form)
+            yield rounded, factors
+            rest = weight - rounded.dense(form)

@@ -1,0 +1,56 @@
+"""Least squares and error feedback for the factors of L R^T."""
+
+import torch
+from torch import Tensor
+
+from nla.storage.feedback import feedback
+from nla.storage.grid_format import GridFormat
+from nla.storage.rounding import Lattice, Rounded, rounded_to_nearest
+
+RIDGE = 1e-10  # fraction of the mean of a diagonal that makes normal equations solvable if columns depend on each other
+
+
+def refitted_left(weight: Tensor, right: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The L (out, k) of the smallest ||(L R^T - W) S||, and the Hessian R^T G R (k, k) of each of its rows, fp64.
+
+    Args:
+        weight: W (out, in).
+        right: R (in, k), fp64.
+        seen: G R (in, k), fp64, where G = S S^T.
+    """
+    curvature = right.T @ seen
+    return torch.linalg.solve(ridged(curvature), (weight.double() @ seen).T).T, curvature
+
+
+def refitted_right(weight: Tensor, left: Tensor) -> Tensor:
+    """The R (in, k) of the smallest ||(L R^T - W) S|| for any S that can be inverted, fp32. L: (out, k), fp64."""
+    return torch.linalg.solve(ridged(left.T @ left), left.T @ weight.double()).T.to(weight)
+
+
+def rounded_left(left: Tensor, curvature: Tensor, form: GridFormat) -> Rounded:
+    """L^T (k, out) on a grid whose groups run along the columns of L, which are rounded one after another.
+
+    The error of each column is made up for by those after it. Columns are rounded by falling diagonal of the Hessian, and
+    have the best lattice for what they are when they are reached.
+
+    Args:
+        left: (out, k), fp64.
+        curvature: the Hessian of a row of L (k, k), fp64.
+    """
+    order = curvature.diagonal().argsort(descending=True, stable=True)
+    U = feedback(ridged(curvature)[order][:, order])
+    rest, found = left.T[order].contiguous(), []
+    for j in range(len(rest)):
+        column = rest[j : j + 1].float()
+        found.append(rounded_to_nearest(column, form))
+        passed = (rest[j] - found[j].dense(form)[0].double()) / U[j, j]
+        rest[j + 1 :].addr_(U[j, j + 1 :], passed, alpha=-1)
+    back = order.argsort()
+    scales, zeros = (torch.cat([getattr(r.lattice, part) for r in found])[back] for part in Lattice._fields)
+    return Rounded(torch.cat([r.codes for r in found])[back], Lattice(scales, zeros))
+
+
+def ridged(matrix: Tensor) -> Tensor:
+    """The symmetric matrix (k, k) with a small multiple of the identity; the identity itself if the matrix is zero."""
+    size = float(matrix.diagonal().mean())
+    return matrix + (RIDGE * size if size > 0 else 1.0) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

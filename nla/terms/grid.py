@@ -1,0 +1,143 @@
+"""A matrix in few bits: codes on a grid, with a scale and a zero point for each group of inputs of a row."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nla.kernels.tiled import PANEL, slices, widen
+from nla.storage.grid_format import SCALE_BITS, GridFormat
+from nla.storage.packed import packed, packed_width, unpacked
+from nla.storage.rounding import Rounded
+from nla.terms.base import Stored, Term, class_path
+
+
+class Grid(Term):
+    """W'[i, j] = scale[i, g] * value(code[i, j], zero[i, g]), where g = j // group is the group of input j.
+
+    The values of codes are those of the format's levels: code - zero - 1/2 (`Uniform`), or a table (`NormalFloat`).
+
+    Scales are trainable numbers of the model's type. `as_stored` rounds them to numbers of bfloat16, which has the range of
+    fp32, so that they are counted as 16 bits and every wider type holds the same matrix.
+
+    Args:
+        codes: packed codes, uint8 (out, bytes of a row).
+        zeros: packed zero points of all groups, uint8 (1, bytes); no bytes if the levels have none.
+        scales: (out, groups).
+        in_features: inputs, which packed codes do not tell.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+
+    def __init__(self, codes: Tensor, zeros: Tensor, scales: Tensor, in_features: int, form: GridFormat) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("zeros", zeros)
+        self.scales = nn.Parameter(scales.detach())
+        self.out_features, self.in_features, self.form = len(codes), in_features, form
+
+    @classmethod
+    def empty(  # type: ignore[override]
+        cls, out_features: int, in_features: int, width: int, group: int, levels: str, dtype: torch.dtype
+    ) -> "Grid":
+        form = GridFormat(width, group, levels)
+        codes = torch.empty(out_features, packed_width(in_features, width), dtype=torch.uint8, device="meta")
+        zeros = torch.empty(1, form.zero_bytes(out_features, in_features), dtype=torch.uint8, device="meta")
+        scales = torch.empty(out_features, form.groups(in_features), dtype=dtype, device="meta")
+        return cls(codes, zeros, scales, in_features, form)
+
+    def rows(self, panel: slice) -> Tensor:
+        """The rows W'[panel] (rows, in), computed in fp32, in the type of the scales."""
+        groups, width = self.scales.shape[1], self.form.width
+        codes = unpacked(self.codes[panel], width, self.in_features)
+        zeros = self.zero_points()[panel]
+        scales, sizes = widen(self.scales[panel]), self.group_sizes()
+        values = self.form.levels.values(codes, zeros.repeat_interleave(sizes, 1) if groups > 1 else zeros)
+        return (values * (scales.repeat_interleave(sizes, 1) if groups > 1 else scales)).to(self.scales.dtype)
+
+    def zero_points(self) -> Tensor:
+        """The zero points (out, groups), int32; zeros if the levels have none."""
+        shape = self.scales.shape
+        if not self.form.levels.has_zeros:
+            return torch.zeros(shape, dtype=torch.int32, device=self.codes.device)
+        return unpacked(self.zeros, self.form.width, shape.numel()).view(shape)
+
+    def group_sizes(self) -> Tensor:
+        """The number of inputs of each group (groups,)."""
+        groups, group = self.scales.shape[1], self.form.group
+        sizes = torch.full((groups,), group, device=self.codes.device)
+        sizes[-1] = self.in_features - (groups - 1) * group
+        return sizes
+
+    def product(self, x: Tensor, panel: slice) -> Tensor:
+        """x @ W'[panel].T: (..., in) -> (..., rows)"""
+        return x @ self.rows(panel).to(x.dtype).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The backward pass computes each panel of rows again, so that no more than one is in memory."""
+        panels = slices(self.out_features, PANEL // self.in_features)
+        if not torch.is_grad_enabled():
+            return torch.cat([self.product(x, panel) for panel in panels], -1)
+        recomputed = partial(checkpoint, self.product, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([recomputed(x, panel) for panel in panels], -1)
+
+    def dense(self) -> Tensor:
+        return self.rows(slice(0, self.out_features))
+
+    def stored(self) -> list[Stored]:
+        scales, groups = self.scales, self.scales.numel()
+        return [
+            Stored(self.codes, self.out_features * self.in_features, 8 * self.codes.numel()),
+            Stored(self.zeros, groups if self.form.levels.has_zeros else 0, 8 * self.zeros.numel()),
+            Stored(scales, groups, SCALE_BITS * groups),
+        ]
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "class": class_path(self),
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "width": self.form.width,
+            "group": self.form.group,
+            "levels": self.form.kind,
+            "dtype": str(self.scales.dtype).removeprefix("torch."),
+        }
+
+    def describe(self) -> str:
+        return self.form.describe()
+
+    def forward_flops(self, tokens: int) -> int:
+        return self.dense_flops() + 2 * tokens * self.out_features * self.in_features
+
+    def dense_flops(self) -> int:
+        return 2 * self.out_features * self.in_features
+
+    def scaled(self, factor: float) -> "Grid":
+        return Grid(self.codes, self.zeros, self.scales * factor, self.in_features, self.form)
+
+    def as_stored(self, dtype: torch.dtype) -> "Grid":
+        return Grid(self.codes, self.zeros, self.scales.to(torch.bfloat16).to(dtype), self.in_features, self.form)
+
+    def zero(self, like: Tensor) -> "Grid":
+        return zero_grid(self.out_features, self.in_features, like)
+
+
+def grid(codes: Tensor, zeros: Tensor, scales: Tensor, form: GridFormat) -> Grid:
+    """The term of these codes (out, in), zero points and scales (out, groups), which are numbers of any type."""
+    kept = zeros.reshape(1, -1) if form.levels.has_zeros else zeros.new_zeros(1, 0)
+    return Grid(packed(codes, form.width), packed(kept, form.width), scales, codes.shape[1], form)
+
+
+def grid_of(rounded: Rounded, form: GridFormat) -> Grid:
+    """The term of a rounded matrix."""
+    return grid(rounded.codes, rounded.lattice.zeros, rounded.lattice.scales, form)
+
+
+def zero_grid(out_features: int, in_features: int, like: Tensor) -> Grid:
+    """The smallest grid of this shape, of zeros, with the type and device of `like`."""
+    nothing = torch.zeros(out_features, in_features, device=like.device)
+    column = nothing[:, :1].to(like.dtype)
+    return grid(nothing, column, column, GridFormat(1, in_features))

@@ -1,0 +1,257 @@
+"""Tests of methods that store numbers in few bits: rtn, gptq, and a grid plus linear factors."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nla.kernels.linear import Linear
+from nla.machine.errors import UserError
+from nla.matrix.inputs import Statistics
+from nla.matrix.objective import Norms, Objective
+from nla.matrix.spectrum import balanced_factors
+from nla.methods.caldera import Caldera
+from nla.methods.eora import EoRA
+from nla.methods.gptq import GPTQ
+from nla.methods.lq_lora import LQLoRA
+from nla.methods.packed_svd import PackedSVD
+from nla.methods.rtn import RTN
+from nla.methods.svd_llm import SVDLLM
+from nla.methods.svdquant import SVDQuant
+from nla.storage.grid_format import GridFormat
+from nla.storage.rounding import rounded_to_nearest
+from nla.terms.grid import Grid
+from nla.terms.kernel_term import KernelTerm
+from nla.terms.state import empty_term, pack, unpack
+from tests.conftest import TINY, composed
+
+PAIRED = ["lq_lora", "eora", "svdquant", "caldera"]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(n: int, tokens: int = 0) -> torch.Tensor:
+    """Correlated inputs (tokens, in) of different sizes."""
+    tokens = tokens or 4 * n
+    return normal(tokens, n, seed=1) * torch.linspace(0.1, 2, n) + 2 * normal(tokens, 1, seed=2)
+
+
+def known(n: int, tokens: int = 0) -> Statistics:
+    x = inputs(n, tokens)
+    return Statistics(gram=x.T @ x)
+
+
+def linear(m: int, n: int, rank: int) -> KernelTerm:
+    """A linear term of this rank without values."""
+    return KernelTerm.empty(Linear(), m, n, rank, 1, torch.float32)
+
+
+def make_method(name: str, **values: object):
+    return instantiate(composed(f"method={name}").method, _convert_="all", **values)
+
+
+def compress(method, weight, per_weight, statistics=None):
+    statistics = statistics or known(weight.shape[1])
+    (fit,) = method.compress([weight], int(per_weight * weight.numel()), [statistics], torch.Generator().manual_seed(0))
+    return fit
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(["rtn", *PAIRED]), st.integers(1, 300), st.integers(1, 300), st.floats(0.5, 15))
+def test_a_planned_term_never_exceeds_its_bits_and_exists_from_the_least_bits_on(name, m, n, per_weight):
+    method, bits = make_method(name), int(per_weight * m * n)
+    term = method.plan([(m, n)], bits, torch.bfloat16)[0]
+    least = method.least_bits([(m, n)], torch.bfloat16)
+    assert term.bits() <= bits and (term.count() > 0) == (bits >= least)
+    assert method.plan([(m, n)], least, torch.bfloat16)[0].bits() == least
+
+
+def test_a_grid_gets_the_most_bits_that_fit_and_a_pair_keeps_a_sixteenth_for_its_factors():
+    def plan(name: str, bits: float, **values):
+        return make_method(name, **values).plan([(576, 576)], int(bits * 576**2), torch.bfloat16)[0].describe()
+
+    assert plan("gptq", 2.29) == "int2 group=64" and plan("gptq", 2.27) == "int2 group=128"
+    assert plan("gptq", 1.6) == "int1 group=32" and plan("rtn", 5) == "int4 group=32"
+    assert plan("eora", 2.5) == "int2 group=64 + linear h=3 r=1"
+    assert plan("eora", 2.29, rank=1) == "int2 group=128 + linear h=1 r=1"
+    assert plan("lq_lora", 4.8).startswith("nf4 group=64") and plan("lq_lora", 4.8, levels="uniform").startswith("int4")
+
+
+def test_gptq_changes_the_outputs_less_than_rtn_and_rtn_the_weights():
+    weight = normal(48, 96)
+    rtn, gptq = compress(RTN(), weight, 2.6), compress(GPTQ(False), weight, 2.6)
+    assert rtn.term.describe() == gptq.term.describe()
+    assert gptq.weighted_error < 0.6 * rtn.weighted_error and rtn.relative_error < gptq.relative_error
+    assert rtn.losses == [(0, pytest.approx(rtn.relative_error, rel=1e-3))]
+    assert gptq.losses == [(0, pytest.approx(gptq.weighted_error, rel=1e-3))] and gptq.status == "rounded"
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_eora_is_the_published_projection_to_scaled_eigenvectors(shape):
+    """The repair of W - Q by the paper's recipe: eigenvectors of the Gram matrix, SVD, and back."""
+    weight, statistics = normal(*shape), known(shape[1])
+    objective = Norms(weight, statistics).outputs
+    ((rounded, factors),) = EoRA(3, False).pairs(objective, GridFormat(2, 8), linear(*shape, 3))
+    values, Q = torch.linalg.eigh(statistics.gram.double())
+    scaled = Q * values.sqrt()
+    rest = (weight - rounded.dense(GridFormat(2, 8))).double()
+    U, s, Vh = torch.linalg.svd(rest @ scaled, full_matrices=False)
+    expected = (U[:, :3] * s[:3]) @ Vh[:3] @ torch.linalg.inv(scaled)
+    torch.testing.assert_close(factors.dense().detach().double(), expected, rtol=1e-3, atol=1e-4)
+    left = (rest - factors.dense().detach().double()) @ scaled
+    assert float(left.square().sum()) == pytest.approx(float(s[3:].square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_pair_is_better_than_its_grid_alone_and_is_the_best_of_all_that_were_tried(name):
+    weight, statistics = normal(64, 96), known(96)
+    fit = compress(make_method(name, rank=6), weight, 8, statistics)
+    grid = next(fit.term.leaves())
+    alone = compress(RTN() if name in ("lq_lora", "svdquant") else GPTQ(False), weight, grid.bits() / weight.numel() + 1e-4)
+    assert next(alone.term.leaves()).form.width == grid.form.width
+    own = "relative_error" if name == "lq_lora" else "weighted_error"
+    assert getattr(fit, own) < getattr(alone, own)
+    assert getattr(fit, own) == pytest.approx(min(error for _, error in fit.losses), rel=0.02)
+
+
+def test_caldera_begins_with_eora_and_goes_on_below_it():
+    weight = normal(64, 96)
+    eora, caldera = compress(EoRA(4, False), weight, 5), compress(Caldera(4, 6, False, None), weight, 5)
+    assert caldera.losses[0][1] == pytest.approx(eora.losses[0][1]) and len(caldera.losses) == 6
+    assert caldera.weighted_error < eora.weighted_error
+
+
+def test_alternation_ends_when_the_error_rises():
+    fit = compress(LQLoRA(4, 50, "weight", "nf4"), normal(64, 96), 5)
+    errors = [error for _, error in fit.losses]
+    assert len(errors) < 50 and errors[-1] >= errors[-2] and errors[:-1] == sorted(errors[:-1], reverse=True)
+
+
+def test_svdquants_first_pair_has_the_singular_vectors_of_the_weight():
+    weight = normal(32, 48)
+    objective = Norms(weight, known(48)).outputs
+    _, factors = next(SVDQuant(4, 1, False).pairs(objective, GridFormat(4, 16), linear(32, 48, 4)))
+    left, s, right = (part.float() for part in Objective(weight).spectrum.truncated(4))
+    torch.testing.assert_close(factors.dense().detach(), left * s @ right.T)
+
+
+def test_weighting_the_inputs_lowers_lq_loras_error_of_the_outputs():
+    weight = normal(64, 96)
+    plain, weighted = (compress(LQLoRA(4, 20, loss, "nf4"), weight, 6) for loss in ("weight", "inputs"))
+    assert weighted.weighted_error < plain.weighted_error
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", *PAIRED])
+@pytest.mark.parametrize("tokens", [3, 0])
+def test_gram_matrices_that_are_singular_and_weights_with_zero_rows_and_columns_are_fitted(name, tokens):
+    weight, statistics = normal(24, 32), known(32, tokens)
+    weight[3], weight[:, 5] = 0, 0
+    if not tokens:
+        statistics.gram[7], statistics.gram[:, 7] = 0, 0
+    fit = compress(make_method(name), weight, 6, statistics)
+    assert fit.term.is_finite() and 0 < fit.relative_error < 1 and fit.weighted_error < 0.1
+    zero = compress(make_method(name), torch.zeros(24, 32), 6, statistics)
+    assert zero.status == "zero" and zero.relative_error == 0 and not zero.term.dense().any()
+
+
+def test_settings_that_make_no_sense_are_errors_that_name_them():
+    with pytest.raises(UserError, match=r"method\.rank=0 must be a whole number from 1"):
+        EoRA(0, False)
+    with pytest.raises(UserError, match=r"method\.iterations=0"):
+        Caldera(None, 0, False, None)
+    with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: nf4, uniform"):
+        LQLoRA(None, 5, "weight", "nf3")
+
+
+@pytest.mark.parametrize("name", ["gptq", "caldera"])
+def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp_path):
+    import nla
+
+    folder = tmp_path / "saved"
+    arguments = [f"method={name}", "bits=3.5", "dtype=bfloat16", "retrain.steps=2", "retrain.length=32", f"save={folder}"]
+    record = run_here(*TINY, *arguments, "retrain.watch=0", "statistics.windows=4", "statistics.length=32")
+    assert record.status == "done" and record.bits.selected_per_weight <= 3.5
+    loaded = nla.load_compressed(folder)
+    grids = [module for module in loaded.modules() if isinstance(module, Grid)]
+    assert len(grids) == 14 and sum(8 * b.numel() for g in grids for b in g.buffers()) > 0
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4", "int3", "int2"])
+@settings(deadline=None, max_examples=30)
+@given(m=st.integers(1, 300), n=st.integers(1, 300), per_weight=st.floats(0.5, 15))
+def test_packed_factors_have_the_largest_rank_that_fits(storage, m, n, per_weight):
+    method, bits = PackedSVD(storage), int(per_weight * m * n)
+    term = method.plan([(m, n)], bits, torch.bfloat16)[0]
+    rank = term.rank_bound()
+    assert term.bits() <= bits and (rank == min(m, n) or method.bits_of(m, n, rank + 1) > bits)
+    assert (rank > 0) == (bits >= method.least_bits([(m, n)], torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 11), (20, 12)])
+def test_packed_factors_are_a_term_like_any_other(dtype, shape):
+    weight = normal(*shape)
+    term = compress(SVDLLM(False, "int4"), weight, 6).term.as_stored(dtype)
+    x = normal(2, 3, shape[1], seed=4).to(dtype)
+    loose = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(term(x), x @ term.dense().T, **loose)
+    restored = unpack(*pack({"w": term}))["w"]
+    assert torch.equal(restored.dense(), term.dense()) and restored.config() == term.config()
+    assert empty_term(term.config()).bits() == term.bits() == term.as_stored(torch.float32).bits()
+    if dtype == torch.bfloat16:
+        assert term.bits() == sum(8 * t.numel() * t.element_size() for t in term.state_dict().values())
+    torch.testing.assert_close(term.scaled(4.0).dense(), 4 * term.dense())
+    assert torch.linalg.matrix_rank(term.as_stored(torch.float64).dense()) <= term.rank_bound()
+    assert not term.zero(x).dense().any()
+
+
+def test_gradients_of_packed_factors_are_those_of_their_matrix():
+    term, x = compress(SVDLLM(False, "int4"), normal(20, 12), 6).term, normal(5, 12, seed=1).requires_grad_()
+    variables = [x, *term.parameters()]
+    found = torch.autograd.grad(term(x).square().sum(), variables)
+    wanted = torch.autograd.grad((x @ term.dense().T).square().sum(), variables)
+    assert len(variables) == 3
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
+    weight = normal(96, 128).to(torch.bfloat16)
+    wide, packed_4 = compress(SVDLLM(False), weight, 4), compress(SVDLLM(False, "int4"), weight, 4)
+    assert packed_4.term.rank_bound() > 3 * wide.term.rank_bound()
+    assert packed_4.weighted_error < 0.5 * wide.weighted_error and packed_4.bits <= 4 * weight.numel()
+    assert packed_4.weighted_error == pytest.approx(min(error for _, error in packed_4.losses), rel=0.02)
+
+
+def test_error_feedback_makes_packed_factors_better_than_rounding_them():
+    weight, statistics = normal(96, 128), known(128)
+    fit = compress(SVDLLM(False, "int3"), weight, 3, statistics)
+    objective, form, rank = Norms(weight, statistics).outputs, GridFormat(3, 128), fit.term.rank_bound()
+    left, right = (f.float().T.contiguous() for f in balanced_factors(objective.spectrum, rank))
+    rounded = rounded_to_nearest(left, form).dense(form).T @ rounded_to_nearest(right, form).dense(form)
+    plain = float(objective.squared(rounded - weight)[0]) / objective.energy
+    assert fit.weighted_error < 0.7 * plain
+
+
+@pytest.mark.parametrize("tokens", [3, 0])
+def test_packed_factors_of_more_rank_than_the_weight_has_are_finite(tokens):
+    weight = normal(24, 2) @ normal(2, 32, seed=1)
+    fit = compress(SVDLLM(False, "int8"), weight, 8, known(32, tokens))
+    assert fit.term.is_finite() and fit.weighted_error < 1e-2
+    assert compress(SVDLLM(False, "int8"), 0 * weight, 8).status == "zero"
+
+
+def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():
+    weight = normal(96, 128).to(torch.bfloat16)
+    wide, narrow = (compress(Caldera(None, 3, False, storage), weight, 3, known(128)) for storage in (None, "int4"))
+    (_, low), (_, packed_low) = (fit.term.leaves() for fit in (wide, narrow))
+    assert packed_low.rank_bound() > 2 * low.rank_bound() and narrow.bits <= 3 * weight.numel()
+    assert narrow.weighted_error < wide.weighted_error
+
+
+def test_a_storage_that_does_not_exist_is_an_error_that_names_the_allowed_ones():
+    with pytest.raises(UserError, match=r"method\.storage=int5 is not known; allowed: None, int8, int4, int3, int2"):
+        SVDLLM(False, "int5")
