@@ -21,6 +21,10 @@ class FactoredKernel(Kernel):
     def columns(self, h: int, r: int) -> int:
         """The number of columns of L and R."""
 
+    def features(self, numbers: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Features f(a) and g(b) of numbers (k,), each (k, w), such that k(a, b) = f(a) . g(b) for r = 1; None if unknown."""
+        return None
+
     def factors_to_round(self, t: Triplets) -> tuple[Tensor, Tensor]:
         """Factors of the same matrix whose columns do not cancel, so that they can be rounded to 16 bits."""
         return self.factors(t)

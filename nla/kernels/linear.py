@@ -18,6 +18,9 @@ class Linear(FactoredKernel):
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         return (t.A * t.mu[:, None]).flatten(1), t.B.flatten(1)
 
+    def features(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return numbers[:, None], numbers[:, None]
+
     def balanced(self, t: Triplets) -> Triplets:
         """Triplets with ||A_l|| = ||B_l|| and mu = +1, -1 or 0, so that steps on A and on B change the matrix equally."""
         a, b = (torch.linalg.vector_norm(f, dim=(0, 2)) for f in (t.A, t.B))

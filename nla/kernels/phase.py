@@ -25,6 +25,10 @@ class Phase(FactoredKernel):
         A, B, mu = t.A.flatten(1), t.B.flatten(1), t.mu.repeat_interleave(t.r)
         return torch.cat((A.cos() * mu, A.sin() * mu), 1), torch.cat((B.cos(), B.sin()), 1)
 
+    def features(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.stack((numbers.cos(), numbers.sin()), 1)
+        return both, both
+
     def canonical(self, t: Triplets) -> Triplets:
         """The equivalent angles in [-pi, pi], because the rounding error of a bf16 number grows with its size."""
         return Triplets(wrap(t.A), wrap(t.B), t.mu)

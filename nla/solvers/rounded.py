@@ -9,18 +9,20 @@ from torch import Tensor
 from nla.machine.errors import NonFiniteError
 from nla.matrix.objective import Objective
 from nla.solvers.base import Solution, Status
+from nla.solvers.coordinates import improved
 from nla.solvers.gradient import GradientFit
 from nla.solvers.squared_error import of_product
 from nla.terms.rounded import RoundedTerm
 
 
-def descend_rounded(solver: GradientFit, term: RoundedTerm, objective: Objective, measured: ExitStack) -> Solution:
-    """The best iterate of all steps. The error of every step is that of the rounded triplets.
+def descend_rounded(solver: GradientFit, rounds: int, term: RoundedTerm, objective: Objective, measured: ExitStack) -> Solution:
+    """The best iterate of gradient descent, and then of coordinate descent. All errors are those of the rounded triplets.
 
-    The matrix is computed from rounded A and B, and the gradient changes the numbers before rounding ("straight-through").
+    Gradient descent computes the matrix from rounded A and B, and changes the numbers before rounding ("straight-through").
 
     Args:
         solver: optimiser, steps, learning rate and its schedule, types of the products. There is no early end.
+        rounds: of coordinate descent, see `nla.solvers.coordinates`.
         term: the start; its parameters are changed.
         measured: as in `GradientFit.descend`.
 
@@ -54,4 +56,6 @@ def descend_rounded(solver: GradientFit, term: RoundedTerm, objective: Objective
     with torch.no_grad():
         for p, kept in zip(numbers, best, strict=True):
             p.copy_(kept)
-    return Solution(term, losses, solver.steps, Status.STEP_LIMIT, None)
+    found, errors = improved(term, objective, rounds, torch.Generator().manual_seed(0))
+    losses += [(solver.steps + i, error) for i, error in enumerate(errors, 1)]
+    return Solution(found, losses, solver.steps, Status.ROUNDED, None)

@@ -7,7 +7,7 @@ import torch
 
 from nla.kernels.base import Kernel, random_like
 from nla.kernels.factored import FactoredKernel
-from nla.machine.errors import UserError
+from nla.machine.errors import UserError, require_integer
 from nla.matrix.objective import Objective
 from nla.matrix.triplets import triplet_size
 from nla.solvers.base import Solution, Start
@@ -76,13 +76,15 @@ class Coded(Storage):
     Args:
         kind: `angle` (equal distances on the circle, for the phase kernel) or `int` (levels at equal distances).
         width: bits of a code.
+        rounds: of coordinate descent after the solver's steps, see `nla.solvers.coordinates`.
 
     Raises:
         UserError: a value is not allowed.
     """
 
-    def __init__(self, kind: str, width: int) -> None:
-        self.codebook, self.kind = codebook_of(kind, width), kind
+    def __init__(self, kind: str, width: int, rounds: int) -> None:
+        require_integer("storage.rounds", rounds, 0)
+        self.codebook, self.kind, self.rounds = codebook_of(kind, width), kind, rounds
 
     def check(self, kernel: Kernel) -> None:
         if not isinstance(kernel, FactoredKernel):
@@ -115,4 +117,4 @@ class Coded(Storage):
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         assert isinstance(start.term, RoundedTerm)
-        return descend_rounded(solver, start.term, objective, memory)
+        return descend_rounded(solver, self.rounds, start.term, objective, memory)

@@ -108,8 +108,11 @@ class RoundedTerm(Term):
         return self.kernel.rank_bound(self.h, self.r)
 
     def scaled(self, factor: float) -> "RoundedTerm":
-        t = Triplets(self.A, self.B, self.mu * factor)
-        return RoundedTerm(self.kernel, self.codebook, t, self.rows, self.columns)
+        return self.with_numbers(self.A, self.B, self.mu * factor, self.rows, self.columns)
+
+    def with_numbers(self, A: Tensor, B: Tensor, mu: Tensor, rows: Tensor, columns: Tensor) -> "RoundedTerm":
+        """A term of the same kernel and codebook with these numbers."""
+        return RoundedTerm(self.kernel, self.codebook, Triplets(A, B, mu), rows, columns)
 
     def zero(self, like: Tensor) -> Term:
         return self.packed().zero(like)
