@@ -79,6 +79,13 @@ def test_the_bits_of_a_grid_are_those_of_its_state_dict_in_a_model_of_16_bits(fo
     assert torch.equal(wide.to(torch.bfloat16).float(), wide)  # so 16 bits hold them
 
 
+def test_scales_that_training_made_more_precise_count_in_their_own_type():
+    term = term_of(GridFormat(4, 4), 7, 11)
+    before = term.bits()
+    term.scales.data *= 1.001
+    assert term.bits() - before == 16 * term.scales.numel() and term.as_stored(torch.float32).bits() == before
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_grid_is_the_same_matrix_in_every_type_and_after_saving(form):
     term = term_of(form, 7, 11, torch.bfloat16)

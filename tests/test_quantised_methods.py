@@ -33,14 +33,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(n: int, tokens: int = 0) -> torch.Tensor:
-    """Correlated inputs (tokens, in) of different sizes."""
-    tokens = tokens or 4 * n
-    return normal(tokens, n, seed=1) * torch.linspace(0.1, 2, n) + 2 * normal(tokens, 1, seed=2)
-
-
 def known(n: int, tokens: int = 0) -> Statistics:
-    x = inputs(n, tokens)
+    """The Gram matrix of correlated inputs (tokens, in) of different sizes."""
+    tokens = tokens or 4 * n
+    x = normal(tokens, n, seed=1) * torch.linspace(0.1, 2, n) + 2 * normal(tokens, 1, seed=2)
     return Statistics(gram=x.T @ x)
 
 
@@ -164,6 +160,8 @@ def test_settings_that_make_no_sense_are_errors_that_name_them():
         Caldera(None, 0, False, None)
     with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: nf4, uniform"):
         LQLoRA(None, 5, "weight", "nf3")
+    with pytest.raises(UserError, match=r"method\.storage=int5 is not known; allowed: None, int8, int4, int3, int2"):
+        SVDLLM(False, "int5")
 
 
 @pytest.mark.parametrize("name", ["gptq", "caldera"])
@@ -250,8 +248,3 @@ def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():
     (_, low), (_, packed_low) = (fit.term.leaves() for fit in (wide, narrow))
     assert packed_low.rank_bound() > 2 * low.rank_bound() and narrow.bits <= 3 * weight.numel()
     assert narrow.weighted_error < wide.weighted_error
-
-
-def test_a_storage_that_does_not_exist_is_an_error_that_names_the_allowed_ones():
-    with pytest.raises(UserError, match=r"method\.storage=int5 is not known; allowed: None, int8, int4, int3, int2"):
-        SVDLLM(False, "int5")

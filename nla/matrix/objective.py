@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nla.matrix.inputs import Statistics
 from nla.matrix.spectrum import Spectrum, WeightedSpectrum
+from nla.storage.feedback import Hessian
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Factor:
     def times(self, matrix: Tensor) -> Tensor:
         """The product matrix @ S: (rows, in) -> (rows, in)"""
         return matrix * self.S if self.S.ndim == 1 else matrix @ self.S
+
+    @cached_property
+    def hessian(self) -> Hessian:
+        """S S^T, scaled so that the mean of its diagonal is 1, for rounding with error feedback."""
+        S = self.S if self.S.ndim == 2 else torch.diag(self.S)
+        return Hessian(S @ S.T * (len(S) / S.square().sum()))
 
 
 def whitening(gram: Tensor) -> Factor:

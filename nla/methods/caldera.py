@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from nla.matrix.objective import Norms, Objective
-from nla.methods.gptq import gptq_flops, hessian
+from nla.methods.gptq import gptq_flops
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
 from nla.methods.packed_svd import PackedSVD
 from nla.storage.feedback import gptq
@@ -33,9 +33,9 @@ class Caldera(GridPlusLowRank):
 
     def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
         weight = rest = objective.weight
-        of_outputs = hessian(objective)
+        assert objective.factor is not None
         while True:
-            rounded = gptq(rest, of_outputs, form)
+            rounded = gptq(rest, objective.factor.hessian, form)
             factors = self.low_rank(weight - rounded.dense(form), objective, low)
             yield rounded, factors
             rest = weight - factors.dense().detach()

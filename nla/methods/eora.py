@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from nla.matrix.objective import Norms, Objective
-from nla.methods.gptq import gptq_flops, hessian
+from nla.methods.gptq import gptq_flops
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
 from nla.storage.feedback import gptq
 from nla.storage.grid_format import GridFormat
@@ -31,7 +31,8 @@ class EoRA(GridPlusLowRank):
         return norms.outputs
 
     def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
-        rounded = gptq(objective.weight, hessian(objective), form)
+        assert objective.factor is not None
+        rounded = gptq(objective.weight, objective.factor.hessian, form)
         yield rounded, self.low_rank(objective.weight - rounded.dense(form), objective, low)
 
     def start_flops(self, term: Term) -> int:

@@ -2,7 +2,7 @@
 
 from nla.matrix.objective import Norms, Objective
 from nla.methods.grid_method import GridMethod
-from nla.storage.feedback import Hessian, gptq
+from nla.storage.feedback import gptq
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import Rounded
 from nla.terms.base import Term
@@ -24,16 +24,11 @@ class GPTQ(GridMethod):
         return norms.outputs
 
     def rounded(self, objective: Objective, form: GridFormat) -> Rounded:
-        return gptq(objective.weight, hessian(objective), form)
+        assert objective.factor is not None
+        return gptq(objective.weight, objective.factor.hessian, form)
 
     def start_flops(self, term: Term) -> int:
         return super().start_flops(term) + gptq_flops(term.out_features, term.in_features)
-
-
-def hessian(objective: Objective) -> Hessian:
-    """The Hessian S S^T of the objective's norm ||(W' - W) S||, which must be a weighted one."""
-    assert objective.wide_root is not None
-    return Hessian(objective.wide_root @ objective.wide_root.T)
 
 
 def gptq_flops(out_features: int, in_features: int) -> int:

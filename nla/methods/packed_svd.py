@@ -9,7 +9,6 @@ from nla.machine.errors import require_choice
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors, spectrum_flops
 from nla.methods.base import MatrixMethod, Shape
-from nla.methods.gptq import hessian
 from nla.methods.grid_method import nothing, relative_error
 from nla.solvers.base import Solution, Start, Status
 from nla.storage.factors import refitted_left, refitted_right, rounded_left
@@ -58,7 +57,7 @@ class PackedSVD(MatrixMethod):
     def pairs(self, objective: Objective, rank: int) -> Iterator[GridFactors]:
         """The factors after each round."""
         form, weight = self.form, objective.weight
-        of_inputs = None if objective.factor is None else hessian(objective)
+        of_inputs = None if objective.factor is None else objective.factor.hessian
         right = balanced_factors(objective.spectrum, rank)[1].to(weight)
         for _ in range(ROUNDS):
             rows = right.T.contiguous()

@@ -20,7 +20,7 @@ class Grid(Term):
     The values of codes are those of the format's levels: code - zero - 1/2 (`Uniform`), or a table (`NormalFloat`).
 
     Scales are trainable numbers of the model's type. `as_stored` rounds them to numbers of bfloat16, which has the range of
-    fp32, so that they are counted as 16 bits and every wider type holds the same matrix.
+    fp32, so that they take 16 bits in a model of any type. Scales that training changed count in their own type.
 
     Args:
         codes: packed codes, uint8 (out, bytes of a row).
@@ -89,10 +89,11 @@ class Grid(Term):
 
     def stored(self) -> list[Stored]:
         scales, groups = self.scales, self.scales.numel()
+        exact = scales.is_meta or torch.equal(scales.to(torch.bfloat16).to(scales.dtype), scales)
         return [
             Stored(self.codes, self.out_features * self.in_features, 8 * self.codes.numel()),
             Stored(self.zeros, groups if self.form.levels.has_zeros else 0, 8 * self.zeros.numel()),
-            Stored(scales, groups, SCALE_BITS * groups),
+            Stored(scales, groups, (SCALE_BITS if exact else 8 * scales.element_size()) * groups),
         ]
 
     def config(self) -> dict[str, Any]:
