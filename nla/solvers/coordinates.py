@@ -32,9 +32,7 @@ class Coordinates:
         found = term.kernel.features(values)
         assert found is not None
         self.f, self.g = found  # (values, w) each
-        self.a, self.b = (
-            book.nearest(p.detach()).reshape(rows, -1) for p, rows in ((term.A, m), (term.B, n))
-        )  # codes (rows, c)
+        self.a, self.b = (book.nearest(p.detach()).flatten(1) for p in (term.A, term.B))  # codes (out, c), (in, c)
         self.mu, self.rows, self.columns = (p.detach().clone() for p in (term.mu, term.rows, term.columns))
         self.gram = torch.eye(n).to(objective.weight) if objective.gram is None else objective.gram
         self.weighted = objective.weight @ self.gram  # (out, in)
