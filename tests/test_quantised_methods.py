@@ -19,6 +19,7 @@ from nla.methods.packed_svd import PackedSVD
 from nla.methods.rtn import RTN
 from nla.methods.svd_llm import SVDLLM
 from nla.methods.svdquant import SVDQuant
+from nla.storage.base import Coded, Float
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import rounded_to_nearest
 from nla.terms.grid import Grid
@@ -115,7 +116,7 @@ def test_a_pair_is_better_than_its_grid_alone_and_is_the_best_of_all_that_were_t
 
 def test_caldera_begins_with_eora_and_goes_on_below_it():
     weight = normal(64, 96)
-    eora, caldera = compress(EoRA(4, False), weight, 5), compress(Caldera(4, 6, False, None), weight, 5)
+    eora, caldera = compress(EoRA(4, False), weight, 5), compress(Caldera(4, 6, False, Float()), weight, 5)
     assert caldera.losses[0][1] == pytest.approx(eora.losses[0][1]) and len(caldera.losses) == 6
     assert caldera.weighted_error < eora.weighted_error
 
@@ -157,11 +158,11 @@ def test_settings_that_make_no_sense_are_errors_that_name_them():
     with pytest.raises(UserError, match=r"method\.rank=0 must be a whole number from 1"):
         EoRA(0, False)
     with pytest.raises(UserError, match=r"method\.iterations=0"):
-        Caldera(None, 0, False, None)
+        Caldera(None, 0, False, Float())
     with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: nf4, uniform"):
         LQLoRA(None, 5, "weight", "nf3")
-    with pytest.raises(UserError, match=r"method\.storage=int5 is not known; allowed: None, int8, int4, int3, int2"):
-        SVDLLM(False, "int5")
+    with pytest.raises(UserError, match=r"linear factors are no angles; use storage=float, int8"):
+        SVDLLM(False, Coded("angle", 3, 0))
 
 
 @pytest.mark.parametrize("name", ["gptq", "caldera"])
@@ -177,11 +178,11 @@ def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp
     assert len(grids) == 14 and sum(8 * b.numel() for g in grids for b in g.buffers()) > 0
 
 
-@pytest.mark.parametrize("storage", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("width", [8, 4, 3, 2])
 @settings(deadline=None, max_examples=30)
 @given(m=st.integers(1, 300), n=st.integers(1, 300), per_weight=st.floats(0.5, 15))
-def test_packed_factors_have_the_largest_rank_that_fits(storage, m, n, per_weight):
-    method, bits = PackedSVD(storage), int(per_weight * m * n)
+def test_packed_factors_have_the_largest_rank_that_fits(width, m, n, per_weight):
+    method, bits = PackedSVD(width), int(per_weight * m * n)
     term = method.plan([(m, n)], bits, torch.bfloat16)[0]
     rank = term.rank_bound()
     assert term.bits() <= bits and (rank == min(m, n) or method.bits_of(m, n, rank + 1) > bits)
@@ -192,7 +193,7 @@ def test_packed_factors_have_the_largest_rank_that_fits(storage, m, n, per_weigh
 @pytest.mark.parametrize("shape", [(7, 11), (20, 12)])
 def test_packed_factors_are_a_term_like_any_other(dtype, shape):
     weight = normal(*shape)
-    term = compress(SVDLLM(False, "int4"), weight, 6).term.as_stored(dtype)
+    term = compress(SVDLLM(False, Coded("int", 4, 0)), weight, 6).term.as_stored(dtype)
     x = normal(2, 3, shape[1], seed=4).to(dtype)
     loose = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(term(x), x @ term.dense().T, **loose)
@@ -207,7 +208,7 @@ def test_packed_factors_are_a_term_like_any_other(dtype, shape):
 
 
 def test_gradients_of_packed_factors_are_those_of_their_matrix():
-    term, x = compress(SVDLLM(False, "int4"), normal(20, 12), 6).term, normal(5, 12, seed=1).requires_grad_()
+    term, x = compress(SVDLLM(False, Coded("int", 4, 0)), normal(20, 12), 6).term, normal(5, 12, seed=1).requires_grad_()
     variables = [x, *term.parameters()]
     found = torch.autograd.grad(term(x).square().sum(), variables)
     wanted = torch.autograd.grad((x @ term.dense().T).square().sum(), variables)
@@ -218,7 +219,7 @@ def test_gradients_of_packed_factors_are_those_of_their_matrix():
 
 def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
     weight = normal(96, 128).to(torch.bfloat16)
-    wide, packed_4 = compress(SVDLLM(False), weight, 4), compress(SVDLLM(False, "int4"), weight, 4)
+    wide, packed_4 = compress(SVDLLM(False, Float()), weight, 4), compress(SVDLLM(False, Coded("int", 4, 0)), weight, 4)
     assert packed_4.term.rank_bound() > 3 * wide.term.rank_bound()
     assert packed_4.weighted_error < 0.5 * wide.weighted_error and packed_4.bits <= 4 * weight.numel()
     assert packed_4.weighted_error == pytest.approx(min(error for _, error in packed_4.losses), rel=0.02)
@@ -226,7 +227,7 @@ def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
 
 def test_error_feedback_makes_packed_factors_better_than_rounding_them():
     weight, statistics = normal(96, 128), known(128)
-    fit = compress(SVDLLM(False, "int3"), weight, 3, statistics)
+    fit = compress(SVDLLM(False, Coded("int", 3, 0)), weight, 3, statistics)
     objective, form, rank = Norms(weight, statistics).outputs, GridFormat(3, 128), fit.term.rank_bound()
     left, right = (f.float().T.contiguous() for f in balanced_factors(objective.spectrum, rank))
     rounded = rounded_to_nearest(left, form).dense(form).T @ rounded_to_nearest(right, form).dense(form)
@@ -237,14 +238,16 @@ def test_error_feedback_makes_packed_factors_better_than_rounding_them():
 @pytest.mark.parametrize("tokens", [3, 0])
 def test_packed_factors_of_more_rank_than_the_weight_has_are_finite(tokens):
     weight = normal(24, 2) @ normal(2, 32, seed=1)
-    fit = compress(SVDLLM(False, "int8"), weight, 8, known(32, tokens))
+    fit = compress(SVDLLM(False, Coded("int", 8, 0)), weight, 8, known(32, tokens))
     assert fit.term.is_finite() and fit.weighted_error < 1e-2
-    assert compress(SVDLLM(False, "int8"), 0 * weight, 8).status == "zero"
+    assert compress(SVDLLM(False, Coded("int", 8, 0)), 0 * weight, 8).status == "zero"
 
 
 def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():
     weight = normal(96, 128).to(torch.bfloat16)
-    wide, narrow = (compress(Caldera(None, 3, False, storage), weight, 3, known(128)) for storage in (None, "int4"))
+    wide, narrow = (
+        compress(Caldera(None, 3, False, storage), weight, 3, known(128)) for storage in (Float(), Coded("int", 4, 0))
+    )
     (_, low), (_, packed_low) = (fit.term.leaves() for fit in (wide, narrow))
     assert packed_low.rank_bound() > 2 * low.rank_bound() and narrow.bits <= 3 * weight.numel()
     assert narrow.weighted_error < wide.weighted_error

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from nla.matrix.objective import Norms, Objective
 from nla.methods.gptq import gptq_flops
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
-from nla.methods.packed_svd import PackedSVD
+from nla.methods.packed_svd import svd_with
+from nla.storage.base import Storage
 from nla.storage.feedback import gptq
 from nla.storage.grid_format import GridFormat
 from nla.storage.rounding import Rounded
@@ -19,13 +20,13 @@ class Caldera(GridPlusLowRank):
 
     Args:
         sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
-        storage: of the linear factors, see PackedSVD; None: numbers of the model's type.
+        storage: of the linear factors, see `nla.methods.packed_svd`.
     """
 
     needs = frozenset({"gram"})
 
-    def __init__(self, rank: int | None, iterations: int, sequential: bool, storage: str | None) -> None:
-        super().__init__(rank, iterations, None if storage is None else PackedSVD(storage))
+    def __init__(self, rank: int | None, iterations: int, sequential: bool, storage: Storage) -> None:
+        super().__init__(rank, iterations, svd_with(storage))
         self.sequential, self.patience = sequential, self.iterations
 
     def objective(self, norms: Norms) -> Objective:

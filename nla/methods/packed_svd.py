@@ -5,12 +5,14 @@ from contextlib import ExitStack
 
 import torch
 
-from nla.machine.errors import require_choice
+from nla.machine.errors import UserError
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors, spectrum_flops
 from nla.methods.base import MatrixMethod, Shape
 from nla.methods.grid_method import nothing, relative_error
+from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
+from nla.storage.base import Coded, Float, Storage
 from nla.storage.factors import refitted_left, refitted_right, rounded_left
 from nla.storage.feedback import gptq
 from nla.storage.grid_format import GridFormat
@@ -19,9 +21,21 @@ from nla.terms.base import Term
 from nla.terms.grid import grid_of
 from nla.terms.grid_factors import GridFactors
 
-STORAGE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}  # widths by name
 GROUP = 128  # numbers of a column of a factor that share a scale and a zero point
 ROUNDS = 3  # of both factors in turn; the best one is kept
+
+
+def svd_with(storage: Storage) -> MatrixMethod:
+    """Truncated SVD whose factors are stored so: in the model's type, or as codes.
+
+    Raises:
+        UserError: the storage is for angles.
+    """
+    if isinstance(storage, Float):
+        return SVD()
+    if not isinstance(storage, Coded) or storage.kind != "int":
+        raise UserError("linear factors are no angles; use storage=float, int8, int4, int3 or int2")
+    return PackedSVD(storage.width)
 
 
 class PackedSVD(MatrixMethod):
@@ -31,12 +45,11 @@ class PackedSVD(MatrixMethod):
     rounded R by least squares and rounded with error feedback; R is fitted to the rounded L.
 
     Args:
-        storage: `int8`, `int4`, `int3` or `int2`.
+        width: bits of a code.
     """
 
-    def __init__(self, storage: str) -> None:
-        require_choice("method.storage", storage, [None, *STORAGE])
-        self.form = GridFormat(STORAGE[storage], GROUP)
+    def __init__(self, width: int) -> None:
+        self.form = GridFormat(width, GROUP)
 
     def bits_of(self, out_features: int, in_features: int, rank: int) -> int:
         """Bits of factors of this rank."""

@@ -7,9 +7,9 @@ import torch
 
 from nla.matrix.objective import Norms, Objective
 from nla.methods.base import MatrixMethod, Shape
-from nla.methods.packed_svd import PackedSVD
-from nla.methods.svd import SVD
+from nla.methods.packed_svd import svd_with
 from nla.solvers.base import Solution, Start
+from nla.storage.base import Storage
 from nla.terms.base import Term
 
 
@@ -20,14 +20,13 @@ class SVDLLM(MatrixMethod):
 
     Args:
         sequential: each block is whitened by inputs that passed through the compressed earlier blocks.
-        storage: of the factors, see PackedSVD; None: numbers of the model's type.
+        storage: of the factors, see `nla.methods.packed_svd`.
     """
 
     needs = frozenset({"gram"})
 
-    def __init__(self, sequential: bool, storage: str | None = None) -> None:
-        self.sequential = sequential
-        self.factors: MatrixMethod = SVD() if storage is None else PackedSVD(storage)
+    def __init__(self, sequential: bool, storage: Storage) -> None:
+        self.sequential, self.factors = sequential, svd_with(storage)
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs

@@ -84,7 +84,7 @@ class Coded(Storage):
 
     def __init__(self, kind: str, width: int, rounds: int) -> None:
         require_integer("storage.rounds", rounds, 0)
-        self.codebook, self.kind, self.rounds = codebook_of(kind, width), kind, rounds
+        self.codebook, self.kind, self.width, self.rounds = codebook_of(kind, width), kind, width, rounds
 
     def check(self, kernel: Kernel) -> None:
         if not isinstance(kernel, FactoredKernel):
@@ -94,13 +94,13 @@ class Coded(Storage):
 
     def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> CodedTerm:
         assert isinstance(kernel, FactoredKernel)
-        r, width = kernel.r, self.codebook.width
+        r, width = kernel.r, self.width
         while (h := coded_size(out_features, in_features, r, width, bits, 8 * dtype.itemsize)) < kernel.min_h and r > 1:
             r -= 1
         return CodedTerm.empty(kernel, self.kind, width, out_features, in_features, h, r, dtype)
 
     def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        number, codes = 8 * dtype.itemsize, [packed_width(n, self.codebook.width) for n in (out_features, in_features)]
+        number, codes = 8 * dtype.itemsize, [packed_width(n, self.width) for n in (out_features, in_features)]
         return 8 * sum(codes) + number * (out_features + in_features + 1)
 
     def start(
