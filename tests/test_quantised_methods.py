@@ -161,7 +161,7 @@ def test_settings_that_make_no_sense_are_errors_that_name_them():
         Caldera(None, 0, False, Float())
     with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: nf4, uniform"):
         LQLoRA(None, 5, "weight", "nf3")
-    with pytest.raises(UserError, match=r"linear factors are no angles; use storage=float, int8"):
+    with pytest.raises(UserError, match=r"linear factors of this method .* use storage=float, int8"):
         SVDLLM(False, Coded("angle", 3, 0))
 
 

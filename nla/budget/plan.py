@@ -61,6 +61,11 @@ class Plan:
         counts = [numbers for numbers, _ in shares([matrix.term for matrix in self.matrices])]
         return dict(zip(self.layers, counts, strict=True))
 
+    @cached_property
+    def kept_bits(self) -> int:
+        """Bits that all terms store."""
+        return sum(bits for _, bits in shares([matrix.term for matrix in self.matrices]))
+
     def of_layers(self, layers: list[str]) -> "Plan":
         """The plan of those groups whose matrices are all in `layers`."""
         return Plan(tuple(g for g in self.groups if all(m.spec.name in layers for m in g.matrices)))

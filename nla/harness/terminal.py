@@ -29,6 +29,15 @@ def announce(prepared: PreparedRun) -> None:
     selected = prepared.plan.selected
     fitted, kept = sum(prepared.plan.kept.values()), kept_in_the_end(prepared)
     total = prepared.inventory.parameters
+    if kept >= selected:  # codes of few bits: their number says nothing
+        log.info(
+            "removing no parameters: %.2f bits for each of %s in %d matrices, of %d before",
+            prepared.plan.kept_bits / selected,
+            millions(selected),
+            len(prepared.plan.matrices),
+            prepared.target.width,
+        )
+        return
     log.info(
         "removing %.1f %%, keeping %.1f %% of %s parameters in %d matrices;\nwhole model %s -> %s",
         100 * (1 - kept / selected),
@@ -70,10 +79,10 @@ def show_plan(prepared: PreparedRun) -> None:
     cost = estimate(prepared)
     step = cost.step / cost.step_rate if cost.step_rate else 0.0
     starts = cost.starts / cost.start_rate if cost.start_rate else 0.0
-    saved = prepared.plan.selected - kept_in_the_end(prepared)
-    before = prepared.inventory.parameters * size
+    kept_bits = prepared.plan.kept_bits * kept_in_the_end(prepared) / sum(kept.values())
+    before, saved = prepared.inventory.parameters * size, prepared.plan.selected * size - kept_bits / 8
     rows = [
-        ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved * size) / 1e9:.2f} GB ({prepared.values['dtype']})"],
+        ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved) / 1e9:.2f} GB ({prepared.values['dtype']})"],
         ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
         ["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"],
     ]
@@ -128,15 +137,19 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         log.info("%s", told_of_continuations(record))
     p, bits = record.parameters, record.bits
     assert p is not None and bits is not None
+    log.info("")
+    if p.ratio > 0:  # otherwise codes of few bits were stored, and their number says nothing
+        log.info(
+            "removed %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)",
+            f"{100 * p.ratio:.1f} %",
+            millions(p.selected_before),
+            millions(p.selected_after),
+            f"{100 * p.model_ratio:.1f} %",
+            millions(p.model_before),
+            millions(p.model_after),
+        )
     log.info(
-        "\nremoved %s of the selected parameters (%s -> %s)\n        %s of the model's (%s -> %s)\n"
         "kept    %.2f bits per selected weight; %.1f of the model's %.1f MB",
-        f"{100 * p.ratio:.1f} %",
-        millions(p.selected_before),
-        millions(p.selected_after),
-        f"{100 * p.model_ratio:.1f} %",
-        millions(p.model_before),
-        millions(p.model_after),
         bits.selected_per_weight,
         bits.model_bytes_after / 1e6,
         bits.model_bytes_before / 1e6,

@@ -33,8 +33,10 @@ def svd_with(storage: Storage) -> MatrixMethod:
     """
     if isinstance(storage, Float):
         return SVD()
-    if not isinstance(storage, Coded) or storage.kind != "int":
-        raise UserError("linear factors are no angles; use storage=float, int8, int4, int3 or int2")
+    if not isinstance(storage, Coded) or storage.kind != "int" or storage.width is None:
+        raise UserError(
+            "linear factors of this method need a storage of their own; use storage=float, int8, int4, int3 or int2"
+        )
     return PackedSVD(storage.width)
 
 

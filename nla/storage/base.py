@@ -1,5 +1,6 @@
 """Storages: how the numbers of a method's triplets are kept. The fit of a storage with few bits knows its rounding."""
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 
@@ -7,7 +8,7 @@ import torch
 
 from nla.kernels.base import Kernel, random_like
 from nla.kernels.factored import FactoredKernel
-from nla.machine.errors import UserError, require_integer
+from nla.machine.errors import UserError, require_choice, require_integer
 from nla.matrix.objective import Objective
 from nla.matrix.triplets import triplet_size
 from nla.solvers.base import Solution, Start
@@ -70,37 +71,51 @@ class Float(Storage):
         return solver.descend(start, objective, memory)
 
 
+# By kind of codebook: (bits per weight, bits of a code) with the smallest errors below so many bits per weight. Measured on
+# projections of SmolLM2.
+WIDTHS = {
+    "angle": ((1.75, 3), (3.7, 4), (math.inf, 5)),
+    "int": ((1.25, 1), (2.6, 2), (3.8, 3), (math.inf, 4)),
+}
+
+
 class Coded(Storage):
     """A and B as codes of a few bits; mu and a scale of every row and column in the model's type.
 
     Args:
         kind: `angle` (equal distances on the circle, for the phase kernel) or `int` (levels at equal distances).
-        width: bits of a code.
+        width: bits of a code; None: by the bits per weight of each matrix, see WIDTHS.
         rounds: of coordinate descent after the solver's steps, see `nla.solvers.coordinates`.
 
     Raises:
         UserError: a value is not allowed.
     """
 
-    def __init__(self, kind: str, width: int, rounds: int) -> None:
+    def __init__(self, kind: str, width: int | None, rounds: int) -> None:
         require_integer("storage.rounds", rounds, 0)
-        self.codebook, self.kind, self.width, self.rounds = codebook_of(kind, width), kind, width, rounds
+        require_choice("storage.kind", kind, list(WIDTHS))
+        self.kind, self.width, self.rounds = kind, width, rounds
+        self.smallest = codebook_of(kind, WIDTHS[kind][0][1] if width is None else width)
 
     def check(self, kernel: Kernel) -> None:
         if not isinstance(kernel, FactoredKernel):
-            raise UserError(f"storage={self.codebook.name} needs a kernel with thin factors, unlike kernel={kernel.name}")
+            raise UserError(f"storage={self.smallest.name} needs a kernel with thin factors, unlike kernel={kernel.name}")
         one = kernel.random_start(2, 2, 1, kernel.r, torch.Generator().manual_seed(0))
-        self.codebook.scaled(kernel, one)
+        self.smallest.scaled(kernel, one)
+
+    def width_for(self, per_weight: float) -> int:
+        """Bits of a code for a matrix with so many bits per weight."""
+        return self.width or next(width for below, width in WIDTHS[self.kind] if per_weight < below)
 
     def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> CodedTerm:
         assert isinstance(kernel, FactoredKernel)
-        r, width = kernel.r, self.width
+        r, width = kernel.r, self.width_for(bits / (out_features * in_features))
         while (h := coded_size(out_features, in_features, r, width, bits, 8 * dtype.itemsize)) < kernel.min_h and r > 1:
             r -= 1
         return CodedTerm.empty(kernel, self.kind, width, out_features, in_features, h, r, dtype)
 
     def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        number, codes = 8 * dtype.itemsize, [packed_width(n, self.width) for n in (out_features, in_features)]
+        number, codes = 8 * dtype.itemsize, [packed_width(n, self.smallest.width) for n in (out_features, in_features)]
         return 8 * sum(codes) + number * (out_features + in_features + 1)
 
     def start(
@@ -111,9 +126,9 @@ class Coded(Storage):
             triplets = random_like(kernel, objective.weight, planned.h, planned.r, generator)
         else:
             triplets = kernel.mixed_start(objective, planned.h, planned.r, generator)
-        triplets = self.codebook.scaled(kernel, triplets)
+        triplets = planned.codebook.scaled(kernel, triplets)
         ones = [torch.ones_like(triplets.A[:, 0, 0]), torch.ones_like(triplets.B[:, 0, 0])]
-        return Start(RoundedTerm(kernel, self.codebook, triplets, *ones))
+        return Start(RoundedTerm(kernel, planned.codebook, triplets, *ones))
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         assert isinstance(start.term, RoundedTerm)
