@@ -11,14 +11,14 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     to a multiple of eight codes.
     """
     rows, n = codes.shape
-    filled = torch.nn.functional.pad(codes.to(torch.int64), (0, -n % 8)).view(rows, -1, 8)
+    filled = torch.nn.functional.pad(codes.to(torch.int64), (0, -n % 8)).view(rows, -(-n // 8), 8)
     words = (filled << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)  # 64 bits at most
     return ((words >> (8 * torch.arange(bits, device=codes.device))) & 255).to(torch.uint8).flatten(1)
 
 
 def unpacked(packed_codes: Tensor, bits: int, n: int) -> Tensor:
     """The first n codes of each row of `packed`: uint8 (rows, packed_width(n, bits)) -> int32 (rows, n)."""
-    groups = packed_codes.view(len(packed_codes), -1, bits)
+    groups = packed_codes.view(len(packed_codes), packed_codes.shape[1] // bits, bits)
     codes = []
     for i in range(8):  # code i is in byte (bits * i) // 8 and perhaps the next one
         byte, shift = divmod(bits * i, 8)

@@ -145,7 +145,7 @@ class CodedTerm(Term):
         return RoundedTerm(self.kernel, self.codebook, self.triplets(), self.rows, self.columns)
 
     def zero(self, like: Tensor) -> "CodedTerm":
-        A, B = (p[:0].to(like.device) for p in (self.A, self.B))
+        A, B = (torch.zeros(0, p.shape[1], dtype=torch.uint8, device=like.device) for p in (self.A, self.B))
         rows, columns = like.new_ones(self.out_features), like.new_ones(self.in_features)
         return CodedTerm(self.kernel, self.codebook, self.r, A, B, like.new_zeros(0), rows, columns)
 
