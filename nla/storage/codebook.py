@@ -2,7 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from nla.kernels.base import Kernel
@@ -47,9 +49,26 @@ class Codebook(ABC):
             UserError: the numbers of this kernel cannot be stored so.
         """
 
+    @abstractmethod
+    def snapped(self, numbers: Tensor) -> Tensor:
+        """The nearest values, or values that count the same for the kernel; faster than by their codes."""
+
     def rounded(self, numbers: Tensor) -> Tensor:
-        """The nearest values. The gradient passes as if nothing were rounded ("straight-through", Bengio et al., 2013)."""
-        return numbers + (self.values(self.nearest(numbers.detach())).to(numbers.dtype) - numbers).detach()
+        """`snapped`, with a gradient as if nothing were rounded ("straight-through", Bengio et al., 2013)."""
+        rounded: Tensor = StraightThrough.apply(numbers, self)  # type: ignore[no-untyped-call]
+        return rounded
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounding to a codebook; the gradient with respect to the rounded numbers becomes that of the numbers."""
+
+    @staticmethod
+    def forward(context: Any, numbers: Tensor, codebook: Codebook) -> Tensor:
+        return codebook.snapped(numbers)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
 
 
 class Angles(Codebook):
@@ -69,6 +88,9 @@ class Angles(Codebook):
     def values(self, codes: Tensor) -> Tensor:
         return codes * self.step
 
+    def snapped(self, numbers: Tensor) -> Tensor:
+        return (numbers / self.step).round_().mul_(self.step)
+
     def scaled(self, kernel: Kernel, triplets: Triplets) -> Triplets:
         if not isinstance(kernel, Phase):
             raise UserError(f"storage={self.name} is for angles, and kernel={kernel.name} has none; use kernel=phase")
@@ -87,6 +109,10 @@ class Levels(Codebook):
 
     def values(self, codes: Tensor) -> Tensor:
         return codes - (2**self.width - 1) / 2
+
+    def snapped(self, numbers: Tensor) -> Tensor:
+        most = (2**self.width - 1) / 2
+        return (numbers + most).round_().clamp_(0, 2 * most).sub_(most)
 
     def scaled(self, kernel: Kernel, triplets: Triplets) -> Triplets:
         found = kernel.with_size(triplets, 1 / STEPS[self.width])
