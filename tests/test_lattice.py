@@ -12,13 +12,11 @@ from nla.matrix.inputs import Statistics
 from nla.methods.quip import QuIP
 from nla.storage.block_ldlq import block_ldlq, feedback, rounded_at
 from nla.storage.hadamard import random_signs, rotated, rotated_back
-from nla.storage.lattice import E8P, E8Shell, patterns
-from nla.storage.lattice_format import GAUSSIAN_ERROR, WIDTHS, LatticeFormat
+from nla.storage.lattice_format import GAUSSIAN_ERROR, ONE, TWO, WIDTHS, LatticeFormat
 from nla.terms.lattice_term import LatticeTerm, lattice_bits
 from nla.terms.state import empty_term, pack, unpack
 from tests.conftest import TINY
 
-CODEBOOKS = [E8P(), E8Shell()]
 SIGNS_OF_SEED_7 = [1, -1, 1, -1, 1, 1, 1, 1, -1, 1, -1, 1]
 
 
@@ -67,18 +65,18 @@ def test_signs_of_a_seed_are_the_same_on_every_machine():
     assert first.tolist() == SIGNS_OF_SEED_7[:4] and second.tolist() == SIGNS_OF_SEED_7[4:]
 
 
-@pytest.mark.parametrize("codebook", CODEBOOKS, ids=["2 bits", "1 bit"])
+@pytest.mark.parametrize("codebook", [TWO, ONE], ids=["2 bits", "1 bit"])
 @pytest.mark.parametrize("size", [0.3, 1.0, 3.0])
 def test_the_nearest_entry_is_that_of_a_comparison_with_all_entries(codebook, size):
-    x, entries = size * normal(200, 8, seed=3), codebook.entries()
+    x, entries = size * normal(200, 8, seed=3), codebook.entries
     found = (x - entries[codebook.nearest(x)]).double().square().sum(1)
     least = torch.cdist(x.double(), entries.double()).square().amin(1)
     torch.testing.assert_close(found, least, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("codebook, shift, count", [(CODEBOOKS[0], 0.25, 2**16), (CODEBOOKS[1], 0.0, 2**8)])
+@pytest.mark.parametrize("codebook, shift, count", [(TWO, 0.25, 2**16), (ONE, 0.0, 2**8)])
 def test_entries_are_distinct_points_of_e8_and_each_is_its_own_nearest(codebook, shift, count):
-    entries = codebook.entries()
+    entries = codebook.entries
     assert len(entries) == len(entries.unique(dim=0)) == count
     points = entries - shift  # E8: all whole numbers or all whole numbers plus 1/2, with an even sum
     assert (((points % 1) == (points[:, :1] % 1)) & ((2 * points) % 1 == 0)).all() and (points.sum(1) % 2 == 0).all()
@@ -87,8 +85,8 @@ def test_entries_are_distinct_points_of_e8_and_each_is_its_own_nearest(codebook,
 
 
 def test_e8p_has_the_227_patterns_of_norm_10_at_most_and_29_of_norm_12():
-    norms = patterns().square().sum(1)
-    assert len(patterns().unique(dim=0)) == 256 and int((norms <= 10).sum()) == 227 and int((norms == 12).sum()) == 29
+    norms = TWO.patterns.square().sum(1)
+    assert len(TWO.patterns.unique(dim=0)) == 256 and int((norms <= 10).sum()) == 227 and int((norms == 12).sum()) == 29
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -6,7 +6,6 @@ product takes O(n k + n m) operations. Source: Tseng et al., "QuIP#", ICML 2024,
 """
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,7 +45,6 @@ def walsh_hadamard(x: Tensor, m: int) -> Tensor:
     return x * math.sqrt(m / n)
 
 
-@cache
 def cosines(m: int) -> Tensor:
     """The orthonormal DCT-II (m, m), fp64: C[i, j] = sqrt(2 / m) cos(pi i (2 j + 1) / (2 m)), and 1 / sqrt(m) in row 0."""
     i, j = torch.arange(m, dtype=torch.float64)[:, None], torch.arange(m, dtype=torch.float64)
