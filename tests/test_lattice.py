@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.methods.quip import QuIP
+from nla.storage import block_ldlq as block_ldlq_module
 from nla.storage.block_ldlq import block_ldlq, feedback, rounded_at
 from nla.storage.hadamard import random_signs, rotated, rotated_back
 from nla.storage.lattice_format import GAUSSIAN_ERROR, ONE, TWO, WIDTHS, LatticeFormat
@@ -115,6 +116,17 @@ def test_feedback_of_an_identity_is_plain_rounding():
     weight, form = normal(16, 48), LatticeFormat(2)
     rounded, _ = rounded_at(weight, feedback(torch.eye(48, dtype=torch.float64)).float(), 1.0, form)
     assert torch.equal(rounded.codes.flatten(0, 1), form.nearest(weight.view(-1, 8)))
+
+
+def test_errors_are_fed_back_in_chunks_of_inputs_with_the_same_result(monkeypatch):
+    weight, H, form = normal(8, 72), correlated(72).double(), LatticeFormat(2)
+    A = feedback(H).float()
+    whole, error = rounded_at(weight, A, 1.0, form)
+    targets = weight + error - error @ (torch.eye(72) + A)  # W' - N, where N = E (I + A) is what rounding itself changes
+    assert torch.equal(form.nearest(targets.view(-1, 8)), whole.codes.flatten(0, 1))
+    monkeypatch.setattr(block_ldlq_module, "CHUNK", 16)
+    chunks, _ = rounded_at(weight, A, 1.0, form)
+    assert torch.equal(chunks.codes, whole.codes)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -9,6 +9,7 @@ from nla.kernels.tiled import slices
 from nla.storage.lattice_format import BLOCK, LatticeFormat
 
 DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it, as in QuIP#
+CHUNK = 128  # inputs between two uses of all earlier errors
 MULTIPLES = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2)  # of the best scale for Gaussian numbers; feedback widens what is rounded
 
 
@@ -47,11 +48,14 @@ def rounded_at(weight: Tensor, A: Tensor, scale: float, form: LatticeFormat) -> 
     Q itself changes, and tr(E H E^T) = tr(N D N^T) if H = (I + A) D (I + A)^T.
     """
     E, codes = torch.zeros_like(weight), []
-    for block in slices(weight.shape[1], BLOCK):
-        done = slice(0, block.start)
-        target = weight[:, block] - E[:, done] @ A[done, block]
-        codes.append(form.nearest(target / scale))
-        E[:, block] = scale * form.values(codes[-1]) - weight[:, block]
+    for chunk in slices(weight.shape[1], CHUNK):
+        before = slice(0, chunk.start)
+        targets = weight[:, chunk] - E[:, before] @ A[before, chunk]
+        for block in slices(targets.shape[1], BLOCK):
+            here = slice(chunk.start + block.start, chunk.start + block.stop)
+            done = slice(chunk.start, here.start)
+            codes.append(form.nearest((targets[:, block] - E[:, done] @ A[done, here]) / scale))
+            E[:, here] = scale * form.values(codes[-1]) - weight[:, here]
     return RoundedToLattice(torch.stack(codes, 1), scale), E
 
 
