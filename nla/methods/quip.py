@@ -1,0 +1,66 @@
+"""QuIP#: quantisation to points of the lattice E8, after random rotations of outputs and inputs (Tseng et al., 2024)."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch.nn.functional import pad
+
+from nla.matrix.objective import Norms, Objective
+from nla.methods.base import MatrixMethod, Shape
+from nla.methods.grid_method import nothing, relative_error
+from nla.solvers.base import Solution, Start, Status
+from nla.storage.block_ldlq import MULTIPLES, block_ldlq
+from nla.storage.hadamard import rotated, rotation_flops
+from nla.storage.lattice_format import BLOCK, WIDTHS, LatticeFormat, blocks
+from nla.terms.base import Term
+from nla.terms.lattice_term import LatticeTerm, lattice_bits, rotations
+
+SEARCH_FLOPS = 100  # operations for each weight and scale of the search for the nearest lattice point
+
+
+class QuIP(MatrixMethod):
+    """The weight in 1, 2, 3 or 4 bits, the most that fit, rounded in the norm of the layer's outputs. Without fine-tuning.
+
+    Args:
+        sequential: each block is rounded for inputs that passed through the compressed earlier blocks.
+    """
+
+    needs = frozenset({"gram"})
+
+    def __init__(self, sequential: bool) -> None:
+        self.sequential = sequential
+
+    def objective(self, norms: Norms) -> Objective:
+        return norms.outputs
+
+    def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
+        fitting = [width for width in WIDTHS if lattice_bits(out_features, in_features, width, dtype) <= bits]
+        if not fitting:
+            return nothing(out_features, in_features, dtype)
+        return LatticeTerm.empty(out_features, in_features, max(fitting), dtype)
+
+    def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
+        return sum(lattice_bits(m, n, min(WIDTHS), dtype) for m, n in shapes)
+
+    def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
+        assert isinstance(planned, LatticeTerm) and objective.wide_root is not None
+        weight, filling = objective.weight, planned.filling
+        m, n = weight.shape
+        seed = torch.randint(2**62, (), generator=generator)
+        left, right = rotations(int(seed), m, n, weight.device)
+        W = rotated(rotated(pad(weight, (0, filling)), right).T, left).T.contiguous()  # U W V^T
+        root = rotated(pad(objective.wide_root.T, (0, filling)), right)  # (V S)^T
+        rounded = block_ldlq(W, root.T @ root, LatticeFormat(planned.width))
+        scale = torch.tensor(rounded.scale, dtype=weight.dtype, device=weight.device)
+        return Start(LatticeTerm(rounded.codes, scale, seed.to(weight.device), n))
+
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
+        term = self.start(objective, planned, generator).term
+        return Solution(term, [(0, relative_error(term.dense().detach(), objective))], 0, Status.ROUNDED, None)
+
+    def start_flops(self, term: Term) -> int:
+        m, n = term.out_features, BLOCK * blocks(term.in_features)
+        rotate = (m + n) * rotation_flops(n) + n * rotation_flops(m)
+        each = m * n * (SEARCH_FLOPS + 3 * n)  # search, feedback and error
+        return rotate + 3 * n**3 + len(MULTIPLES) * each

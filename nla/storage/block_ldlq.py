@@ -1,0 +1,75 @@
+"""Rounding of a matrix to lattice points with error feedback, eight inputs at a time (block LDLQ)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nla.kernels.tiled import slices
+from nla.storage.lattice_format import BLOCK, LatticeFormat
+
+DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it, as in QuIP#
+CHUNK = 128  # inputs between two uses of all earlier errors
+MULTIPLES = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2)  # of the best scale for Gaussian numbers; feedback widens what is rounded
+
+
+class RoundedToLattice(NamedTuple):
+    """scale * values of the codes: uint8 (rows, blocks, width), of `LatticeFormat`."""
+
+    codes: Tensor
+    scale: float
+
+
+def block_ldlq(weight: Tensor, hessian: Tensor, form: LatticeFormat) -> RoundedToLattice:
+    """The rounding W' of a weight W (rows, n) that makes tr((W' - W) H (W' - W)^T) small.
+
+    Source: Tseng et al., "QuIP#", ICML 2024, section 4.1. Of several scales, that with the smallest error is taken.
+
+    Args:
+        weight: fp32; n is a multiple of eight.
+        hessian: H (n, n), fp64, positive semidefinite, not zero.
+    """
+    A, H = feedback(hessian).to(weight.dtype), hessian.to(weight.dtype)
+    size = float(weight.double().square().mean().sqrt()) * form.gaussian_scale
+    found, least = None, torch.inf
+    for multiple in MULTIPLES:
+        rounded, error = rounded_at(weight, A, size * multiple, form)
+        loss = float(((error @ H) * error).sum(dtype=torch.float64))
+        if loss < least:
+            found, least = rounded, loss
+    assert found is not None
+    return found
+
+
+def rounded_at(weight: Tensor, A: Tensor, scale: float, form: LatticeFormat) -> tuple[RoundedToLattice, Tensor]:
+    """The rounding with this scale, and its error E = W' - W (rows, n).
+
+    Block k becomes W'_k = Q(W_k - sum_{j < k} E_j A_jk), where Q is rounding to the nearest vector. Then E (I + A) = N is what
+    Q itself changes, and tr(E H E^T) = tr(N D N^T) if H = (I + A) D (I + A)^T.
+    """
+    E, codes = torch.zeros_like(weight), []
+    for chunk in slices(weight.shape[1], CHUNK):
+        before = slice(0, chunk.start)
+        targets = weight[:, chunk] - E[:, before] @ A[before, chunk]
+        for block in slices(targets.shape[1], BLOCK):
+            here = slice(chunk.start + block.start, chunk.start + block.stop)
+            done = slice(chunk.start, here.start)
+            codes.append(form.nearest((targets[:, block] - E[:, done] @ A[done, here]) / scale))
+            E[:, here] = scale * form.values(codes[-1]) - weight[:, here]
+    return RoundedToLattice(torch.stack(codes, 1), scale), E
+
+
+def feedback(hessian: Tensor) -> Tensor:
+    """A (n, n), fp64, zero except above the diagonal of blocks, with H + damping = (I + A) D (I + A)^T and D of blocks.
+
+    The block decomposition follows from H = R R^T, where R is upper triangular: I + A is R with each block of columns times
+    the inverse of its block on the diagonal. R is the Cholesky factor of H with rows and columns in the reverse order.
+    """
+    n = len(hessian)
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(n, dtype=hessian.dtype, device=hessian.device)
+    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    A = torch.zeros_like(R)
+    for block in slices(n, BLOCK):
+        above = slice(0, block.start)
+        A[above, block] = torch.linalg.solve_triangular(R[block, block], R[above, block], upper=True, left=False)
+    return A

@@ -1,0 +1,134 @@
+"""A matrix in 1 to 4 bits a number: codes of lattice points, between two random rotations (QuIP#)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from nla.kernels.tiled import PANEL, slices, widen
+from nla.storage.hadamard import random_signs, rotated, rotated_back, rotation_flops
+from nla.storage.lattice_format import BLOCK, LatticeFormat, blocks
+from nla.terms.base import Stored, Term, class_path
+
+SEED_BITS = 64
+
+
+class LatticeTerm(Term):
+    """W' = scale U^T Q V: each 8 numbers of a row of Q (out, 8 blocks) are a vector of the format's codebooks.
+
+    U (out, out) and V (8 blocks, 8 blocks) are random Hadamard transforms (`nla.storage.hadamard`). Rows of W' are filled up
+    with zeros to a multiple of eight numbers, which is what V rotates. Source: Tseng et al., "QuIP#", ICML 2024.
+
+    Args:
+        codes: uint8 (out, blocks, width). The width is that of the format, and 0 if the matrix is zero.
+        scale: ().
+        seed: int64 (), of the signs of U and V.
+        in_features: inputs, which blocks do not tell.
+    """
+
+    codes: Tensor
+    seed: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, seed: Tensor, in_features: int) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("seed", seed)
+        self.scale = nn.Parameter(scale.detach())
+        self.out_features, self.in_features = len(codes), in_features
+
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, width: int, dtype: torch.dtype) -> "LatticeTerm":  # type: ignore[override]
+        codes = torch.empty(out_features, blocks(in_features), width, dtype=torch.uint8, device="meta")
+        scale, seed = (torch.empty((), dtype=kind, device="meta") for kind in (dtype, torch.int64))
+        return cls(codes, scale, seed, in_features)
+
+    @property
+    def width(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def filling(self) -> int:
+        """Zeros that fill up a row."""
+        return -self.in_features % BLOCK
+
+    def signs(self) -> list[Tensor]:
+        """The signs of U (out,) and V (8 blocks,), fp32."""
+        return rotations(int(self.seed), self.out_features, self.in_features, self.codes.device)
+
+    def rows(self, panel: slice, dtype: torch.dtype) -> Tensor:
+        """The rows Q[panel] (rows, 8 blocks)."""
+        return LatticeFormat(self.width).values(self.codes[panel]).flatten(1).to(dtype)
+
+    def product(self, x: Tensor, panel: slice) -> Tensor:
+        """x @ Q[panel].T: (..., 8 blocks) -> (..., rows)"""
+        return x @ self.rows(panel, x.dtype).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes in fp32 at least. The backward pass decodes each panel of rows again, so that only one is in memory."""
+        left, right = self.signs()
+        inner = rotated(pad(widen(x), (0, self.filling)), right)
+        product = self.product
+        if torch.is_grad_enabled():
+            product = partial(checkpoint, self.product, use_reentrant=False, preserve_rng_state=False)
+        panels = slices(self.out_features, PANEL // inner.shape[-1])
+        y = torch.cat([product(inner, panel) for panel in panels], -1)
+        return (rotated_back(y, left) * widen(self.scale)).to(x.dtype)
+
+    def dense(self) -> Tensor:
+        (left, right), scale = self.signs(), widen(self.scale)
+        Q = self.rows(slice(0, self.out_features), scale.dtype)
+        W = rotated_back(rotated_back(Q, right).T, left).T  # U^T Q V
+        return (W[:, : self.in_features] * scale).to(self.scale.dtype)
+
+    def stored(self) -> list[Stored]:
+        if not self.width:
+            return []  # the matrix is zero
+        return [
+            Stored(self.codes, self.out_features * self.in_features, 8 * self.codes.numel()),
+            Stored(self.scale, 1, 8 * self.scale.element_size()),
+            Stored(self.seed, 0, SEED_BITS),
+        ]
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "class": class_path(self),
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "width": self.width,
+            "dtype": str(self.scale.dtype).removeprefix("torch."),
+        }
+
+    def describe(self) -> str:
+        return f"e8 bits={self.width}"
+
+    def forward_flops(self, tokens: int) -> int:
+        m, n = self.out_features, BLOCK * blocks(self.in_features)
+        return m * n + tokens * (2 * m * n + rotation_flops(m) + rotation_flops(n) + m)
+
+    def dense_flops(self) -> int:
+        m, n = self.out_features, BLOCK * blocks(self.in_features)
+        return m * n + m * rotation_flops(n) + n * rotation_flops(m) + m * self.in_features
+
+    def scaled(self, factor: float) -> "LatticeTerm":
+        return LatticeTerm(self.codes, self.scale * factor, self.seed, self.in_features)
+
+    def as_stored(self, dtype: torch.dtype) -> "LatticeTerm":
+        return LatticeTerm(self.codes, self.scale.to(dtype), self.seed, self.in_features)
+
+    def zero(self, like: Tensor) -> "LatticeTerm":
+        codes = torch.zeros(self.out_features, blocks(self.in_features), 0, dtype=torch.uint8, device=like.device)
+        seed = torch.zeros((), dtype=torch.int64, device=like.device)
+        return LatticeTerm(codes, like.new_zeros(()), seed, self.in_features)
+
+
+def rotations(seed: int, out_features: int, in_features: int, device: torch.device) -> list[Tensor]:
+    """The signs of U (out,) and V (8 blocks,), fp32."""
+    return [signs.to(device) for signs in random_signs(seed, out_features, BLOCK * blocks(in_features))]
+
+
+def lattice_bits(out_features: int, in_features: int, width: int, dtype: torch.dtype) -> int:
+    """Bits of a term of this width: codes, the scale in this type, and the seed."""
+    return 8 * out_features * blocks(in_features) * width + 8 * dtype.itemsize + SEED_BITS

@@ -1,0 +1,236 @@
+"""Tests of QuIP#: random Hadamard transforms, lattice codebooks, rounding with feedback, the term and the method."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nla.machine.errors import UserError
+from nla.matrix.inputs import Statistics
+from nla.methods.quip import QuIP
+from nla.storage import block_ldlq as block_ldlq_module
+from nla.storage.block_ldlq import block_ldlq, feedback, rounded_at
+from nla.storage.hadamard import random_signs, rotated, rotated_back
+from nla.storage.lattice_format import GAUSSIAN_ERROR, ONE, TWO, WIDTHS, LatticeFormat
+from nla.terms.lattice_term import LatticeTerm, lattice_bits
+from nla.terms.state import empty_term, pack, unpack
+from tests.conftest import TINY
+
+SIGNS_OF_SEED_7 = [1, -1, 1, -1, 1, 1, 1, 1, -1, 1, -1, 1]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(n: int, tokens: int = 0) -> torch.Tensor:
+    """The Gram matrix (n, n) of correlated inputs of different sizes."""
+    tokens = tokens or 4 * n
+    x = normal(tokens, n, seed=1) * torch.linspace(0.1, 2, n) + 2 * normal(tokens, 1, seed=2)
+    return x.T @ x
+
+
+def random_term(m: int, n: int, width: int, seed: int = 0) -> LatticeTerm:
+    codes = torch.randint(0, 256, (m, -(-n // 8), width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return LatticeTerm(codes, torch.tensor(0.3), torch.tensor(12345 + seed), n)
+
+
+def compress(weight: torch.Tensor, per_weight: float, gram: torch.Tensor | None = None):
+    gram = correlated(weight.shape[1]) if gram is None else gram
+    bits = int(per_weight * weight.numel())
+    (fit,) = QuIP(False).compress([weight], bits, [Statistics(gram=gram)], torch.Generator().manual_seed(0))
+    return fit
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.one_of(st.integers(1, 40), st.sampled_from([192, 576, 1536])), st.integers(0, 2**62))
+def test_the_random_hadamard_transform_is_orthogonal_at_any_size(n, seed):
+    (signs,) = random_signs(seed, n)
+    V = rotated(torch.eye(n), signs).T.double()  # computed in fp32
+    torch.testing.assert_close(V @ V.T, torch.eye(n).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rotated_back(torch.eye(n), signs).double(), V, rtol=0, atol=1e-6)
+    x = normal(3, n, seed=1)
+    torch.testing.assert_close(rotated_back(rotated(x, signs), signs), x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotation_spreads_an_outlier_over_all_numbers_of_a_vector():
+    (signs,) = random_signs(0, 576)  # 64 * 9
+    spread = rotated(torch.eye(576)[37:38], signs).abs()
+    assert float(spread.max()) <= 2**0.5 / 24 + 1e-6 and int((spread > 1e-3).sum()) >= 512
+
+
+def test_signs_of_a_seed_are_the_same_on_every_machine():
+    first, second = random_signs(7, 4, 8)
+    assert first.tolist() == SIGNS_OF_SEED_7[:4] and second.tolist() == SIGNS_OF_SEED_7[4:]
+
+
+@pytest.mark.parametrize("codebook", [TWO, ONE], ids=["2 bits", "1 bit"])
+@pytest.mark.parametrize("size", [0.3, 1.0, 3.0])
+def test_the_nearest_entry_is_that_of_a_comparison_with_all_entries(codebook, size):
+    x, entries = size * normal(200, 8, seed=3), codebook.entries
+    found = (x - entries[codebook.nearest(x)]).double().square().sum(1)
+    least = torch.cdist(x.double(), entries.double()).square().amin(1)
+    torch.testing.assert_close(found, least, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("codebook, shift, count", [(TWO, 0.25, 2**16), (ONE, 0.0, 2**8)])
+def test_entries_are_distinct_points_of_e8_and_each_is_its_own_nearest(codebook, shift, count):
+    entries = codebook.entries
+    assert len(entries) == len(entries.unique(dim=0)) == count
+    points = entries - shift  # E8: all whole numbers or all whole numbers plus 1/2, with an even sum
+    assert (((points % 1) == (points[:, :1] % 1)) & ((2 * points) % 1 == 0)).all() and (points.sum(1) % 2 == 0).all()
+    some = torch.arange(0, count, 37)
+    assert torch.equal(codebook.nearest(entries[some]), some)
+
+
+def test_e8p_has_the_227_patterns_of_norm_10_at_most_and_29_of_norm_12():
+    norms = TWO.patterns.square().sum(1)
+    assert len(TWO.patterns.unique(dim=0)) == 256 and int((norms <= 10).sum()) == 227 and int((norms == 12).sum()) == 29
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_gaussian_source_has_the_documented_error_below_that_of_scalar_codes(width):
+    form = LatticeFormat(width)
+    x = normal(20_000, 8, seed=4)
+    s = form.gaussian_scale
+    codes = form.nearest(x / s)
+    error = float((s * form.values(codes) - x).square().mean())
+    assert codes.shape == (20_000, width) and codes.dtype == torch.uint8
+    assert error == pytest.approx(GAUSSIAN_ERROR[width], rel=0.02)
+    assert error < {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}[width]  # Lloyd-Max (Max, 1960)
+
+
+def test_the_feedback_is_a_block_decomposition_of_the_damped_hessian():
+    H = correlated(40).double()
+    U = torch.eye(40) + feedback(H)
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(40)
+    D = torch.linalg.solve(U, torch.linalg.solve(U, damped).T)
+    blocks = torch.arange(40) // 8
+    assert D[blocks[:, None] != blocks].abs().max() < 1e-9 * D.abs().max()
+    assert not feedback(H)[blocks[:, None] >= blocks].any()
+
+
+def test_feedback_of_an_identity_is_plain_rounding():
+    weight, form = normal(16, 48), LatticeFormat(2)
+    rounded, _ = rounded_at(weight, feedback(torch.eye(48, dtype=torch.float64)).float(), 1.0, form)
+    assert torch.equal(rounded.codes.flatten(0, 1), form.nearest(weight.view(-1, 8)))
+
+
+def test_errors_are_fed_back_in_chunks_of_inputs_with_the_same_result(monkeypatch):
+    weight, H, form = normal(8, 72), correlated(72).double(), LatticeFormat(2)
+    A = feedback(H).float()
+    whole, error = rounded_at(weight, A, 1.0, form)
+    targets = weight + error - error @ (torch.eye(72) + A)  # W' - N, where N = E (I + A) is what rounding itself changes
+    assert torch.equal(form.nearest(targets.view(-1, 8)), whole.codes.flatten(0, 1))
+    monkeypatch.setattr(block_ldlq_module, "CHUNK", 16)
+    chunks, _ = rounded_at(weight, A, 1.0, form)
+    assert torch.equal(chunks.codes, whole.codes)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_feedback_lowers_the_weighted_error_of_plain_rounding_on_correlated_inputs(width):
+    weight, H, form = normal(32, 64), correlated(64).double(), LatticeFormat(width)
+    rounded = block_ldlq(weight, H, form)
+    plain = form.gaussian_scale * form.values(form.nearest(weight.view(-1, 8) / form.gaussian_scale)).view(32, 64)
+    found = rounded.scale * form.values(rounded.codes).flatten(1)
+    losses = [float((((W - weight).double() @ H) * (W - weight)).sum()) for W in (found, plain)]
+    assert losses[0] < 0.7 * losses[1]
+
+
+@pytest.mark.parametrize("m, n", [(5, 7), (24, 8), (13, 33)])
+@pytest.mark.parametrize("width", [0, *WIDTHS])
+def test_the_forward_pass_is_a_product_with_the_matrix(m, n, width):
+    term, x = random_term(m, n, width), normal(2, 3, n, seed=1)
+    torch.testing.assert_close(term(x), x @ term.dense().T, rtol=1e-4, atol=1e-4)
+    low = term.as_stored(torch.bfloat16)
+    y = low(x.bfloat16())
+    assert y.dtype == low.dense().dtype == torch.bfloat16 and low.dense().shape == (m, n)
+    torch.testing.assert_close(y.float(), x @ term.dense().T, rtol=0.05, atol=0.05 * n**0.5)
+    torch.testing.assert_close(term.scaled(-2.0).dense(), -2 * term.dense())
+
+
+def test_rows_are_decoded_panel_by_panel_and_gradients_reach_the_inputs_and_the_scale(monkeypatch):
+    from nla.terms import lattice_term
+
+    term = random_term(13, 20, 3)
+    sizes, decode = [], LatticeTerm.rows
+    monkeypatch.setattr(lattice_term, "PANEL", 5 * 24)
+    monkeypatch.setattr(LatticeTerm, "rows", lambda t, panel, dtype: sizes.append(panel) or decode(t, panel, dtype))
+    x = normal(4, 20, seed=1).requires_grad_()
+    d = normal(4, 13, seed=2)
+    with torch.no_grad():
+        term(x)
+    assert [panel.stop - panel.start for panel in sizes] == [5, 5, 3]
+    d_x, d_scale = torch.autograd.grad((term(x) * d).sum(), [x, term.scale])
+    assert len(sizes) == 3 * 3  # again in the backward pass
+    monkeypatch.undo()
+    torch.testing.assert_close(d_x, d @ term.dense())
+    torch.testing.assert_close(d_scale, (x @ term.dense().T * d).sum() / term.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bits_are_those_of_all_tensors_and_a_checkpoint_restores_the_matrix(width, dtype):
+    term = random_term(9, 21, width).as_stored(dtype)
+    tensors, info = pack({"a": term})
+    again = unpack(tensors, json.loads(json.dumps(info)))["a"]
+    assert torch.equal(again.dense(), term.dense()) and again.config() == term.config()
+    assert term.bits() == 8 * sum(t.nbytes for t in term.state_dict().values()) == lattice_bits(9, 21, width, dtype)
+    empty = empty_term(term.config())
+    assert (empty.bits(), empty.count()) == (term.bits(), term.count()) == (term.bits(), 9 * 21 + 1)
+    assert term.describe() == f"e8 bits={width}" and term.rank_bound() is None
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0.5, 15))
+def test_a_plan_has_the_most_bits_that_fit_and_exists_from_the_least_bits_on(m, n, per_weight):
+    method, bits = QuIP(False), int(per_weight * m * n)
+    term = method.plan([(m, n)], bits, torch.bfloat16)[0]
+    least = method.least_bits([(m, n)], torch.bfloat16)
+    assert term.bits() <= bits and (term.count() > 0) == (bits >= least)
+    assert method.plan([(m, n)], least, torch.bfloat16)[0].bits() == least
+    assert QuIP(False).plan([(576, 576)], int(2.01 * 576**2), torch.bfloat16)[0].describe() == "e8 bits=2"
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (13, 43)])
+def test_a_fit_reports_its_true_errors_and_more_bits_lower_them(shape):
+    weight, G = normal(*shape) * 0.02, correlated(shape[1])
+    errors = []
+    for bits in WIDTHS:
+        fit = compress(weight, bits + 0.9, G)
+        E = (fit.term.dense().detach() - weight).double()
+        expected = float(((E @ G.double()) * E).sum() / ((weight.double() @ G.double()) * weight).sum())
+        assert fit.term.width == bits and fit.status == "rounded" and fit.losses == [(0, pytest.approx(expected, rel=1e-3))]
+        assert fit.weighted_error == pytest.approx(expected, rel=1e-3)
+        errors.append(fit.weighted_error)
+    assert errors == sorted(errors, reverse=True) and errors[1] < 0.1
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_zero_matrices_zero_rows_and_singular_gram_matrices_are_fitted(tokens):
+    weight, G = normal(24, 32), correlated(32, tokens)
+    weight[3], weight[:, 5] = 0, 0
+    G[7], G[:, 7] = 0, 0
+    fit = compress(weight, 2.5, G)
+    assert fit.term.is_finite() and 0 < fit.relative_error < 1 and fit.weighted_error < 0.1
+    assert compress(weight, 2.5, 0 * G).relative_error < 0.15  # no inputs: plain rounding
+    zero = compress(torch.zeros(24, 32), 2.5, G)
+    assert zero.status == "zero" and zero.relative_error == 0 and not zero.term.dense().any() and zero.bits == 0
+
+
+def test_a_model_in_two_bits_is_saved_and_loaded_again(run_here, tmp_path):
+    import nla
+
+    folder = tmp_path / "saved"
+    few = ["statistics.windows=4", "statistics.length=32", "dtype=bfloat16"]
+    record = run_here(*TINY, "method=quip", "bits=2.2", *few, f"save={folder}")
+    assert record.status == "done" and record.bits.selected_per_weight <= 2.2
+    terms = [m for m in nla.load_compressed(folder).modules() if isinstance(m, LatticeTerm)]
+    assert len(terms) == 14 and {term.width for term in terms} == {2}
+
+
+def test_too_few_bits_are_an_error_that_names_a_setting_that_works(run_here):
+    with pytest.raises(UserError, match=r"use bits=1\.\d+ at least"):
+        run_here(*TINY, "method=quip", "bits=0.9")
