@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from nla.harness.fits_table import FitRecord
 
+MARKERS = "s^vDPX<>"  # of methods whose names are not ours
+
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:
     """Relative error of each matrix by layer: one panel per kind, a line per kernel or method, SVD and floor as references."""
@@ -110,6 +112,35 @@ def refined(table: pd.DataFrame) -> Figure:
     axis.set_xlabel("removed, % of the parameters of all 210 matrices", fontsize=9)
     axis.set_ylabel("perplexity", fontsize=9)
     axis.set_xticks(sorted({100 * ratio for ratio in table.index.get_level_values("ratio")}))
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
+    return figure
+
+
+def by_bits(table: pd.DataFrame) -> Figure:
+    """Perplexity by bits per weight, both in logarithmic scale: a line for each method, with standard errors.
+
+    Args:
+        table: of `analysis.tables.by_bits`, of the same matrices and training.
+    """
+    figure = Figure(figsize=(7.2, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, (method, line) in enumerate(table.reset_index().groupby("method", sort=True)):
+        ours = method.startswith(("phase", "linear"))
+        line = line.sort_values("bits taken").drop_duplicates("bits taken")
+        style = {
+            "color": f"C{number % 10}",
+            "linewidth": 2 if ours else 1,
+            "marker": "o" if ours else MARKERS[number % len(MARKERS)],
+        }
+        axis.errorbar(line["bits taken"], line["figure"], line["stderr"], label=method, markersize=4, capsize=2, **style)
+    axis.axhline(float(table["dense"].iloc[0]), color="k", linewidth=1, label="dense, 16 bits")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ticks = sorted({round(bits, 1) for bits in table.index.get_level_values("bits")})
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("bits per weight of the compressed matrices", fontsize=9)
+    axis.set_ylabel("perplexity", fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
 

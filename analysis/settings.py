@@ -17,7 +17,12 @@ NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompu
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = {"products", "degree"}  # the first depends on the machine; the second is part of a kernel's name
 NOT_OF_THE_MODEL = {"path", "device_map", "licence"}  # a local copy of the files, spread or not, is the same model
-PRESETS = {"nla_outputs"}  # options that set one setting of another option; tables show the other one and the setting
+PRESETS = {
+    "nla_outputs",
+    "nla_angles",
+    "nla_levels",
+    "svd_llm_int4",
+}  # options that are others with settings; tables show these
 Pair = tuple[str, Any]
 
 
@@ -28,6 +33,7 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
         "model": model_name(config["model"]),
         "method": nearest_option("method", config["method"])[0],
         "kernel": kernel_name(record),
+        "storage": storage_name(config["method"]),
         "ratio": config["ratio"],
         "bits": config.get("bits"),
         "select": selection(config["select"]),
@@ -49,6 +55,11 @@ def kernel_name(record: RunRecord) -> str:
     if nearest_option("method", record.config["method"])[0] == "nla" and len(names) > 1:
         names -= {"linear"}
     return "+".join(sorted(names))
+
+
+def storage_name(method: dict[str, Any]) -> str:
+    """Name of the option of conf/storage of a method's numbers. Methods without a choice, and older runs, have `float`."""
+    return nearest_option("storage", method["storage"])[0] if "storage" in method else "float"
 
 
 def model_name(model: dict[str, Any]) -> str:
@@ -90,7 +101,8 @@ def option(group: str, name: str) -> dict[str, Any]:
     """The settings of an option, merged over those of the options of the same group that it inherits from."""
     content = dict(read_yaml(CONF / group / f"{name}.yaml") or {})
     bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
-    return {key: value for base in bases for key, value in option(group, base).items()} | content
+    own = content[group] if isinstance(content.get(group), dict) else content  # an option of the whole configuration
+    return {key: value for base in bases for key, value in option(group, base).items()} | own
 
 
 def as_typed(pairs: Iterable[Pair]) -> list[str]:
@@ -109,8 +121,13 @@ def changed_pairs(config: dict[str, Any], stepped: bool) -> list[Pair]:
         stepped: whether a fit took a step. If none did, solver.steps had no effect and is left out, unless it is 0.
     """
     method = config["method"]
-    used = {"method": method} | {group: method[group] for group in ("kernel", "solver") if group in method}
+    used = {"method": method} | {group: method[group] for group in ("kernel", "solver", "storage") if group in method}
     changed = [pair for group, own in used.items() for pair in dotted(group, nearest_option(group, own, NOT_COMPARED)[1])]
+    storage = storage_name(method)
+    if storage != "float":
+        of_storage = read_yaml(CONF / "storage" / f"{storage}.yaml").get("solver", {})
+        changed = [(key, value) for key, value in changed if of_storage.get(key.removeprefix("solver.")) != value]
+        changed.append(("storage", storage))
     usual = task_defaults(task_names(config))
     pairs = [(f"task.{key}", value, usual.get(key)) for key, value in config["task"].items() if not isinstance(value, dict)]
     top = read_yaml(CONF / "config.yaml")

@@ -5,7 +5,10 @@ from typing import Any
 import pandas as pd
 
 WHOLE = ["layers", "blocks"]  # selections of all linear layers in the blocks of a model
-PAPERS_NAMES = {"svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "pela": "PELA"}
+PAPERS_NAMES = {
+    "svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "pela": "PELA", "rtn": "RTN", "gptq": "GPTQ",
+    "quip": "QuIP#", "caldera": "CALDERA", "eora": "EoRA", "lq_lora": "LQ-LoRA", "svdquant": "SVDQuant",
+}  # fmt: skip
 
 
 def method_name(row: pd.Series) -> str:
@@ -39,6 +42,28 @@ def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     table = rows.pivot(index="name_of_method", columns="ratio", values=f"compressed.{metric}")
     table.insert(0, 0.0, rows.groupby("name_of_method")[f"dense.{metric}"].first())
     return table.rename_axis(index="method", columns="removed")
+
+
+def by_bits(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
+    """Runs that were asked for bits per weight: the bits that they take, a metric, and its multiple of the dense model's.
+
+    Rows are named by the number of matrices, the last training, the method, and the bits that were asked for.
+    """
+    rows = runs[(runs["model"] == model) & runs["bits"].notna() & runs[f"compressed.{metric}"].notna()]
+    names = [(PAPERS_NAMES.get(row["method"]) or row["kernel"]) + stored_as(row["storage"]) for _, row in rows.iterrows()]
+    refined = rows["changed"].str.contains("refine=block")
+    after = refined.map({False: "fits", True: "refinement"}).where(rows["retrain_steps"] == 0, "retraining")
+    last = rows[f"compressed.{metric}"].where(rows["retrain_steps"] == 0, rows.get(f"retrained.{metric}"))
+    table = rows.assign(method=names, after=after, figure=last, stderr=rows[f"compressed.{metric}_stderr"])
+    table = table.assign(times=table["figure"] / table[f"dense.{metric}"])
+    table = table.rename(columns={"selected_per_weight": "bits taken", f"dense.{metric}": "dense"})
+    columns = ["bits taken", "dense", "figure", "stderr", "times", "weighted_error", "fit_seconds"]
+    return table.set_index(["matrices", "after", "method", "bits"])[columns].sort_index()
+
+
+def stored_as(storage: str) -> str:
+    """A word on how factors are stored, for the name of a method; nothing for numbers of the model's type."""
+    return "" if storage == "float" else f", {storage}"
 
 
 def refined(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:

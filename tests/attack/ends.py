@@ -52,7 +52,8 @@ def faults(
     """What is wrong with the end of a run; empty if nothing is.
 
     Args:
-        code, named, status: expected exit code, part of the sentence (None: no error is told), and status (None: no record).
+        code, named, status: expected exit code, a regular expression found in the sentence (None: no error is told), and status
+            (None: no record).
     """
     said = end.stdout + end.stderr
     told = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -61,7 +62,7 @@ def faults(
         found["exit code"] = end.returncode
     if "Traceback" in said:
         found["traceback"] = said[said.index("Traceback") :][-600:]
-    if named is not None and (len(told) != 1 or named not in told[0]):
+    if named is not None and (len(told) != 1 or not re.search(named, told[0])):
         found["sentence"] = told
     if [record["status"] for record in records(outputs)] != ([] if status is None else [status]):
         found["status"] = [(record["status"], record["error"]) for record in records(outputs)]

@@ -41,13 +41,14 @@ def finished(quiet, tmp_path) -> Path:
     return shutil.copytree(quiet, tmp_path / "finished")
 
 
-# A full disk: the file at which it gets full, bytes that then still fit, part of the sentence, and status.
+# A full disk: the file at which it gets full, bytes that then still fit, a part of the sentence (as a regular expression), and
+# status. Fits are written by two threads, and their losses by a third: any of them may meet the full disk first.
 FULL = {
     "everything": ("", 0, "/fits.csv: ", None),
     "the first record": (".record.json", 1_000, "/record.json: ", None),
     "the reserve": (".reserve", 10_000, "/.reserve: ", "failed"),
     "a window": ("/windows/", 100, "/cache/windows/", "failed"),
-    "some fits": ("/fits/", 20_000, "/cache/fits/", "failed"),
+    "some fits": ("/fits/", 20_000, "/cache/fits/|/losses.jsonl: ", "failed"),
     "a figure": (".png", 10_000, "/loss_by_layer.png: ", "failed"),
 }
 
