@@ -124,9 +124,11 @@ def changed_pairs(config: dict[str, Any], stepped: bool) -> list[Pair]:
     used = {"method": method} | {group: method[group] for group in ("kernel", "solver", "storage") if group in method}
     changed = [pair for group, own in used.items() for pair in dotted(group, nearest_option(group, own, NOT_COMPARED)[1])]
     storage = storage_name(method)
-    if storage != "float":
-        of_storage = read_yaml(CONF / "storage" / f"{storage}.yaml").get("solver", {})
-        changed = [(key, value) for key, value in changed if of_storage.get(key.removeprefix("solver.")) != value]
+    if storage != "float":  # it chooses settings of the solver
+        usual = group_options("solver")["gradient"] | read_yaml(CONF / "storage" / f"{storage}.yaml").get("solver", {})
+        own = {k: v for k, v in method.get("solver", {}).items() if k not in NOT_COMPARED and not isinstance(v, dict)}
+        changed = [(key, value) for key, value in changed if not key.startswith("solver.")]
+        changed += dotted("solver", [(k, v) for k, v in own.items() if k != "_target_" and v != usual[k]])
         changed.append(("storage", storage))
     usual = task_defaults(task_names(config))
     pairs = [(f"task.{key}", value, usual.get(key)) for key, value in config["task"].items() if not isinstance(value, dict)]

@@ -18,7 +18,7 @@ def method_name(row: pd.Series) -> str:
 
 
 def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.DataFrame:
-    """The rows of a model's runs without retraining and with this selection (default: all layers), named by method.
+    """The rows of a model's runs by ratio, without retraining, and with this selection (default: all layers), named by method.
 
     Runs that measure cost alone are left out: their fits may be random numbers.
 
@@ -28,6 +28,7 @@ def of_layers(frame: pd.DataFrame, model: str, select: str | None = None) -> pd.
     if frame.empty:
         raise ValueError("no finished runs to show; run.py makes them, and analysis/records has some")
     rows = frame[(frame["model"] == model) & frame["select"].isin(WHOLE if select is None else [select])]
+    rows = rows[rows["ratio"].notna()]
     rows = rows[(rows["retrain_steps"] == 0) & ~rows["tasks"].isin(["forward_cost", "latency"])]
     return rows.assign(name_of_method=[method_name(row) for _, row in rows.iterrows()])
 

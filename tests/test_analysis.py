@@ -15,7 +15,7 @@ from analysis.frames import fits_frame, runs_frame
 from analysis.paper_runs import evaluated
 from analysis.plots import kept_by_matrix, loss_by_layer, retraining
 from analysis.records import IN_GIT, add, load_records, read_collection, read_xz, write_collection, write_xz
-from analysis.settings import nearest_option
+from analysis.settings import nearest_option, typed_settings
 from analysis.tables import accuracy, adaptive_or_not, by_ratio, retrained
 from nla.harness.fits_table import FitRecord
 from nla.harness.record import RunRecord
@@ -225,6 +225,47 @@ def test_a_table_of_costs_has_the_dense_model_first_and_a_row_per_kernel_and_for
     memory = table["training MB"].xs("piecewise", level="kernel").droplevel("method")
     assert memory["triplets"] < memory["reconstruct"] and table["inference s"].iloc[1:].is_monotonic_increasing
     assert forward_cost(runs, "tiny_llama", "sotu", 0.7, tokens=512).empty
+
+
+def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_the_bits_they_take():
+    metric = "language_modelling.sotu.perplexity"
+
+    def row(method, kernel, storage, bits, taken, value, **others):
+        found = {"method": method, "kernel": kernel, "storage": storage, "bits": bits, "selected_per_weight": taken}
+        usual = {"model": "m", "matrices": 70, "changed": "", "retrain_steps": 0, "weighted_error": 0.1, "fit_seconds": 1.0}
+        figures = {f"dense.{metric}": 20.0, f"compressed.{metric}": value, f"compressed.{metric}_stderr": 0.5}
+        return usual | found | figures | {f"retrained.{metric}": None} | others
+
+    runs = pd.DataFrame(
+        [
+            row("nla", "phase", "angles", 2.05, 2.04, 30.0),
+            row("gptq", "int2", "float", 2.3, 2.28, 40.0),
+            row("gptq", "int2", "float", 2.3, 2.28, 35.0, changed="refine=block"),
+            row("svd_llm", "factors", "int4", 1.05, 1.04, 80.0, retrain_steps=4, **{f"retrained.{metric}": 60.0}),
+            row("svd_llm", "linear", "float", None, 8.0, 50.0),  # asked for a ratio
+        ]
+    )
+    table = tables.by_bits(runs, "m", metric)
+    assert table["figure"].to_dict() == {
+        (70, "fits", "GPTQ", 2.3): 40.0,
+        (70, "fits", "phase, angles", 2.05): 30.0,
+        (70, "refinement", "GPTQ", 2.3): 35.0,
+        (70, "retraining", "SVD-LLM, int4", 1.05): 60.0,
+    }
+    assert table.loc[(70, "fits", "phase, angles", 2.05), "times"] == 1.5
+    axis = plots.by_bits(table.xs("fits", level="after")).axes[0]
+    assert {c.get_label(): c.lines[0].get_xdata().tolist() for c in axis.containers} == {
+        "GPTQ": [2.28],
+        "phase, angles": [2.04],
+    }
+
+
+def test_a_storage_and_the_solver_that_it_chooses_are_named_as_typed(run_here):
+    asked = ["model=tiny_llama", "track=none", "bits=6", "task.window=64", "task.max_windows=1", "statistics.windows=8"]
+    found = typed_settings(run_here(*asked, "statistics.length=32", "method=nla_angles", "storage.rounds=1", "solver.lr=0.2"))
+    named = ("method", "method.loss", "kernel", "storage", "storage.rounds", "solver.lr", "bits")
+    assert [found[key] for key in named] == ["nla", "activation", "phase", "angles", "1", "0.2", "6.0"]
+    assert not {"solver.steps", "storage.width", "ratio"} & found.keys()
 
 
 def test_a_refined_run_stands_beside_the_run_with_equal_settings_and_without_refinement():
