@@ -71,6 +71,7 @@ class Float(Storage):
         return solver.descend(start, objective, memory)
 
 
+DAMPING = 0.02  # of the fits with few bits, see `Objective.damped`
 # By kind of codebook: (bits per weight, bits of a code) with the smallest errors below so many bits per weight. Measured on
 # projections of SmolLM2.
 WIDTHS = {
@@ -132,4 +133,4 @@ class Coded(Storage):
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         assert isinstance(start.term, RoundedTerm)
-        return descend_rounded(solver, self.rounds, start.term, objective, memory)
+        return descend_rounded(solver, self.rounds, start.term, objective.damped(DAMPING), memory)
