@@ -125,14 +125,19 @@ def by_bits(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     axis = figure.subplots()
     for number, (method, line) in enumerate(table.reset_index().groupby("method", sort=True)):
-        ours = method.startswith(("phase", "linear"))
+        ours = str(method).startswith(("phase", "linear"))
         line = line.sort_values("bits taken").drop_duplicates("bits taken")
-        style = {
-            "color": f"C{number % 10}",
-            "linewidth": 2 if ours else 1,
-            "marker": "o" if ours else MARKERS[number % len(MARKERS)],
-        }
-        axis.errorbar(line["bits taken"], line["figure"], line["stderr"], label=method, markersize=4, capsize=2, **style)
+        axis.errorbar(
+            line["bits taken"],
+            line["figure"],
+            line["stderr"],
+            label=str(method),
+            color=f"C{number % 10}",
+            marker="o" if ours else MARKERS[number % len(MARKERS)],
+            linewidth=2 if ours else 1,
+            markersize=4,
+            capsize=2,
+        )
     axis.axhline(float(table["dense"].iloc[0]), color="k", linewidth=1, label="dense, 16 bits")
     axis.set_xscale("log")
     axis.set_yscale("log")
