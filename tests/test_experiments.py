@@ -42,7 +42,7 @@ def test_every_row_of_an_experiment_is_a_request_that_can_be_met(experiment, cac
         settings = check_settings(configuration(f"experiment={experiment}", *row, f"cache_dir={cache_dir}"))
         request = prepare(settings)
         assert request.plan.matrices
-        plans.add(str([(key, settings[key]) for key in ("ratio", "method", "budget", "data", "forward")]))
+        plans.add(str([(key, settings[key]) for key in ("ratio", "bits", "method", "budget", "data", "forward")]))
     assert len(plans) == len(rows(experiment))
 
 
