@@ -122,6 +122,11 @@ class Grid(Term):
     def as_stored(self, dtype: torch.dtype) -> "Grid":
         return Grid(self.codes, self.zeros, self.scales.to(torch.bfloat16).to(dtype), self.in_features, self.form)
 
+    def trainable(self) -> Term:
+        from nla.terms.unpacked import UnpackedGrid
+
+        return UnpackedGrid(self)
+
     def zero(self, like: Tensor) -> "Grid":
         return zero_grid(self.out_features, self.in_features, like)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nla.terms.base import Stored, Term, class_path
 from nla.terms.grid import Grid, zero_grid
+from nla.terms.unpacked import UnpackedGrid
 
 
 class GridFactors(Term):
@@ -60,6 +61,13 @@ class GridFactors(Term):
 
     def as_stored(self, dtype: torch.dtype) -> "GridFactors":
         return GridFactors(self.left.as_stored(dtype), self.right.as_stored(dtype))
+
+    def trainable(self) -> Term:
+        return GridFactors(UnpackedGrid(self.left), UnpackedGrid(self.right))
+
+    def packed(self) -> Term:
+        assert isinstance(self.left, UnpackedGrid) and isinstance(self.right, UnpackedGrid)
+        return GridFactors(self.left.packed(), self.right.packed())
 
     def zero(self, like: Tensor) -> "GridFactors":
         return GridFactors(*(zero_grid(1, n, like) for n in (self.out_features, self.in_features)))

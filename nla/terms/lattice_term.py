@@ -118,6 +118,11 @@ class LatticeTerm(Term):
     def as_stored(self, dtype: torch.dtype) -> "LatticeTerm":
         return LatticeTerm(self.codes, self.scale.to(dtype), self.seed, self.in_features)
 
+    def trainable(self) -> Term:
+        from nla.terms.unpacked import UnpackedLattice
+
+        return UnpackedLattice(self)
+
     def zero(self, like: Tensor) -> "LatticeTerm":
         codes = torch.zeros(self.out_features, blocks(self.in_features), 0, dtype=torch.uint8, device=like.device)
         seed = torch.zeros((), dtype=torch.int64, device=like.device)
