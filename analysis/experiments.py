@@ -14,6 +14,7 @@ from analysis.settings import NOT_TRAINED_BY, data_names, forward_form, model_na
 from nla.harness.record import RunRecord
 from nla.kernels.base import TRAINING_RATE
 
+FLOAT = {"method.storage._target_": "nla.storage.base.Float"}  # of older records, and of methods without a choice
 Row = tuple[Any, ...]  # the values of a table's keys, such as (0.5, "svd_llm") for the keys ratio and method
 COMPARED = ("ratio", "bits", "dtype", "forward", "select", "method", "budget", "task", "statistics", "retrain")
 # A local copy (path) has the same files. The rest changes how a run computes, not what. Seeds are averaged.
@@ -111,7 +112,7 @@ def as_recorded(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, A
 
 def compared(config: dict[str, Any]) -> dict[str, Any]:
     """{dotted key: value} of the settings of a run that change a figure, except the model's."""
-    found = leaves({key: config[key] for key in COMPARED if key in config}, IGNORED)
+    found = FLOAT | leaves({key: config[key] for key in COMPARED if key in config}, IGNORED)
     if "retrain.lr" in found and found["retrain.lr"] is None:
         kernel = config["method"].get("kernel")
         found["retrain.lr"] = get_class(kernel["_target_"]).training_rate if kernel else TRAINING_RATE

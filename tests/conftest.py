@@ -30,7 +30,10 @@ hypothesis_settings.load_profile("same every time")
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 TINY = ["model=tiny_llama", "task.window=64", "task.max_windows=3", "track=none"]
-QUANTISED = {"rtn", "gptq", "quip", "lq_lora", "eora", "svdquant", "caldera"}  # numbers in fewer bits than the model's type
+# methods whose numbers take fewer bits than the model's type
+QUANTISED = {
+    "rtn", "gptq", "quip", "lq_lora", "eora", "svdquant", "caldera", "nla_angles", "nla_levels", "svd_llm_int4",
+}  # fmt: skip
 ENCODED: dict[tuple[str, str], torch.Tensor] = {}
 SHORT = [*TINY, "solver.steps=0", "kernel=linear", "ratio=0.5", "retrain.length=64", "retrain.watch=4", "retrain.checkpoint=4"]
 

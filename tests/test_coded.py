@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nla.codes.codebook import codebook_of
 from nla.compressed.contents import matrix_terms
 from nla.kernels.linear import Linear
 from nla.kernels.phase import Phase
@@ -18,7 +19,6 @@ from nla.matrix.objective import Norms, Objective
 from nla.matrix.triplets import Triplets
 from nla.solvers.coordinates import Coordinates, improved
 from nla.storage.base import Coded
-from nla.storage.codebook import codebook_of
 from nla.terms.coded import CHUNK, CodedTerm, coded_size
 from nla.terms.rounded import PARTS, RoundedTerm
 from nla.terms.state import empty_term, pack, unpack

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nla.storage.feedback import BLOCK, Hessian, blocks, feedback, gptq, static_groups
-from nla.storage.grid_format import WIDTHS, GridFormat, fitting, formats, least_grid_bits
-from nla.storage.levels import NormalFloat
-from nla.storage.packed import packed, packed_width, unpacked
-from nla.storage.rounding import best_lattice, rounded_to_nearest
+from nla.codes.feedback import BLOCK, Hessian, blocks, feedback, gptq, static_groups
+from nla.codes.grid_format import WIDTHS, GridFormat, fitting, formats, least_grid_bits
+from nla.codes.levels import NormalFloat
+from nla.codes.packed import packed, packed_width, unpacked
+from nla.codes.rounding import best_lattice, rounded_to_nearest
 from nla.terms import grid as grid_module
 from nla.terms.grid import Grid, grid_of
 from nla.terms.state import empty_term, pack, unpack
@@ -171,7 +171,7 @@ def test_feedback_in_blocks_is_feedback_input_by_input(monkeypatch):
     weight, U, form = normal(8, 300), feedback(correlated(300)).float(), GridFormat(4, 32)
     lattice, order = best_lattice(weight, form), torch.arange(300)
     found = static_groups(weight, form, lattice, order, U)
-    monkeypatch.setattr("nla.storage.feedback.BLOCK", 1)
+    monkeypatch.setattr("nla.codes.feedback.BLOCK", 1)
     assert (static_groups(weight, form, lattice, order, U).codes == found.codes).float().mean() > 0.99
 
 

@@ -20,7 +20,8 @@ METHODS = options("method")
 
 
 def make_method(name: str):
-    values = configuration(f"method={name}", "kernel=phase", "solver.steps=5", "solver.products=float32")
+    kernel = ["kernel=phase"] if name in ("nla", "nla_outputs") else []  # the others have no kernel, or bring one
+    values = configuration(f"method={name}", *kernel, "solver.steps=5", "solver.products=float32")
     return instantiate(values.method, _convert_="all")
 
 

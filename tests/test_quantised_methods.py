@@ -6,6 +6,8 @@ from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import rounded_to_nearest
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
@@ -20,8 +22,6 @@ from nla.methods.rtn import RTN
 from nla.methods.svd_llm import SVDLLM
 from nla.methods.svdquant import SVDQuant
 from nla.storage.base import Coded, Float
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import rounded_to_nearest
 from nla.terms.grid import Grid
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.state import empty_term, pack, unpack

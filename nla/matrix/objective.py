@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nla.matrix.inputs import Statistics
 from nla.matrix.spectrum import Spectrum, WeightedSpectrum
-from nla.storage.feedback import Hessian
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,10 @@ class Factor:
         return matrix * self.S if self.S.ndim == 1 else matrix @ self.S
 
     @cached_property
-    def hessian(self) -> Hessian:
-        """S S^T, scaled so that the mean of its diagonal is 1, for rounding with error feedback."""
+    def gram(self) -> Tensor:
+        """S S^T (in, in), fp64, scaled so that the mean of its diagonal is 1."""
         S = self.S if self.S.ndim == 2 else torch.diag(self.S)
-        return Hessian(S @ S.T * (len(S) / S.square().sum()))
+        return S @ S.T * (len(S) / S.square().sum())
 
 
 def whitening(gram: Tensor) -> Factor:
@@ -103,10 +102,8 @@ class Objective:
         """
         if self.factor is None:
             return self
-        gram = self.factor.S @ self.factor.S.T if self.factor.S.ndim == 2 else torch.diag(self.factor.S.square())
-        diagonal = gram.diagonal()
-        diagonal.add_(share * diagonal.mean())
-        return Objective(self.weight, whitening(gram))
+        gram = self.factor.gram
+        return Objective(self.weight, whitening(gram + share * torch.eye(len(gram)).to(gram)))
 
     def weigh(self, right: Tensor) -> Tensor:
         """S^T R (in, k) for a right factor R (in, k) of a matrix: the right factor of the matrix times S."""

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 
+from nla.codes.feedback import gptq
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import Rounded
 from nla.matrix.objective import Norms, Objective
 from nla.methods.gptq import gptq_flops
+from nla.methods.grid_method import hessian
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
 from nla.methods.packed_svd import svd_with
 from nla.storage.base import Storage
-from nla.storage.feedback import gptq
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import Rounded
 from nla.terms.base import Term
 
 
@@ -34,9 +35,9 @@ class Caldera(GridPlusLowRank):
 
     def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
         weight = rest = objective.weight
-        assert objective.factor is not None
+        of_outputs = hessian(objective)
         while True:
-            rounded = gptq(rest, objective.factor.hessian, form)
+            rounded = gptq(rest, of_outputs, form)
             factors = self.low_rank(weight - rounded.dense(form), objective, low)
             yield rounded, factors
             rest = weight - factors.dense().detach()

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+from nla.codes.feedback import gptq
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import Rounded
 from nla.matrix.objective import Norms, Objective
 from nla.methods.gptq import gptq_flops
+from nla.methods.grid_method import hessian
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
-from nla.storage.feedback import gptq
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import Rounded
 from nla.terms.base import Term
 
 
@@ -31,8 +32,7 @@ class EoRA(GridPlusLowRank):
         return norms.outputs
 
     def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
-        assert objective.factor is not None
-        rounded = gptq(objective.weight, objective.factor.hessian, form)
+        rounded = gptq(objective.weight, hessian(objective), form)
         yield rounded, self.low_rank(objective.weight - rounded.dense(form), objective, low)
 
     def start_flops(self, term: Term) -> int:

@@ -1,10 +1,10 @@
 """GPTQ: quantisation with error feedback (Frantar et al., 2023)."""
 
+from nla.codes.feedback import gptq
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import Rounded
 from nla.matrix.objective import Norms, Objective
-from nla.methods.grid_method import GridMethod
-from nla.storage.feedback import gptq
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import Rounded
+from nla.methods.grid_method import GridMethod, hessian
 from nla.terms.base import Term
 
 
@@ -24,8 +24,7 @@ class GPTQ(GridMethod):
         return norms.outputs
 
     def rounded(self, objective: Objective, form: GridFormat) -> Rounded:
-        assert objective.factor is not None
-        return gptq(objective.weight, objective.factor.hessian, form)
+        return gptq(objective.weight, hessian(objective), form)
 
     def start_flops(self, term: Term) -> int:
         return super().start_flops(term) + gptq_flops(term.out_features, term.in_features)

@@ -7,12 +7,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from nla.codes.feedback import Hessian
+from nla.codes.grid_format import GridFormat, fitting, least_grid_bits
+from nla.codes.rounding import Rounded
 from nla.kernels.linear import Linear
 from nla.matrix.objective import Objective
 from nla.methods.base import MatrixMethod, Shape
 from nla.solvers.base import Solution, Start, Status
-from nla.storage.grid_format import GridFormat, fitting, least_grid_bits
-from nla.storage.rounding import Rounded
 from nla.terms.base import Term
 from nla.terms.grid import Grid, grid_of
 from nla.terms.kernel_term import KernelTerm
@@ -21,7 +22,7 @@ RTN_FLOPS = 300  # operations for each weight of the search for the best lattice
 
 
 class GridMethod(MatrixMethod):
-    """A method whose grid has the most bits of all widths and groups that fit (see `nla.storage.grid_format`)."""
+    """A method whose grid has the most bits of all widths and groups that fit (see `nla.codes.grid_format`)."""
 
     @abstractmethod
     def rounded(self, objective: Objective, form: GridFormat) -> Rounded:
@@ -51,6 +52,12 @@ class GridMethod(MatrixMethod):
 def relative_error(matrix: Tensor, objective: Objective) -> float:
     """||(W' - W) S||^2 / ||W S||^2 of a matrix W' (out, in)."""
     return float(objective.squared(matrix - objective.weight)[0]) / (objective.energy or 1.0)
+
+
+def hessian(objective: Objective) -> Hessian:
+    """The Gram matrix of an activation norm, for rounding with error feedback."""
+    assert objective.factor is not None
+    return Hessian(objective.factor.gram)
 
 
 def nothing(out_features: int, in_features: int, dtype: torch.dtype) -> Term:

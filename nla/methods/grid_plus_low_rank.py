@@ -8,6 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from nla.codes.grid_format import GridFormat, fitting, least_grid_bits
+from nla.codes.rounding import Rounded
 from nla.machine.errors import require_integer
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import spectrum_flops
@@ -15,8 +17,6 @@ from nla.methods.base import MatrixMethod, Shape
 from nla.methods.grid_method import RTN_FLOPS, empty_grid, nothing, relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
-from nla.storage.grid_format import GridFormat, fitting, least_grid_bits
-from nla.storage.rounding import Rounded
 from nla.terms.base import Sum, Term
 from nla.terms.grid import Grid, grid_of
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import Rounded, rounded_to_nearest
 from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import Rounded, rounded_to_nearest
 from nla.terms.base import Term
 
 

@@ -5,18 +5,18 @@ from contextlib import ExitStack
 
 import torch
 
+from nla.codes.factors import refitted_left, refitted_right, rounded_left
+from nla.codes.feedback import gptq
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import rounded_to_nearest
 from nla.machine.errors import UserError
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors, spectrum_flops
 from nla.methods.base import MatrixMethod, Shape
-from nla.methods.grid_method import nothing, relative_error
+from nla.methods.grid_method import hessian, nothing, relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
 from nla.storage.base import Coded, Float, Storage
-from nla.storage.factors import refitted_left, refitted_right, rounded_left
-from nla.storage.feedback import gptq
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import rounded_to_nearest
 from nla.terms.base import Term
 from nla.terms.grid import grid_of
 from nla.terms.grid_factors import GridFactors
@@ -72,7 +72,7 @@ class PackedSVD(MatrixMethod):
     def pairs(self, objective: Objective, rank: int) -> Iterator[GridFactors]:
         """The factors after each round."""
         form, weight = self.form, objective.weight
-        of_inputs = None if objective.factor is None else objective.factor.hessian
+        of_inputs = None if objective.factor is None else hessian(objective)
         right = balanced_factors(objective.spectrum, rank)[1].to(weight)
         for _ in range(ROUNDS):
             rows = right.T.contiguous()

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 import torch
 from torch.nn.functional import pad
 
+from nla.codes.block_ldlq import MULTIPLES, block_ldlq
+from nla.codes.hadamard import rotated, rotation_flops
+from nla.codes.lattice_format import BLOCK, WIDTHS, LatticeFormat, blocks
 from nla.matrix.objective import Norms, Objective
 from nla.methods.base import MatrixMethod, Shape
 from nla.methods.grid_method import nothing, relative_error
 from nla.solvers.base import Solution, Start, Status
-from nla.storage.block_ldlq import MULTIPLES, block_ldlq
-from nla.storage.hadamard import rotated, rotation_flops
-from nla.storage.lattice_format import BLOCK, WIDTHS, LatticeFormat, blocks
 from nla.terms.base import Term
 from nla.terms.lattice_term import LatticeTerm, lattice_bits, rotations
 

@@ -1,9 +1,9 @@
 """Round to nearest, the simplest quantisation."""
 
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import Rounded, rounded_to_nearest
 from nla.matrix.objective import Objective
 from nla.methods.grid_method import GridMethod
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import Rounded, rounded_to_nearest
 
 
 class RTN(GridMethod):

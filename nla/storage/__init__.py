@@ -1,1 +1,1 @@
-"""How the numbers of terms are stored in few bits: packed codes, grids with scales, angles, lattices."""
+"""The choices of `storage=`: how the numbers of triplets are kept, and the fits that know it."""

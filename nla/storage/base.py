@@ -6,6 +6,8 @@ from contextlib import ExitStack
 
 import torch
 
+from nla.codes.codebook import codebook_of
+from nla.codes.packed import packed_width
 from nla.kernels.base import Kernel, random_like
 from nla.kernels.factored import FactoredKernel
 from nla.machine.errors import UserError, require_choice, require_integer
@@ -14,8 +16,6 @@ from nla.matrix.triplets import triplet_size
 from nla.solvers.base import Solution, Start
 from nla.solvers.gradient import GradientFit
 from nla.solvers.rounded import descend_rounded
-from nla.storage.codebook import codebook_of
-from nla.storage.packed import packed_width
 from nla.terms.base import Term
 from nla.terms.coded import CodedTerm, coded_size
 from nla.terms.kernel_term import KernelTerm
@@ -110,10 +110,15 @@ class Coded(Storage):
 
     def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> CodedTerm:
         assert isinstance(kernel, FactoredKernel)
-        r, width = kernel.r, self.width_for(bits / (out_features * in_features))
-        while (h := coded_size(out_features, in_features, r, width, bits, 8 * dtype.itemsize)) < kernel.min_h and r > 1:
-            r -= 1
-        return CodedTerm.empty(kernel, self.kind, width, out_features, in_features, h, r, dtype)
+        width, number = self.width_for(bits / (out_features * in_features)), 8 * dtype.itemsize
+
+        def triplets(r: int, width: int) -> int:
+            return coded_size(out_features, in_features, r, width, bits, number)
+
+        while width > self.smallest.width and not triplets(1, width):  # tiny matrices, of which scales take most bits
+            width -= 1
+        r = next((r for r in range(kernel.r, 1, -1) if triplets(r, width) >= kernel.min_h), 1)
+        return CodedTerm.empty(kernel, self.kind, width, out_features, in_features, triplets(r, width), r, dtype)
 
     def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         number, codes = 8 * dtype.itemsize, [packed_width(n, self.smallest.width) for n in (out_features, in_features)]

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla.codes.codebook import Codebook, codebook_of, kind_of
+from nla.codes.packed import packed, packed_width, unpacked
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.triplets import Triplets
-from nla.storage.codebook import Codebook, codebook_of, kind_of
-from nla.storage.packed import packed, packed_width, unpacked
 from nla.terms.base import Stored, Term, class_path
 
 CHUNK = 64  # triplets that a forward pass unpacks at a time

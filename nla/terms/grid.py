@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nla.codes.grid_format import SCALE_BITS, GridFormat
+from nla.codes.packed import packed, packed_width, unpacked
+from nla.codes.rounding import Rounded
 from nla.kernels.tiled import PANEL, slices, widen
-from nla.storage.grid_format import SCALE_BITS, GridFormat
-from nla.storage.packed import packed, packed_width, unpacked
-from nla.storage.rounding import Rounded
 from nla.terms.base import Stored, Term, class_path
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from nla.codes.hadamard import random_signs, rotated, rotated_back, rotation_flops
+from nla.codes.lattice_format import BLOCK, LatticeFormat, blocks
 from nla.kernels.tiled import PANEL, slices, widen
-from nla.storage.hadamard import random_signs, rotated, rotated_back, rotation_flops
-from nla.storage.lattice_format import BLOCK, LatticeFormat, blocks
 from nla.terms.base import Stored, Term, class_path
 
 SEED_BITS = 64
@@ -19,7 +19,7 @@ SEED_BITS = 64
 class LatticeTerm(Term):
     """W' = scale U^T Q V: each 8 numbers of a row of Q (out, 8 blocks) are a vector of the format's codebooks.
 
-    U (out, out) and V (8 blocks, 8 blocks) are random Hadamard transforms (`nla.storage.hadamard`). Rows of W' are filled up
+    U (out, out) and V (8 blocks, 8 blocks) are random Hadamard transforms (`nla.codes.hadamard`). Rows of W' are filled up
     with zeros to a multiple of eight numbers, which is what V rotates. Source: Tseng et al., "QuIP#", ICML 2024.
 
     Args:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla.codes.codebook import Codebook, codebook_of, kind_of
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.triplets import Triplets
-from nla.storage.codebook import Codebook, codebook_of, kind_of
 from nla.terms.base import Stored, Term, class_path
 from nla.terms.coded import CodedTerm
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nla.storage.lattice import E8P, E8Shell, LatticeCodebook, on_device
+from nla.codes.lattice import E8P, E8Shell, LatticeCodebook, on_device
 
 WIDTHS = (1, 2, 3, 4)
 BLOCK = 8  # numbers of a vector

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nla.codes.lattice_format import BLOCK, LatticeFormat
 from nla.kernels.tiled import slices
-from nla.storage.lattice_format import BLOCK, LatticeFormat
 
 DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it, as in QuIP#
 CHUNK = 128  # inputs between two uses of all earlier errors

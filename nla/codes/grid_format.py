@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from nla.storage.levels import Levels, levels_of
-from nla.storage.packed import packed_width
+from nla.codes.levels import Levels, levels_of
+from nla.codes.packed import packed_width
 
 WIDTHS = (1, 2, 3, 4, 8)
 GROUPS = (32, 64, 128)  # and whole rows

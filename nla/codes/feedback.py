@@ -6,9 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import Lattice, Rounded, best_lattice, nearest_codes, rounded_to_nearest
 from nla.kernels.tiled import slices
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import Lattice, Rounded, best_lattice, nearest_codes, rounded_to_nearest
 
 BLOCK = 128  # inputs between two updates of all later ones
 DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it

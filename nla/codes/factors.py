@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from nla.storage.feedback import feedback
-from nla.storage.grid_format import GridFormat
-from nla.storage.rounding import Lattice, Rounded, rounded_to_nearest
+from nla.codes.feedback import feedback
+from nla.codes.grid_format import GridFormat
+from nla.codes.rounding import Lattice, Rounded, rounded_to_nearest
 
 RIDGE = 1e-10  # fraction of the mean of a diagonal that makes normal equations solvable if columns depend on each other
 
