@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nla.codes import block_ldlq as block_ldlq_module
 from nla.codes.block_ldlq import block_ldlq, feedback, rounded_at
 from nla.codes.hadamard import random_signs, rotated, rotated_back
 from nla.codes.lattice_format import GAUSSIAN_ERROR, ONE, TWO, WIDTHS, LatticeFormat
 from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.methods.quip import QuIP
-from nla.codes import block_ldlq as block_ldlq_module
 from nla.terms.lattice_term import LatticeTerm, lattice_bits
 from nla.terms.state import empty_term, pack, unpack
 from tests.conftest import TINY
