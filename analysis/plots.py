@@ -1,5 +1,6 @@
 """Figures, drawn from the data frames of `analysis.frames` and from records."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,7 +103,9 @@ def refined(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axis = figure.subplots()
     for number, ((method, budget), line) in enumerate(table.reset_index().groupby(["method", "budget"], sort=True)):
+        rate = re.search(r"\blr=([\d.]+)", str(method))
         name = str(method).partition(" (")[0] + ("" if budget == "uniform" else f", {budget} budget")
+        name += f", rate {rate[1]}" if rate else ""
         colour = f"C{number}"
         axis.plot(100 * line["ratio"], line["refined"], "-", marker="o", markersize=4, color=colour, label=f"{name}, refined")
         if line["fitted"].notna().any():
@@ -141,13 +144,19 @@ def by_bits(table: pd.DataFrame) -> Figure:
     axis.axhline(float(table["dense"].iloc[0]), color="k", linewidth=1, label="dense, 16 bits")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    ticks = sorted({round(bits, 1) for bits in table.index.get_level_values("bits")})
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks(*plain_ticks([1, 1.5, 2, 3, 4, 8], axis.get_xlim()))
+    axis.set_yticks(*plain_ticks([10, 20, 30, 50, 100, 200, 300, 500, 1000], axis.get_ylim()))
     axis.minorticks_off()
     axis.set_xlabel("bits per weight of the compressed matrices", fontsize=9)
     axis.set_ylabel("perplexity", fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
+
+
+def plain_ticks(ticks: list[float], limits: tuple[float, float]) -> tuple[list[float], list[str]]:
+    """The ticks within the limits of an axis, and their labels."""
+    within = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
+    return within, [f"{tick:g}" for tick in within]
 
 
 if __name__ == "__main__":  # python -m analysis.plots: the README's figure, from the records in git
