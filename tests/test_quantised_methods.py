@@ -1,11 +1,16 @@
 """Tests of methods that store numbers in few bits: rtn, gptq, and a grid plus linear factors."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nla
 from nla.codes.grid_format import GridFormat
 from nla.codes.rounding import rounded_to_nearest
 from nla.kernels.linear import Linear
@@ -167,8 +172,6 @@ def test_settings_that_make_no_sense_are_errors_that_name_them():
 
 @pytest.mark.parametrize("name", ["gptq", "caldera"])
 def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp_path):
-    import nla
-
     folder = tmp_path / "saved"
     arguments = [f"method={name}", "bits=3.5", "dtype=bfloat16", "retrain.steps=2", "retrain.length=32", f"save={folder}"]
     record = run_here(*TINY, *arguments, "retrain.watch=0", "statistics.windows=4", "statistics.length=32")
@@ -176,6 +179,22 @@ def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp
     loaded = nla.load_compressed(folder)
     grids = [module for module in loaded.modules() if isinstance(module, Grid)]
     assert len(grids) == 14 and sum(8 * b.numel() for g in grids for b in g.buffers()) > 0
+
+
+def test_folders_of_all_kinds_of_codes_load_in_a_fresh_process(run_here, tmp_path):
+    """transformers builds a model on the meta device, where tables of codes that are made then would have no values."""
+    asked = [*TINY, "dtype=bfloat16", "statistics.windows=4", "statistics.length=32", "solver.steps=5", "task.max_windows=1"]
+    expected = {}
+    for name, bits in (("quip", 2.5), ("lq_lora", 5.5), ("nla_angles", 6), ("svd_llm_int4", 4)):
+        run_here(*asked, f"method={name}", f"bits={bits}", f"save={tmp_path / name}")
+        expected[name] = float(nla.load_compressed(tmp_path / name)(torch.arange(9)[None]).logits.float().sum())
+    code = (
+        "import json, sys, nla, torch; print(json.dumps({path.rpartition('/')[2]: float(nla.load_compressed(path)"
+        "(torch.arange(9)[None]).logits.float().sum()) for path in sys.argv[1:]}))"
+    )
+    paths = [str(tmp_path / name) for name in expected]
+    end = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert json.loads(end.stdout) == expected
 
 
 @pytest.mark.parametrize("width", [8, 4, 3, 2])

@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")  # tables are made here, although transformers imports this while it builds a model on the meta device
 SHIFT = 0.25  # added to, or subtracted from, all eight numbers of an entry of E8P
 
 
@@ -37,8 +38,9 @@ class E8Shell(LatticeCodebook):
     def __init__(self) -> None:
         whole = [v for v in product((-1.0, 0.0, 1.0), repeat=8) if sum(map(abs, v)) == 2]
         half = [v for v in product((-0.5, 0.5), repeat=8) if sum(v) % 2 == 0]
-        twice = 2 * torch.eye(8)
-        self.entries = torch.cat((torch.tensor(whole), torch.tensor(half), twice, -twice))
+        with CPU:
+            twice = 2 * torch.eye(8)
+            self.entries = torch.cat((torch.tensor(whole), torch.tensor(half), twice, -twice))
 
     def nearest(self, x: Tensor) -> Tensor:
         entries = on_device(self, x.device).to(x.dtype)
@@ -64,17 +66,18 @@ class E8P(LatticeCodebook):
     width = 2
 
     def __init__(self) -> None:
-        self.patterns = sizes_of_e8p()
-        shorter, self.long = self.patterns.split((227, 29))
-        self.falling = shorter[(shorter.diff(dim=1) <= 0).all(1)]
-        self.places = torch.zeros(3**8, dtype=torch.int64)
-        self.places[number_of(self.patterns)] = torch.arange(256)
-        codes = torch.arange(2**16)
-        sizes = self.patterns[codes >> 8]
-        negative = (codes[:, None] >> torch.arange(1, 8)) & 1  # (2^16, 7)
-        last = (negative.sum(1) + sizes.sum(1).long()) % 2
-        signs = 1 - 2 * torch.cat((negative, last[:, None]), 1)
-        self.entries = sizes * signs + SHIFT * (1 - 2 * (codes[:, None] & 1))
+        with CPU:
+            self.patterns = sizes_of_e8p()
+            shorter, self.long = self.patterns.split((227, 29))
+            self.falling = shorter[(shorter.diff(dim=1) <= 0).all(1)]
+            self.places = torch.zeros(3**8, dtype=torch.int64)
+            self.places[number_of(self.patterns)] = torch.arange(256)
+            codes = torch.arange(2**16)
+            sizes = self.patterns[codes >> 8]
+            negative = (codes[:, None] >> torch.arange(1, 8)) & 1  # (2^16, 7)
+            last = (negative.sum(1) + sizes.sum(1).long()) % 2
+            signs = 1 - 2 * torch.cat((negative, last[:, None]), 1)
+            self.entries = sizes * signs + SHIFT * (1 - 2 * (codes[:, None] & 1))
 
     def nearest(self, x: Tensor) -> Tensor:
         """The exact search. Let z = x -+ 1/4 be the vectors without the shift.

@@ -66,10 +66,11 @@ class NormalFloat:
     width = 4
 
     def __init__(self) -> None:
-        above = torch.special.ndtri(torch.linspace(QLORA_OFFSET, 0.5, 9, dtype=torch.float64))  # the last one is 0
-        below = -torch.special.ndtri(torch.linspace(QLORA_OFFSET, 0.5, 8, dtype=torch.float64))[:-1]
-        self.table = (torch.cat((below, above.flip(0))) / above[0]).float()
-        self.borders = (self.table[1:] + self.table[:-1]) / 2
+        with torch.device("cpu"):  # not on the meta device, on which transformers builds a model
+            above = torch.special.ndtri(torch.linspace(QLORA_OFFSET, 0.5, 9, dtype=torch.float64))  # the last one is 0
+            below = -torch.special.ndtri(torch.linspace(QLORA_OFFSET, 0.5, 8, dtype=torch.float64))[:-1]
+            self.table = (torch.cat((below, above.flip(0))) / above[0]).float()
+            self.borders = (self.table[1:] + self.table[:-1]) / 2
 
     def values(self, codes: Tensor, zeros: Tensor) -> Tensor:
         return self.table.to(codes.device)[codes.int()]
