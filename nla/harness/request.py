@@ -26,14 +26,8 @@ from nla.retrain.settings import Retraining
 from tasks.base import Task
 from tasks.data.base import Data, training_set
 
-INGREDIENTS = [
-    "kernel",
-    "solver",
-    "storage",
-    "data",
-    "calibration",
-    "schedule",
-]  # groups that a run has only inside other groups
+# groups that a run has only inside other groups
+INGREDIENTS = ["kernel", "solver", "storage", "data", "calibration", "schedule"]
 
 
 @dataclass(frozen=True)
