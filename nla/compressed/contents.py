@@ -9,9 +9,14 @@ from nla.terms.base import Term, shares
 from nla.terms.kernel_term import KernelTerm
 
 
+def compressed_layers(module: nn.Module) -> dict[str, CompressedLinear]:
+    """The compressed layers by qualified name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, CompressedLinear)}
+
+
 def matrix_terms(module: nn.Module) -> dict[str, Term]:
     """The term of every compressed matrix, by the qualified name of its layer."""
-    return {name: m.term for name, m in module.named_modules() if isinstance(m, CompressedLinear)}
+    return {name: layer.term for name, layer in compressed_layers(module).items()}
 
 
 def kernel_terms(module: nn.Module) -> dict[str, KernelTerm]:

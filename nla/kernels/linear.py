@@ -6,7 +6,7 @@ from torch import Tensor
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors, mixed_factors, spectrum_flops
-from nla.matrix.triplets import Triplets, root_mean_square
+from nla.matrix.triplets import Triplets, column_sizes
 
 
 class Linear(FactoredKernel):
@@ -29,7 +29,7 @@ class Linear(FactoredKernel):
         return Triplets(t.A * scale_a, t.B * scale_b, t.mu.sign())
 
     def with_size(self, t: Triplets, size: float) -> Triplets:
-        a, b = (root_mean_square(f) / size for f in (t.A, t.B))
+        a, b = (column_sizes(f) / size for f in (t.A, t.B))
         return Triplets(t.A / a[:, None], t.B / b[:, None], t.mu * a * b)
 
     def columns(self, h: int, r: int) -> int:

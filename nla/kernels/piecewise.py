@@ -11,7 +11,7 @@ from nla.kernels.self_term_surface import SelfTermSurface, self_term
 from nla.kernels.self_terms import fit_self_terms, fit_self_terms_flops
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import spectrum_flops
-from nla.matrix.triplets import Triplets, root_mean_square
+from nla.matrix.triplets import Triplets, column_sizes
 
 
 class Piecewise(FactoredKernel):
@@ -55,7 +55,7 @@ class Piecewise(FactoredKernel):
         return Triplets(t.A * scale, t.B * scale, t.mu.sign())
 
     def with_size(self, t: Triplets, size: float) -> Triplets:
-        scale = root_mean_square(torch.cat((t.A, t.B))) / size
+        scale = column_sizes(torch.cat((t.A, t.B))) / size
         return Triplets(t.A / scale[:, None], t.B / scale[:, None], t.mu * scale.square())
 
     def constraint(self, t: Triplets, trained: frozenset[str]) -> Constraint | None:

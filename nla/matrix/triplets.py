@@ -71,7 +71,7 @@ class Triplets:
         return Triplets(self.A, self.B, self.mu * factor)
 
 
-def root_mean_square(factor: Tensor) -> Tensor:
+def column_sizes(factor: Tensor) -> Tensor:
     """Root mean square (h,) of each column block of A or B, (rows, h, r); 1 where it is zero."""
     size = factor.square().mean((0, 2)).sqrt()
     return torch.where(size > 0, size, 1.0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nla.compressed.contents import kernel_terms
+from nla.compressed.contents import compressed_layers, kernel_terms
 from nla.compressed.layer import CompressedLinear
 from nla.kernels.base import TRAINING_RATE
 from nla.kernels.linear import Linear
@@ -31,7 +31,7 @@ def prepare_terms(module: nn.Module, linear_term: int, seed: int) -> None:
     are not balanced, because balancing one of them would unbalance the other. Rounded numbers become trainable (`pack_terms`
     leads back).
     """
-    for layer in compressed_layers(module):
+    for layer in compressed_layers(module).values():
         layer.term = layer.term.trainable()
     terms = kernel_terms(module).values()
     users = Counter(id(p) for term in terms for p in term.parameters())
@@ -39,19 +39,15 @@ def prepare_terms(module: nn.Module, linear_term: int, seed: int) -> None:
         if all(users[id(p)] == 1 for p in term.parameters()):
             term.hold(term.kernel.balanced(term.triplets))
     if linear_term:
-        for i, layer in enumerate(compressed_layers(module)):
+        for i, layer in enumerate(compressed_layers(module).values()):
             added = zero_term(layer, linear_term, torch.Generator().manual_seed(seed + i))
             layer.term = Sum([*(layer.term.summands if isinstance(layer.term, Sum) else [layer.term]), added])
 
 
 def pack_terms(module: nn.Module) -> None:
     """Store the rounded numbers of every compressed matrix as codes again, after a training."""
-    for layer in compressed_layers(module):
+    for layer in compressed_layers(module).values():
         layer.term = layer.term.packed()
-
-
-def compressed_layers(module: nn.Module) -> list[CompressedLinear]:
-    return [m for m in module.modules() if isinstance(m, CompressedLinear)]
 
 
 def zero_term(layer: CompressedLinear, rank: int, generator: torch.Generator) -> AddedTerm:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from nla.compressed.layer import CompressedLinear
+from nla.compressed.contents import compressed_layers
 from nla.compressed.surgery import merge
 from nla.machine.errors import UserError
 from nla.saved import pairs
@@ -36,11 +36,6 @@ BUILD = {
     "model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER))",
     False: 'import timm\nimport torch\n\nmodel = timm.create_model(f"local-dir:{FOLDER}").to(DTYPE)',
 }
-
-
-def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
-    """The compressed layers by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
 @torch.no_grad()

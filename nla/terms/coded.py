@@ -14,7 +14,42 @@ from nla.terms.base import Stored, Term, class_path
 CHUNK = 64  # triplets that a forward pass unpacks at a time
 
 
-class CodedTerm(Term):
+class CodebookTerm(Term):
+    """What triplets of a codebook have in common, whether they are packed or in training."""
+
+    kernel: FactoredKernel
+    codebook: Codebook
+    mu: nn.Parameter
+    h: int
+    r: int
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "class": class_path(self),
+            "kernel": {"class": class_path(self.kernel), **self.kernel.settings()},
+            "kind": kind_of(self.codebook),
+            "width": self.codebook.width,
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "h": self.h,
+            "r": self.r,
+            "dtype": str(self.mu.dtype).removeprefix("torch."),
+        }
+
+    def describe(self) -> str:
+        return f"{self.kernel.name} {self.codebook.name} h={self.h} r={self.r}"
+
+    def forward_flops(self, tokens: int) -> int:
+        return self.kernel.forward_flops(self.out_features, self.in_features, self.h, self.r, tokens)
+
+    def dense_flops(self) -> int:
+        return self.kernel.dense_flops(self.out_features, self.in_features, self.h, self.r)
+
+    def rank_bound(self) -> int:
+        return self.kernel.rank_bound(self.h, self.r)
+
+
+class CodedTerm(CodebookTerm):
     """W'[i, j] = rows_i columns_j sum_l mu_l k(A[i, l], B[j, l]), with A and B as packed codes of a codebook.
 
     Args:
@@ -38,7 +73,7 @@ class CodedTerm(Term):
         columns: Tensor,
     ) -> None:
         super().__init__()
-        self.kernel, self.codebook, self.r = kernel, codebook, r
+        self.kernel, self.codebook, self.h, self.r = kernel, codebook, len(mu), r
         self.out_features, self.in_features = len(rows), len(columns)
         self.register_buffer("A", A)
         self.register_buffer("B", B)
@@ -66,10 +101,6 @@ class CodedTerm(Term):
         A, B = (torch.empty(h * r, packed_width(n, width), dtype=torch.uint8, device="meta") for n in sides)
         mu, rows, columns = (torch.empty(n, dtype=dtype, device="meta") for n in (h, *sides))
         return cls(kernel, codebook_of(kind, width), r, A, B, mu, rows, columns)
-
-    @property
-    def h(self) -> int:
-        return len(self.mu)
 
     def triplets(self, begin: int = 0, end: int | None = None) -> Triplets:
         """The triplets from `begin` to before `end`, in the type of mu."""
@@ -103,31 +134,6 @@ class CodedTerm(Term):
         sides = ((self.A, self.out_features), (self.B, self.in_features))
         codes = [Stored(p, n * self.h * self.r, 8 * p.numel()) for p, n in sides]
         return codes + [Stored(p, p.numel(), 8 * p.numel() * p.element_size()) for p in (self.mu, self.rows, self.columns)]
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "class": class_path(self),
-            "kernel": {"class": class_path(self.kernel), **self.kernel.settings()},
-            "kind": kind_of(self.codebook),
-            "width": self.codebook.width,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "h": self.h,
-            "r": self.r,
-            "dtype": str(self.mu.dtype).removeprefix("torch."),
-        }
-
-    def describe(self) -> str:
-        return f"{self.kernel.name} {self.codebook.name} h={self.h} r={self.r}"
-
-    def forward_flops(self, tokens: int) -> int:
-        return self.kernel.forward_flops(self.out_features, self.in_features, self.h, self.r, tokens)
-
-    def dense_flops(self) -> int:
-        return self.kernel.dense_flops(self.out_features, self.in_features, self.h, self.r)
-
-    def rank_bound(self) -> int:
-        return self.kernel.rank_bound(self.h, self.r)
 
     def scaled(self, factor: float) -> "CodedTerm":
         return self.with_numbers(self.mu * factor, self.rows, self.columns)

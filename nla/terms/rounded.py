@@ -1,20 +1,18 @@
 """Triplets whose A and B are rounded to the values of a codebook: the form in which they are fitted and trained."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from nla.codes.codebook import Codebook, codebook_of, kind_of
+from nla.codes.codebook import Codebook, codebook_of
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.triplets import Triplets
-from nla.terms.base import Stored, Term, class_path
-from nla.terms.coded import CodedTerm
+from nla.terms.base import Stored, Term
+from nla.terms.coded import CodebookTerm, CodedTerm
 
 PARTS = ("A", "B", "mu", "rows", "columns")
 
 
-class RoundedTerm(Term):
+class RoundedTerm(CodebookTerm):
     """W'[i, j] = rows_i columns_j sum_l mu_l k(A[i, l], B[j, l]), with A and B rounded to the values of a codebook.
 
     A and B are kept unrounded, so that small steps add up. Gradients pass the rounding unchanged. `packed` gives the term of
@@ -32,7 +30,7 @@ class RoundedTerm(Term):
 
     def __init__(self, kernel: FactoredKernel, codebook: Codebook, triplets: Triplets, rows: Tensor, columns: Tensor) -> None:
         super().__init__()
-        self.kernel, self.codebook = kernel, codebook
+        self.kernel, self.codebook, self.h, self.r = kernel, codebook, triplets.h, triplets.r
         self.out_features, self.in_features = triplets.out_features, triplets.in_features
         for part, tensor in zip(PARTS, (*triplets.tensors, rows, columns), strict=True):
             setattr(self, part, nn.Parameter(tensor.detach()))
@@ -54,14 +52,6 @@ class RoundedTerm(Term):
         return cls(kernel, codebook_of(kind, width), Triplets(A, B, mu), rows, columns)
 
     @property
-    def h(self) -> int:
-        return self.A.shape[1]
-
-    @property
-    def r(self) -> int:
-        return self.A.shape[2]
-
-    @property
     def triplets(self) -> Triplets:
         """The rounded triplets."""
         return Triplets(self.codebook.rounded(self.A), self.codebook.rounded(self.B), self.mu)
@@ -81,31 +71,6 @@ class RoundedTerm(Term):
 
     def stored(self) -> list[Stored]:
         return self.packed().stored()
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "class": class_path(self),
-            "kernel": {"class": class_path(self.kernel), **self.kernel.settings()},
-            "kind": kind_of(self.codebook),
-            "width": self.codebook.width,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "h": self.h,
-            "r": self.r,
-            "dtype": str(self.mu.dtype).removeprefix("torch."),
-        }
-
-    def describe(self) -> str:
-        return f"{self.kernel.name} {self.codebook.name} h={self.h} r={self.r}"
-
-    def forward_flops(self, tokens: int) -> int:
-        return self.kernel.forward_flops(self.out_features, self.in_features, self.h, self.r, tokens)
-
-    def dense_flops(self) -> int:
-        return self.kernel.dense_flops(self.out_features, self.in_features, self.h, self.r)
-
-    def rank_bound(self) -> int:
-        return self.kernel.rank_bound(self.h, self.r)
 
     def scaled(self, factor: float) -> "RoundedTerm":
         return self.with_numbers(self.A, self.B, self.mu * factor, self.rows, self.columns)
