@@ -1,12 +1,12 @@
 """`python -m analysis.claims`: whether the figures of README.md and FINDINGS.md are those of the records.
 
 analysis/claims.yaml says from which runs each figure is computed. Every other number in the two texts must be in its list of
-numbers that are not measured, or that have no record.
+numbers that are not measured, or that have no record. A command in the section of a figure makes each of its runs.
 """
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from analysis.commands import commanded, makes
 from analysis.composed import ROOT
-from analysis.recorded import Figure, NoRecordError, Run, described, formatted, printed_unit
+from analysis.recorded import Figure, NoRecordError, Run, described, formatted, matching, printed_unit, runs_of
 from analysis.records import IN_GIT, load_records
 
 YAML = Path(__file__).with_name("claims.yaml")
@@ -26,6 +27,8 @@ COMMANDS = re.compile(r"^```\n(?:python|make|class) .*?\n```|^\$ (?:[^\n]*\\\n)*
 NO_FIGURES = re.compile(  # settings and code in a sentence, links, numbers of sections and of points
     r"(?<!`)`[^`]+`(?!`)|\]\([^)]*\)|^#+ \d+\.|^\d+\. |\b[Ff]indings? \d+(?: and \d+)?", re.MULTILINE
 )
+SECTION = re.compile(r"^## (?:(\d+)\. )?.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+REFERENCE = re.compile(r"[Ff]indings? (\d+)(?: and (\d+))?")
 Span = tuple[int, int]
 
 
@@ -191,18 +194,44 @@ def report(claims: Claims, texts: dict[str, str], runs: list[Run]) -> Report:
     return Report(checked, bare, [name for name, one in alone if not any(one.places(text) for text in texts.values())])
 
 
+def without_command(claims: Claims, texts: dict[str, str], runs: list[Run]) -> Iterator[str]:
+    """A line for every run of a claim that no command makes of those beside the claim."""
+    for file, found in claims.claims.items():
+        for claim in found:
+            places = check(claim, texts[file], runs).places
+            made = commanded(beside(texts[file], places[0], texts)) if places else []
+            for asked in sorted({run for figure in claim.figures().values() for run in runs_of(figure)}):
+                for record in matching(asked, runs) if places else []:
+                    if not any(makes(settings, record) for settings in made):
+                        yield f"{file}: {claim.text.strip()}: no command beside it makes {record.name} ({asked})"
+
+
+def beside(text: str, place: Span, texts: dict[str, str]) -> str:
+    """The part of the texts that has the commands of a figure: its section, and the sections that this refers to.
+
+    A figure outside the numbered sections may come from any command, also from that of `make demo`.
+    """
+    numbered = {match[1]: match[0] for match in SECTION.finditer(text) if match[1]}
+    number = next((match[1] for match in SECTION.finditer(text) if match.start() <= place[0] < match.end()), None)
+    if number is None:
+        return "\n".join([*texts.values(), (ROOT / "Makefile").read_text()])
+    named = [other for pair in REFERENCE.findall(numbered[number]) for other in pair if other]
+    return "\n".join(numbered[key] for key in [number, *named])
+
+
 def read_texts() -> dict[str, str]:
     return {file: (ROOT / file).read_text() for file in FILES}
 
 
 def main() -> str:
     """Print every claim with its state. Returns the problems, a line for each."""
-    found = report(read_claims(), read_texts(), described(load_records([IN_GIT])))
-    for file, claims in found.checked.items():
-        for checked in claims:
+    claims, texts, runs = read_claims(), read_texts(), described(load_records([IN_GIT]))
+    found = report(claims, texts, runs)
+    for file, all_checked in found.checked.items():
+        for checked in all_checked:
             state = checked.problems[0].partition(":")[0] if checked.problems else "ok"
             print(f"{state:10} {Path(file).name}: {' '.join(checked.claim.text.split())}")
-    return "\n".join(found.problems())
+    return "\n".join(found.problems() or without_command(claims, texts, runs))
 
 
 if __name__ == "__main__":

@@ -80,17 +80,17 @@ def described(records: Iterable[RunRecord]) -> list[Run]:
 
 
 def value(figure: Figure, runs: list[Run]) -> float:
-    found = [of_run(figure, record) for record in matching(figure.run, runs)]
+    found = [of_run(figure, record) for record in matching(runs_of(figure)[0], runs)]
     if figure.of is None and len(found) != 1:
         raise NoRecordError(f"{len(found)} runs, and `of` does not say what to make of them")
     number = AGGREGATES[figure.of](found) if figure.of else found[0]
     return number / value(figure.to, runs) if isinstance(figure.to, Figure) else number
 
 
-def matching(run: str | list[str], runs: list[Run]) -> list[RunRecord]:
+def matching(run: str, runs: list[Run]) -> list[RunRecord]:
     """The one record of every combination of these settings."""
     found = []
-    for settings in combinations(run if isinstance(run, str) else " ".join(run)):
+    for settings in combinations(run):
         same = [record for typed, record in runs if not differences(settings, typed)]
         if len(same) != 1:
             asked = words(settings) or "the defaults"
@@ -100,6 +100,12 @@ def matching(run: str | list[str], runs: list[Run]) -> list[RunRecord]:
             )
         found += same
     return found
+
+
+def runs_of(figure: Figure) -> list[str]:
+    """The settings of all runs that a figure is computed from, as typed."""
+    own = [figure.run if isinstance(figure.run, str) else " ".join(figure.run)]
+    return own + (runs_of(figure.to) if isinstance(figure.to, Figure) else [])
 
 
 def words(settings: dict[str, str]) -> str:

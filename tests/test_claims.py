@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from analysis.claims import Claim, Claims, Unclaimed, check, read_claims, read_texts, report
+from analysis.claims import Claim, Claims, Unclaimed, check, read_claims, read_texts, report, without_command
+from analysis.commands import commanded, makes
 from analysis.composed import composed
 from analysis.experiments import as_recorded
 from analysis.recorded import USUAL, Figure, NoRecordError, described, formatted
@@ -33,6 +34,28 @@ def test_another_figure_in_a_text_is_noticed_wherever_it_is_claimed(runs):
         text = texts[file][:start] + other + texts[file][end:]
         # a fragment that occurs twice is still right once; then the changed number has no claim, or that of other words
         assert check(claim, text, runs).problems or report(claims, texts | {file: text}, runs).problems()
+
+
+def test_the_commands_beside_every_figure_make_its_runs(runs):
+    assert not list(without_command(read_claims(), read_texts(), runs))
+
+
+def test_a_command_that_makes_another_run_is_noticed(runs):
+    texts = read_texts()
+    for command, other in (("refine.lr=4.5e-2", "refine.lr=4e-2"), ("bits=3.3 method=gptq,quip", "bits=3.2 method=gptq,quip")):
+        assert command in texts["analysis/FINDINGS.md"]
+        changed = texts | {"analysis/FINDINGS.md": texts["analysis/FINDINGS.md"].replace(command, other)}
+        assert list(without_command(read_claims(), changed, runs))
+
+
+def test_a_command_makes_a_run_for_each_combination_of_its_values():
+    made = commanded("text `python run.py seed=1` text\n$ python run.py -m method=svd,asvd \\\n  ratio=0.5,0.2  # comment\n")
+    assert [(m["method"]["_target_"].rpartition(".")[2], m["ratio"], m["seed"]) for m in made] == [
+        ("NLA", 0.7, 1), ("SVD", 0.5, 0), ("SVD", 0.2, 0), ("ASVD", 0.5, 0), ("ASVD", 0.2, 0),
+    ]  # fmt: skip
+    config = as_recorded(made[1], {"statistics": {}})
+    record = RunRecord(signature="0", status="done", environment={}, config=config)
+    assert [makes(settings, record) for settings in made] == [False, True, False, False, False]
 
 
 def fit(name: str, error: float, svd: float) -> FitRecord:
