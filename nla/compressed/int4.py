@@ -1,8 +1,8 @@
 """Grids of few bits for inference: the matrix stays in memory in codes of 4 bits, which torch's product unpacks in registers.
 
 Milliseconds of one row in bf16 (one core of AMD Zen 5): 1536 x 576: 0.05, and 0.08 from a dense matrix; 4096 x 4096: 0.85 and
-3.0. With 16 rows it takes 1.2 to 1.7 times as long as from a dense matrix, with 512 rows 2.6 times. Only bf16 on a CPU with
-AVX-512 is so fast: in fp32 it takes 8 to 60 times as long as from a dense matrix.
+3.0. With 16 rows it takes 1.2 to 1.8 times as long as from a dense matrix, with 512 rows 2.6 times. Only bf16 on a CPU with
+AVX-512 is so fast: in fp32 it takes 8 to 24 times as long as from a dense matrix for one row.
 """
 
 import torch
