@@ -41,7 +41,7 @@ def test_packed_codes_are_unpacked_unchanged_and_take_their_bits(bits, rows, n, 
     held = packed(codes, bits)
     assert held.dtype == torch.uint8 and held.shape == (rows, packed_width(n, bits))
     assert 8 * held.shape[1] < bits * (n + 8)
-    assert torch.equal(unpacked(held, bits, n), codes.int())
+    assert torch.equal(unpacked(held, bits, n), codes.to(torch.uint8))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -5,44 +5,20 @@ The layouts are the fastest of those measured with one row of 4096 x 11008 at 70
 product takes 1.25 times as long from (out, k) as from (k, out). With 512 rows the layouts differ by a few percent.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from nla.compressed.inference_linear import InferenceLinear
+from nla.compressed.int4 import int4_linear, is_fast
 from nla.compressed.layer import CompressedLinear
-from nla.machine.errors import UserError
 from nla.terms.base import Term
+from nla.terms.grid import Grid
 from nla.terms.pivoted import Pivoted
 from nla.terms.thin import thin_factors
 
 ALIGNED = 8  # the number of columns of 16-bit factors is a multiple of this, so that rows begin at multiples of 16 bytes
 WORTH = 0.9  # of the matrix's numbers: with more, too few bytes are saved for the call of a second product (a chosen limit)
-
-
-class InferenceLinear(nn.Module):
-    """A linear layer that only computes outputs. It is not trained, and not saved: its numbers are not those of its term.
-
-    Args:
-        bias: (out,), or None.
-        tensors: attributes by name, for the forward pass.
-    """
-
-    def __init__(self, bias: Tensor | None, **tensors: Tensor) -> None:
-        super().__init__()
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-        self.register_state_dict_pre_hook(refuse)
-
-
-def refuse(module: nn.Module, *_: Any) -> None:
-    """Raise UserError, because the model cannot be saved."""
-    raise UserError(
-        "optimise_for_inference has changed this model for inference only, and it cannot be saved; "
-        "save it before, or copy the folder it was loaded from"
-    )
 
 
 class ThinLinear(InferenceLinear):
@@ -72,10 +48,10 @@ class PivotedLinear(InferenceLinear):
 def optimise_for_inference(model: nn.Module) -> nn.Module:
     """Replace every CompressedLinear, in place, by a layer that computes the same outputs faster.
 
-    That is two thin matrices or pivot rows, or the dense matrix if they have nearly as many numbers as it (see WORTH), or if
-    the kernel has no thin factors. Outputs differ from the compressed layer's by rounding. The model can then neither be
-    trained nor saved. It may need more memory than before: phase has two numbers for each stored angle, a dense matrix has
-    all.
+    That is codes of 4 bits (see `nla.compressed.int4`), or two thin matrices or pivot rows, or the dense matrix if these have
+    nearly as many numbers as it (see WORTH), or if the term has none of them. Outputs differ from the compressed layer's by
+    rounding. The model can then neither be trained nor saved. It may need more memory than before: phase has two numbers for
+    each stored angle, a dense matrix has all.
 
     Returns:
         the same model.
@@ -87,10 +63,12 @@ def optimise_for_inference(model: nn.Module) -> nn.Module:
 
 
 def inference_layer(term: Term, bias: Tensor | None) -> nn.Module:
-    """The layer for inference with the outputs of this term: thin, pivoted or dense."""
+    """The layer for inference with the outputs of this term: codes, thin, pivoted or dense."""
     dtype = next(term.parameters()).dtype
     term = term.as_stored(dtype)
     m, n = term.out_features, term.in_features
+    if isinstance(term, Grid) and is_fast(term):
+        return int4_linear(term, bias)
     if isinstance(term, Pivoted) and term.count() <= WORTH * m * n:
         rows, coefficients = term.rows.contiguous(), term.coefficients.contiguous()
         return PivotedLinear(bias, rows=rows, coefficients=coefficients, places=term.places())

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from nla.codes.grid_format import SCALE_BITS, GridFormat
@@ -49,20 +50,18 @@ class Grid(Term):
         scales = torch.empty(out_features, form.groups(in_features), dtype=dtype, device="meta")
         return cls(codes, zeros, scales, in_features, form)
 
-    def rows(self, panel: slice) -> Tensor:
-        """The rows W'[panel] (rows, in), computed in fp32, in the type of the scales."""
-        groups, width = self.scales.shape[1], self.form.width
-        codes = unpacked(self.codes[panel], width, self.in_features)
-        zeros = self.zero_points()[panel]
-        scales, sizes = widen(self.scales[panel]), self.group_sizes()
-        values = self.form.levels.values(codes, zeros.repeat_interleave(sizes, 1) if groups > 1 else zeros)
-        return (values * (scales.repeat_interleave(sizes, 1) if groups > 1 else scales)).to(self.scales.dtype)
+    def rows(self, panel: slice, zeros: Tensor) -> Tensor:
+        """The rows W'[panel] (rows, in), computed in fp32, in the type of the scales. Zeros: the `zero_points`."""
+        groups, group, n = self.scales.shape[1], self.form.group, self.in_features
+        codes = pad(unpacked(self.codes[panel], self.form.width, n), (0, groups * group - n)).unflatten(1, (groups, group))
+        values = self.form.levels.values(codes, zeros[panel, :, None]) * widen(self.scales[panel, :, None])
+        return values.to(self.scales.dtype).flatten(1)[:, :n]
 
     def zero_points(self) -> Tensor:
-        """The zero points (out, groups), int32; zeros if the levels have none."""
+        """The zero points (out, groups), uint8; zeros if the levels have none."""
         shape = self.scales.shape
         if not self.form.levels.has_zeros:
-            return torch.zeros(shape, dtype=torch.int32, device=self.codes.device)
+            return torch.zeros(shape, dtype=torch.uint8, device=self.codes.device)
         return unpacked(self.zeros, self.form.width, shape.numel()).view(shape)
 
     def group_sizes(self) -> Tensor:
@@ -72,20 +71,19 @@ class Grid(Term):
         sizes[-1] = self.in_features - (groups - 1) * group
         return sizes
 
-    def product(self, x: Tensor, panel: slice) -> Tensor:
+    def product(self, x: Tensor, panel: slice, zeros: Tensor) -> Tensor:
         """x @ W'[panel].T: (..., in) -> (..., rows)"""
-        return x @ self.rows(panel).to(x.dtype).T
+        return x @ self.rows(panel, zeros).to(x.dtype).T
 
     def forward(self, x: Tensor) -> Tensor:
         """The backward pass computes each panel of rows again, so that no more than one is in memory."""
-        panels = slices(self.out_features, PANEL // self.in_features)
-        if not torch.is_grad_enabled():
-            return torch.cat([self.product(x, panel) for panel in panels], -1)
-        recomputed = partial(checkpoint, self.product, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([recomputed(x, panel) for panel in panels], -1)
+        product, zeros = self.product, self.zero_points()
+        if torch.is_grad_enabled():
+            product = partial(checkpoint, self.product, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([product(x, panel, zeros) for panel in slices(self.out_features, PANEL // self.in_features)], -1)
 
     def dense(self) -> Tensor:
-        return self.rows(slice(0, self.out_features))
+        return self.rows(slice(0, self.out_features), self.zero_points())
 
     def stored(self) -> list[Stored]:
         scales, groups = self.scales, self.scales.numel()
