@@ -17,8 +17,8 @@ from nla.kernels.base import TRAINING_RATE
 FLOAT = {"method.storage._target_": "nla.storage.base.Float"}  # of older records, and of methods without a choice
 Row = tuple[Any, ...]  # the values of a table's keys, such as (0.5, "svd_llm") for the keys ratio and method
 COMPARED = ("ratio", "bits", "dtype", "forward", "select", "method", "budget", "task", "statistics", "refine", "retrain")
-# A local copy (path) has the same files. The rest changes how a run computes, not what. Seeds are averaged.
-IGNORED = NOT_TRAINED_BY - {"steps"} | {"path", "collect", "offload", "seed", "products"}
+# A local copy (path) has the same files. The rest changes how a run computes or times, not what. Seeds are averaged.
+IGNORED = NOT_TRAINED_BY - {"steps"} | {"path", "collect", "offload", "seed", "products", "repeats"}
 
 
 def swept_rows(experiment: str, keys: tuple[str, ...]) -> list[Row]:
