@@ -33,7 +33,8 @@ def made_by(*overrides: str) -> list[dict[str, Any]]:
         settings = composed(*(f"{key}={value}" for key, value in zip(asked, row, strict=True)))
         settings = settings | {"ratio": None if "bits" in plain else settings["ratio"]}
         for own in product(*plain.values()):
-            found.append(settings | {key: float(value) for key, value in zip(plain, own, strict=True)})
+            numbers = (None if value == "null" else float(value) for value in own)
+            found.append(settings | dict(zip(plain, numbers, strict=True)))
     return found
 
 
