@@ -195,13 +195,13 @@ def report(claims: Claims, texts: dict[str, str], runs: list[Run]) -> Report:
 
 
 def without_command(claims: Claims, texts: dict[str, str], runs: list[Run]) -> Iterator[str]:
-    """A line for every run of a claim that no command makes of those beside the claim."""
+    """A line for every run of a claim that no command makes of those beside the claim. All words must be in the texts."""
     for file, found in claims.claims.items():
         for claim in found:
-            places = check(claim, texts[file], runs).places
-            made = commanded(beside(texts[file], places[0], texts)) if places else []
+            place = check(claim, texts[file], runs).places[0]
+            made = commanded(beside(texts[file], place, texts))
             for asked in sorted({run for figure in claim.figures().values() for run in runs_of(figure)}):
-                for record in matching(asked, runs) if places else []:
+                for record in matching(asked, runs):
                     if not any(makes(settings, record) for settings in made):
                         yield f"{file}: {claim.text.strip()}: no command beside it makes {record.name} ({asked})"
 

@@ -31,7 +31,8 @@ def made_by(*overrides: str) -> list[dict[str, Any]]:
     found = []
     for row in product(*asked.values()):
         settings = composed(*(f"{key}={value}" for key, value in zip(asked, row, strict=True)))
-        settings = settings | {"ratio": None if "bits" in plain else settings["ratio"]}
+        if "bits" in plain:  # which take the place of the ratio
+            settings = settings | {"ratio": None}
         for own in product(*plain.values()):
             numbers = (None if value == "null" else float(value) for value in own)
             found.append(settings | dict(zip(plain, numbers, strict=True)))
@@ -47,11 +48,8 @@ def swept(overrides: tuple[str, ...]) -> dict[str, list[str]]:
 def pairs(overrides: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """(setting, its values) of overrides such as `ratio=0.5,0.7`."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        several = override.is_sweep_override()
-        yield (
-            override.key_or_group,
-            (list(override.sweep_string_iterator()) if several else [override.get_value_element_as_str()]),
-        )
+        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+        yield override.key_or_group, list(values)
 
 
 def makes(settings: dict[str, Any], record: RunRecord) -> bool:

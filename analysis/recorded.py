@@ -54,6 +54,11 @@ class Figure(BaseModel):
     of: Aggregate | None = None
     format: str = Field("g", pattern=rf"^[,.\dfg]+( \(?({'|'.join(UNITS)})\)?)?$")
 
+    @property
+    def settings(self) -> str:
+        """`run` as one text."""
+        return self.run if isinstance(self.run, str) else " ".join(self.run)
+
 
 def formatted(figure: Figure, runs: list[Run]) -> str:
     """The figure with its unit, as it stands in a text.
@@ -80,7 +85,7 @@ def described(records: Iterable[RunRecord]) -> list[Run]:
 
 
 def value(figure: Figure, runs: list[Run]) -> float:
-    found = [of_run(figure, record) for record in matching(runs_of(figure)[0], runs)]
+    found = [of_run(figure, record) for record in matching(figure.settings, runs)]
     if figure.of is None and len(found) != 1:
         raise NoRecordError(f"{len(found)} runs, and `of` does not say what to make of them")
     number = AGGREGATES[figure.of](found) if figure.of else found[0]
@@ -104,8 +109,7 @@ def matching(run: str, runs: list[Run]) -> list[RunRecord]:
 
 def runs_of(figure: Figure) -> list[str]:
     """The settings of all runs that a figure is computed from, as typed."""
-    own = [figure.run if isinstance(figure.run, str) else " ".join(figure.run)]
-    return own + (runs_of(figure.to) if isinstance(figure.to, Figure) else [])
+    return [figure.settings] + (runs_of(figure.to) if isinstance(figure.to, Figure) else [])
 
 
 def words(settings: dict[str, str]) -> str:

@@ -29,8 +29,9 @@ def some(m: int, n: int, form: GridFormat, seed: int = 0, dtype: torch.dtype = t
 )
 def test_codes_of_four_bits_compute_the_outputs_of_a_grid_of_any_shape_width_and_group(m, n, width, group, biased):
     term = some(m, n, GridFormat(width, min(group, n)), m)
-    bias = torch.randn(m).bfloat16() if biased else None
-    x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n)).bfloat16()
+    generator = torch.Generator().manual_seed(n)
+    bias = torch.randn(m, generator=generator).bfloat16() if biased else None
+    x = torch.randn(2, 3, n, generator=generator).bfloat16()
     layer = int4_linear(term, bias)
     own = x.double() @ term.as_stored(torch.float64).dense().T
     y = layer(x)
