@@ -140,7 +140,7 @@ def test_svd_llm_reaches_the_smallest_output_error_of_its_rank(m, n, tokens, ran
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, generator=generator)
     x = torch.randn(tokens, n, generator=generator).double() * torch.logspace(0, -2, n)
-    fit = compress(SVDLLM(False, Float()), weight, rank * (m + n + 1), statistics=Statistics(gram=(x.T @ x).float()))
+    fit = compress(SVDLLM(False, 0.0, Float()), weight, rank * (m + n + 1), statistics=Statistics(gram=(x.T @ x).float()))
     s = torch.linalg.svdvals(weight.double() @ x.T)
     best = float(s[rank:].square().sum() / s.square().sum())
     assert outputs_error(fit, weight, x) == pytest.approx(best, rel=1e-2, abs=1e-5)
@@ -184,10 +184,10 @@ def test_an_input_without_fisher_information_is_not_looked_at_and_none_at_all_is
 def test_a_gram_matrix_that_is_not_positive_definite_is_repaired_and_says_so():
     weight, _ = matrix_and_inputs(8, 6, 2)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    fit = compress(SVDLLM(False, Float()), weight, 3 * 15, statistics=Statistics(gram=x.T @ x))
+    fit = compress(SVDLLM(False, 0.0, Float()), weight, 3 * 15, statistics=Statistics(gram=x.T @ x))
     assert fit.status.startswith("optimal gram+")
     assert outputs_error(fit, weight, x.double()) < 1e-5  # outputs of three tokens have rank three
-    assert compress(SVDLLM(False, Float()), weight, 3 * 15).status == "optimal"
+    assert compress(SVDLLM(False, 0.0, Float()), weight, 3 * 15).status == "optimal"
 
 
 @pytest.mark.parametrize("loss, error", [("weight", "relative_error"), ("activation", "weighted_error")])
@@ -209,7 +209,7 @@ def test_the_weighted_optimum_stands_beside_a_fit_in_the_activation_norm():
     weight, statistics = matrix_and_inputs(24, 20, 7)
     values = configuration("method=nla", "kernel=linear", "method.loss=activation", "solver.products=float32")
     fit = compress(instantiate(values.method, _convert_="all"), weight, 300, statistics=statistics)
-    best = compress(SVDLLM(False, Float()), weight, 300, statistics=statistics)
+    best = compress(SVDLLM(False, 0.0, Float()), weight, 300, statistics=statistics)
     assert fit.weighted_error == pytest.approx(best.weighted_error, rel=1e-3)
     assert fit.svd_llm_error == pytest.approx(best.weighted_error, rel=1e-3) and fit.optimum == pytest.approx(
         fit.weighted_floor

@@ -167,7 +167,7 @@ def test_settings_that_make_no_sense_are_errors_that_name_them():
     with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: nf4, uniform"):
         LQLoRA(None, 5, "weight", "nf3")
     with pytest.raises(UserError, match=r"linear factors of this method .* use storage=float, int8"):
-        SVDLLM(False, Coded("angle", 3, 0))
+        SVDLLM(False, 0.0, Coded("angle", 3, 0))
 
 
 @pytest.mark.parametrize("name", ["gptq", "caldera"])
@@ -212,7 +212,7 @@ def test_packed_factors_have_the_largest_rank_that_fits(width, m, n, per_weight)
 @pytest.mark.parametrize("shape", [(7, 11), (20, 12)])
 def test_packed_factors_are_a_term_like_any_other(dtype, shape):
     weight = normal(*shape)
-    term = compress(SVDLLM(False, Coded("int", 4, 0)), weight, 6).term.as_stored(dtype)
+    term = compress(SVDLLM(False, 0.0, Coded("int", 4, 0)), weight, 6).term.as_stored(dtype)
     x = normal(2, 3, shape[1], seed=4).to(dtype)
     loose = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(term(x), x @ term.dense().T, **loose)
@@ -227,7 +227,7 @@ def test_packed_factors_are_a_term_like_any_other(dtype, shape):
 
 
 def test_gradients_of_packed_factors_are_those_of_their_matrix():
-    term, x = compress(SVDLLM(False, Coded("int", 4, 0)), normal(20, 12), 6).term, normal(5, 12, seed=1).requires_grad_()
+    term, x = compress(SVDLLM(False, 0.0, Coded("int", 4, 0)), normal(20, 12), 6).term, normal(5, 12, seed=1).requires_grad_()
     variables = [x, *term.parameters()]
     found = torch.autograd.grad(term(x).square().sum(), variables)
     wanted = torch.autograd.grad((x @ term.dense().T).square().sum(), variables)
@@ -238,7 +238,7 @@ def test_gradients_of_packed_factors_are_those_of_their_matrix():
 
 def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
     weight = normal(96, 128).to(torch.bfloat16)
-    wide, packed_4 = compress(SVDLLM(False, Float()), weight, 4), compress(SVDLLM(False, Coded("int", 4, 0)), weight, 4)
+    wide, packed_4 = compress(SVDLLM(False, 0.0, Float()), weight, 4), compress(SVDLLM(False, Coded("int", 4, 0)), weight, 4)
     assert packed_4.term.rank_bound() > 3 * wide.term.rank_bound()
     assert packed_4.weighted_error < 0.5 * wide.weighted_error and packed_4.bits <= 4 * weight.numel()
     assert packed_4.weighted_error == pytest.approx(min(error for _, error in packed_4.losses), rel=0.02)
@@ -246,7 +246,7 @@ def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
 
 def test_error_feedback_makes_packed_factors_better_than_rounding_them():
     weight, statistics = normal(96, 128), known(128)
-    fit = compress(SVDLLM(False, Coded("int", 3, 0)), weight, 3, statistics)
+    fit = compress(SVDLLM(False, 0.0, Coded("int", 3, 0)), weight, 3, statistics)
     objective, form, rank = Norms(weight, statistics).outputs, GridFormat(3, 128), fit.term.rank_bound()
     left, right = (f.float().T.contiguous() for f in balanced_factors(objective.spectrum, rank))
     rounded = rounded_to_nearest(left, form).dense(form).T @ rounded_to_nearest(right, form).dense(form)
@@ -257,9 +257,9 @@ def test_error_feedback_makes_packed_factors_better_than_rounding_them():
 @pytest.mark.parametrize("tokens", [3, 0])
 def test_packed_factors_of_more_rank_than_the_weight_has_are_finite(tokens):
     weight = normal(24, 2) @ normal(2, 32, seed=1)
-    fit = compress(SVDLLM(False, Coded("int", 8, 0)), weight, 8, known(32, tokens))
+    fit = compress(SVDLLM(False, 0.0, Coded("int", 8, 0)), weight, 8, known(32, tokens))
     assert fit.term.is_finite() and fit.weighted_error < 1e-2
-    assert compress(SVDLLM(False, Coded("int", 8, 0)), 0 * weight, 8).status == "zero"
+    assert compress(SVDLLM(False, 0.0, Coded("int", 8, 0)), 0 * weight, 8).status == "zero"
 
 
 def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():

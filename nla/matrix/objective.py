@@ -9,6 +9,8 @@ from torch import Tensor
 from nla.matrix.inputs import Statistics
 from nla.matrix.spectrum import Spectrum, WeightedSpectrum
 
+DAMPING = 0.01  # as in GPTQ
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -120,10 +122,14 @@ class Objective:
 
 
 class Norms:
-    """The norms in which one weight (out, in) can be approximated. `plain` and `outputs` are computed once."""
+    """The norms in which one weight (out, in) can be approximated. `plain` and `outputs` are computed once.
 
-    def __init__(self, weight: Tensor, statistics: Statistics) -> None:
-        self.weight, self.statistics = weight, statistics
+    Args:
+        correction: see `outputs`.
+    """
+
+    def __init__(self, weight: Tensor, statistics: Statistics, correction: float = 0.0) -> None:
+        self.weight, self.statistics, self.correction = weight, statistics, correction
 
     @cached_property
     def plain(self) -> Objective:
@@ -132,9 +138,22 @@ class Norms:
 
     @cached_property
     def outputs(self) -> Objective:
-        """||(W' - W) X^T|| over the calibration tokens X; needs the Gram matrix."""
-        assert self.statistics.gram is not None
-        return Objective(self.weight, whitening(self.statistics.gram))
+        """||(W' - T) X^T|| over the calibration tokens X; needs the Gram matrix G = X^T X.
+
+        T is the weight W, unless X are inputs behind compressed blocks whose errors are to be corrected. Then T is between W
+        (correction 0) and the matrix (1) whose outputs T X^T are closest to the outputs W Z^T of the dense model:
+        T = W + correction * W (Z^T X - G) (G + d)^-1. SAES-SVD has such a T, AA-SVD with correction 1. The damping d, a share
+        DAMPING of the mean of G's diagonal, leaves W where the tokens say little.
+        """
+        gram = self.statistics.gram
+        assert gram is not None
+        if self.statistics.cross is None:
+            return Objective(self.weight, whitening(gram))
+        G, W = gram.double(), self.weight.double()
+        damped = torch.linalg.cholesky(G + DAMPING * G.diagonal().mean() * torch.eye(len(G)).to(G))
+        missing = W @ (self.statistics.cross.double() - G)
+        target = W + self.correction * torch.cholesky_solve(missing.T, damped).T
+        return Objective(target.to(self.weight.dtype), whitening(gram))
 
     def scaled(self, inputs: Tensor, note: str = "") -> Objective:
         """||(W' - W) diag(inputs)||, where `inputs` (in,) are weights of the inputs."""

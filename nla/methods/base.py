@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from nla.machine.errors import NonFiniteError
+from nla.machine.errors import NonFiniteError, UserError
 from nla.machine.peak_memory import PeakMemory
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms, Objective
@@ -28,11 +28,13 @@ class Method(ABC):
     Attributes:
         needs: names of the statistics (`nla.matrix.inputs.Statistics`) that compress() reads.
         sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        correction: fraction of the errors of these blocks that the fits correct, see `Norms.outputs`; 0 if not sequential.
         shares_factors: the terms of one group share tensors.
     """
 
     needs: frozenset[str] = frozenset()
     sequential = False
+    correction = 0.0
     shares_factors = False
 
     def groups(self, specs: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
@@ -113,7 +115,7 @@ class MatrixMethod(Method):
         planned = self.plan_matrix(m, n, bits, weight.dtype)
         scale = float(weight.double().square().mean().sqrt())
         unit = weight.float() / (scale or 1.0)
-        norms = Norms(unit, statistics)
+        norms = Norms(unit, statistics, self.correction)
         objective = norms.plain if scale == 0 else self.objective(norms)
         memory = PeakMemory(weight.device)
         with ExitStack() as stack:
@@ -138,3 +140,15 @@ class MatrixMethod(Method):
             seconds=time.perf_counter() - begun,
             peak_bytes=memory.peak_bytes,
         )
+
+
+def require_correction(correction: float, sequential: bool) -> None:
+    """Check the setting `method.correction`.
+
+    Raises:
+        UserError: it is not a fraction, or there is nothing to correct.
+    """
+    if not isinstance(correction, int | float) or not 0 <= correction <= 1:
+        raise UserError(f"method.correction={correction} must be a number from 0 to 1")
+    if correction and not sequential:
+        raise UserError("method.correction is about the errors of compressed earlier blocks; add method.sequential=true")

@@ -9,7 +9,7 @@ from nla.kernels.base import Kernel
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError, require_choice
 from nla.matrix.objective import Norms, Objective
-from nla.methods.base import MatrixMethod, Shape
+from nla.methods.base import MatrixMethod, Shape, require_correction
 from nla.methods.fit import equal_rank, squared_error_of
 from nla.methods.kernel_method import size
 from nla.solvers.base import Solution, Start, Status
@@ -26,6 +26,7 @@ class NLA(MatrixMethod):
         storage: how the numbers of the triplets are kept; the fit knows it.
         loss: `weight` (the paper's, ||W' - W||^2) or `activation` (||(W' - W) X^T||^2 over the calibration tokens X).
         sequential: X are inputs that passed through the compressed earlier blocks.
+        correction: fraction of the errors of these blocks that is corrected, see `Norms.outputs`.
         fallback: `linear`: a matrix whose fit has a larger error than linear factors with as many parameters gets those. None:
             it keeps the fit.
 
@@ -35,15 +36,23 @@ class NLA(MatrixMethod):
     """
 
     def __init__(
-        self, kernel: Kernel, solver: GradientFit, storage: Storage, loss: str, sequential: bool, fallback: str | None
+        self,
+        kernel: Kernel,
+        solver: GradientFit,
+        storage: Storage,
+        loss: str,
+        sequential: bool,
+        correction: float,
+        fallback: str | None,
     ) -> None:
         require_choice("method.loss", loss, ["weight", "activation"])
         if sequential and loss == "weight":
             raise UserError("method.sequential=true is about the layers' inputs; add method.loss=activation")
+        require_correction(correction, sequential)
         require_choice("method.fallback", fallback, [None, "linear"])
         storage.check(kernel)
         self.kernel, self.solver, self.storage = kernel, solver, storage
-        self.sequential, self.fallback = sequential, fallback
+        self.sequential, self.correction, self.fallback = sequential, correction, fallback
         self.needs = frozenset({"gram"} if loss == "activation" else ())
 
     def objective(self, norms: Norms) -> Objective:

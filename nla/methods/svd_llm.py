@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 
 from nla.matrix.objective import Norms, Objective
-from nla.methods.base import MatrixMethod, Shape
+from nla.methods.base import MatrixMethod, Shape, require_correction
 from nla.methods.packed_svd import svd_with
 from nla.solvers.base import Solution, Start
 from nla.storage.base import Storage
@@ -20,13 +20,15 @@ class SVDLLM(MatrixMethod):
 
     Args:
         sequential: each block is whitened by inputs that passed through the compressed earlier blocks.
+        correction: fraction of the errors of these blocks that is corrected, see `Norms.outputs`.
         storage: of the factors, see `nla.methods.packed_svd`.
     """
 
     needs = frozenset({"gram"})
 
-    def __init__(self, sequential: bool, storage: Storage) -> None:
-        self.sequential, self.factors = sequential, svd_with(storage)
+    def __init__(self, sequential: bool, correction: float, storage: Storage) -> None:
+        require_correction(correction, sequential)
+        self.sequential, self.correction, self.factors = sequential, correction, svd_with(storage)
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs

@@ -62,7 +62,14 @@ class View:
         group = PlannedGroup((PlannedMatrix(spec, term, bits),))
         with tqdm(disable=True) as silent:
             (fits,) = fit_groups(
-                self.model.module, Plan((group,)).groups, method, values["method"], values["seed"], self.store, silent
+                self.model.module,
+                Plan((group,)).groups,
+                method,
+                values["method"],
+                values["seed"],
+                method.needs,
+                self.store,
+                silent,
             )
         return fits[name]
 

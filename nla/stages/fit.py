@@ -55,8 +55,8 @@ def fits_of(
 def fit_at_once(prepared: PreparedRun, model: Model, calibration: Calibration, bar: tqdm) -> Iterator[NamedFits]:
     """The fits of all groups. Their terms are put into the model at the end."""
     store, found = dense_statistics(prepared, calibration), NamedFits()
-    settings, seed = prepared.values["method"], prepared.values["seed"]
-    for fits in fit_groups(model.module, prepared.plan.groups, prepared.method, settings, seed, store, bar):
+    settings, seed, method = prepared.values["method"], prepared.values["seed"], prepared.method
+    for fits in fit_groups(model.module, prepared.plan.groups, method, settings, seed, method.needs, store, bar):
         found |= fits
         yield fits
     swap(model.module, {name: result.term for name, result in found.items()})

@@ -1,9 +1,7 @@
 """Fit the matrices block by block, for methods and refinements that read what the compressed earlier blocks produce."""
 
 from collections.abc import Iterator
-from copy import copy
 
-from torch import Tensor
 from tqdm import tqdm
 
 from nla.compressed.surgery import swap
@@ -23,29 +21,32 @@ def fit_block_by_block(
 ) -> Iterator[NamedFits]:
     """The fits of all groups, block by block. The terms of a block are put into the model before the next block begins.
 
-    A sequential method is fitted to inputs that passed the compressed earlier blocks. A refinement trains the terms of a block
-    on such inputs.
+    A sequential method is fitted to inputs that passed the compressed earlier blocks, and may correct their errors. A
+    refinement trains the terms of a block on such inputs.
 
     Args:
         refined: gets the result of each refined block.
     """
     method, plan, settings = prepared.method, prepared.plan, prepared.values["method"]
     seed, offload = prepared.values["seed"], prepared.values["statistics"]["offload"]
-    kinds = method.needs if method.sequential else frozenset()
+    kinds = method.needs | ({"cross"} if method.correction else frozenset())
     statistics_of = sequential_statistics if method.sequential else dense_statistics
-    store = statistics_of(prepared, calibration)
-    stream = StatisticsStream(model, plan.layers, kinds, calibration.samples, store, offload)
+    store, measured = statistics_of(prepared, calibration), kinds if method.sequential else frozenset()
+    with_dense = prepared.refinement is not None or method.correction > 0
+    stream = StatisticsStream(model, plan.layers, measured, calibration.samples, store, offload, with_dense)
     refinement = BlockRefinement(prepared, calibration, stream) if prepared.refinement else None
     for block in stream.blocks():
         stream.measure(block)
-        targets = refinement.targets(block) if refinement else []
+        if method.correction or (refinement and block in refinement.missing):
+            stream.advance_dense(block)
         found = NamedFits()
-        for fits in fit_groups(model.module, plan.of_layers(block.layers).groups, method, settings, seed, store, bar):
+        groups = plan.of_layers(block.layers).groups
+        for fits in fit_groups(model.module, groups, method, settings, seed, kinds, store, bar):
             found |= fits
             yield fits
         swap(model.module, {name: result.term for name, result in found.items()})
         if refinement and block.layers:
-            refined.append(refinement.refine(block, targets))
+            refined.append(refinement.refine(block))
         if method.sequential or (refinement and block in refinement.before_missing):
             stream.advance(block, swapped=True)
 
@@ -64,8 +65,8 @@ class BlockRefinement:
     def __init__(self, prepared: PreparedRun, calibration: Calibration, stream: StatisticsStream) -> None:
         assert prepared.refinement is not None
         self.settings, self.seed, self.cache = prepared.refinement, prepared.values["seed"], prepared.cache
-        self.compressed, self.dense = stream.stream, copy(stream.stream)
-        if len(self.dense.states) < 2:
+        self.stream = stream
+        if len(stream.stream.states) < 2:
             raise UserError(
                 f"refine=block holds a batch of samples out, but statistics.windows={len(calibration.samples)} samples are "
                 "one batch; use more"
@@ -80,17 +81,18 @@ class BlockRefinement:
         """Whether the block is to be refined, and the cache has no undamaged result."""
         return block.name in self.keys and self.cache.load_tensors("refined", self.keys[block.name]) is None
 
-    def targets(self, block: Block) -> list[Tensor]:
-        """The outputs of the dense block for the dense model's inputs."""
-        if block in self.missing:
-            self.dense.states = self.dense.after(block)
-        return self.dense.states
+    def refine(self, block: Block) -> Refined:
+        """Train the compressed block on the outputs of the dense block, or load the result from the cache.
 
-    def refine(self, block: Block, targets: list[Tensor]) -> Refined:
-        """Train the compressed block, or load the result from the cache."""
+        The dense stream has passed the block, the other one has not.
+        """
         key = self.keys[block.name]
         with self.cache.lock("refined", key):
             known = load_refined(block, self.cache, key, self.seed)
             if known is None and block not in self.missing:
                 raise RuntimeError(f"the refined {block.name} left the cache while the run went on; start it again")
-            return known or refine_block(block, self.compressed, targets, self.settings, self.seed, self.cache, key)
+            if known is not None:
+                return known
+            assert self.stream.dense is not None
+            targets = self.stream.dense.states
+            return refine_block(block, self.stream.stream, targets, self.settings, self.seed, self.cache, key)

@@ -31,6 +31,7 @@ def fit_groups(
     method: Method,
     settings: dict[str, Any],
     seed: int,
+    kinds: frozenset[str],
     store: StatisticsStore,
     bar: tqdm,
 ) -> Iterator[NamedFits]:
@@ -41,6 +42,7 @@ def fit_groups(
 
     Args:
         settings: the method's configuration.
+        kinds: the statistics that the method gets.
 
     Raises:
         NonFiniteError: a fit is not finite. The message names the matrices; finished fits stay in the cache.
@@ -55,7 +57,7 @@ def fit_groups(
                 "format": FORMAT,
                 "code": code_digest("nla.terms.state", *target_modules(settings)),
                 "weights": [tensor_digest(weight) for weight in weights],
-                "statistics": [store.key(kind, name) for name in names for kind in sorted(method.needs)],
+                "statistics": [store.key(kind, name) for name in names for kind in sorted(kinds)],
                 "bits": group.bits,
                 "method": settings,
                 "seed": seed,
@@ -65,7 +67,7 @@ def fit_groups(
         )
         fits = load_fits(store.cache, key, device)
         if fits is None:
-            statistics = [store.load(method.needs, name, device) for name in names]
+            statistics = [store.load(kinds, name, device) for name in names]
             try:
                 fits = counted_once(method.compress(weights, group.bits, statistics, torch.Generator().manual_seed(seed)))
             except NonFiniteError as error:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from itertools import pairwise, product
+from copy import copy
+from itertools import pairwise, product, repeat
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,7 +16,8 @@ from nla.statistics.fisher import fisher
 from nla.statistics.store import StatisticsStore
 
 STRIPE = 256  # columns of a Gram matrix (sum of x x^T) that one worker adds up at a time
-STREAMED = ("gram", "magnitude")  # kinds that need only forward passes; `fisher` needs gradients
+STREAMED = ("gram", "magnitude")  # kinds that need only forward passes of one model; `fisher` needs gradients, `cross` two
+Task = tuple[Tensor, list[Tensor], list[Tensor], slice]  # see add_stripe
 
 
 def collect(
@@ -49,10 +52,16 @@ class StatisticsStream:
     """Passes all samples through a model, one block after the other, and collects statistics of the layers' inputs.
 
     Call `measure` and then `advance` for each of `blocks()`, in order. Between the two calls, the layers of the block may be
-    replaced. The following blocks then read the outputs of the new layers.
+    replaced. The following blocks then read the outputs of the new layers. `advance_dense` passes the samples through the dense
+    blocks; call it after `measure`, while the layers of the block are still the dense ones.
 
     Args:
-        layers, kinds, offload: as in `collect`.
+        layers, kinds, offload: as in `collect`; `cross` needs with_dense and `advance_dense`.
+        with_dense: keep the dense model's hidden states as well.
+
+    Attributes:
+        stream: the inputs of the current block, behind the blocks as they are now.
+        dense: the same behind the dense blocks.
     """
 
     def __init__(
@@ -63,11 +72,14 @@ class StatisticsStream:
         samples: Sequence[Sample],
         store: StatisticsStore,
         offload: bool,
+        with_dense: bool = False,
     ) -> None:
         device = next(model.module.parameters()).device
         self.module, self.kinds, self.store, self.chain = model.module, kinds, store, chain(model, layers)
         self.stream = Stream(model, self.chain[0], samples, device, store.cache.root / "streams" if offload else None)
+        self.dense = copy(self.stream) if with_dense else None
         self.outputs: list[Tensor] = []
+        self.dense_outputs: list[Tensor] = []
         self.rows = 0
 
     def blocks(self) -> Iterator[Block]:
@@ -80,14 +92,26 @@ class StatisticsStream:
     def measure(self, block: Block) -> None:
         """Compute and store those statistics of the block's layers that the store lacks."""
         missing = frozenset(kind for kind, layer in product(self.kinds, block.layers) if not self.store.has(kind, layer))
-        self.outputs = []
+        self.outputs, self.dense_outputs = [], []
         if missing:
-            moments = Moments(missing)
+            moments = Moments(missing, self.stream.device)
             with Inputs(self.module, block.layers) as inputs:
-                for group in self.stream.groups():
-                    self.outputs += moments.add(self.stream, block, inputs, group)
+                dense_groups = self.dense.groups() if self.dense and "cross" in missing else repeat(None)
+                for group, dense_group in zip(self.stream.groups(), dense_groups, strict=False):
+                    outputs, caught = run(self.stream, block, inputs, group)
+                    self.outputs += outputs
+                    moments.add(caught)
+                    if self.dense and dense_group:
+                        outputs, dense_caught = run(self.dense, block, inputs, dense_group)
+                        self.dense_outputs += outputs
+                        moments.add_cross(dense_caught, caught)
             self.rows = moments.store(self.store)
             self.store.store_sources(inputs.source)
+
+    def advance_dense(self, block: Block) -> None:
+        """Pass all samples of the dense model through the block, whose layers are still the dense ones."""
+        assert self.dense is not None
+        self.dense.states = self.dense_outputs or self.dense.after(block)
 
     def advance(self, block: Block, swapped: bool) -> None:
         """Pass all samples through the block as it is now. `swapped`: its layers were replaced after `measure`."""
@@ -95,26 +119,31 @@ class StatisticsStream:
             self.stream.states = self.outputs if self.outputs and not swapped else self.stream.after(block)
 
 
-class Moments:
-    """Running sums over tokens, for each input x of one block: x x^T (upper triangle, stripe by stripe) and |x|."""
+def run(stream: Stream, block: Block, inputs: Inputs, group: list[Tensor]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Run some states of a stream through a block: its outputs, and {layer: its input for each state (rows, in), fp32}."""
 
-    def __init__(self, kinds: frozenset[str]) -> None:
-        self.kinds = kinds
+    def forward(state: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return inputs.of(lambda: stream.through(block, state))
+
+    with closing(ordered_map(forward, group, stream.device)) as ran:
+        outputs, caught = zip(*((stream.kept(output), read) for output, read in ran), strict=True)
+    return list(outputs), {name: [read[name].float() for read in caught] for name in caught[0]}
+
+
+class Moments:
+    """Running sums over tokens, for each input x of one block: x x^T (upper triangle, stripe by stripe), |x|, and z x^T."""
+
+    def __init__(self, kinds: frozenset[str], device: torch.device) -> None:
+        self.kinds, self.device = kinds, device
         self.gram: dict[str, Tensor] = {}
+        self.cross: dict[str, Tensor] = {}
         self.magnitude: dict[str, Tensor] = {}
         self.rows: dict[str, int] = {}
 
-    def add(self, stream: Stream, block: Block, inputs: Inputs, group: list[Tensor]) -> list[Tensor]:
-        """Run some samples through the block, and add the inputs of its layers to the sums. Returns the block's outputs."""
-
-        def forward(state: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return inputs.of(lambda: stream.through(block, state))
-
-        with closing(ordered_map(forward, group, stream.device)) as ran:
-            outputs, caught = zip(*((stream.kept(output), read) for output, read in ran), strict=True)
+    def add(self, caught: dict[str, list[Tensor]]) -> None:
+        """Add inputs of layers to the sums: {layer: parts (rows, in)}."""
         tasks = []
-        for name in caught[0]:
-            parts = [read[name].float() for read in caught]  # each (rows, in)
+        for name, parts in caught.items():
             size = parts[0].shape[1]
             self.rows[name] = self.rows.get(name, 0) + sum(map(len, parts))
             if "magnitude" in self.kinds:
@@ -123,10 +152,21 @@ class Moments:
                     total += x.abs().sum(0)
             if "gram" in self.kinds:
                 gram = self.gram.setdefault(name, parts[0].new_zeros(size, size))
-                tasks += [(gram, parts, stripe) for stripe in stripes(size)]
-        for _ in ordered_map(add_stripe, tasks, stream.device):
+                tasks += [(gram[stripe, stripe.start :], parts, parts, stripe) for stripe in stripes(size)]
+        self.work(tasks)
+
+    def add_cross(self, dense: dict[str, list[Tensor]], caught: dict[str, list[Tensor]]) -> None:
+        """Add z x^T, where z are the inputs of the same layers for the same tokens in the dense model."""
+        tasks = []
+        for name, parts in caught.items():
+            size = parts[0].shape[1]
+            cross = self.cross.setdefault(name, parts[0].new_zeros(size, size))
+            tasks += [(cross[stripe], dense[name], parts, stripe) for stripe in stripes(size)]
+        self.work(tasks)
+
+    def work(self, tasks: list[Task]) -> None:
+        for _ in ordered_map(add_stripe, tasks, self.device):
             pass
-        return list(outputs)
 
     def store(self, store: StatisticsStore) -> int:
         """Store the statistics of the block. Returns the number of rows (tokens) that they are sums over."""
@@ -134,6 +174,8 @@ class Moments:
             store.store("magnitude", name, total / self.rows[name])
         for name, gram in self.gram.items():
             store.store("gram", name, gram.triu_().add_(gram.triu(1).T))
+        for name, cross in self.cross.items():
+            store.store("cross", name, cross)
         return max(self.rows.values())
 
 
@@ -144,8 +186,11 @@ def stripes(size: int) -> list[slice]:
     return [slice(*edge) for edge in pairwise(edges)]
 
 
-def add_stripe(task: tuple[Tensor, list[Tensor], slice]) -> None:
-    """G[stripe, stripe.start:] += x[:, stripe]^T x[:, stripe.start:]. All stripes cost little more than half of x^T x."""
-    gram, parts, stripe = task
-    for x in parts:
-        gram[stripe, stripe.start :].addmm_(x[:, stripe].T, x[:, stripe.start :])
+def add_stripe(task: Task) -> None:
+    """sum[stripe] += z[:, stripe]^T x, for the last columns of x, as many as the sum has.
+
+    The stripes of x^T x have no columns before their own rows, so that all of them cost little more than half of x^T x.
+    """
+    total, left, right, stripe = task
+    for z, x in zip(left, right, strict=True):
+        total.addmm_(z[:, stripe].T, x[:, x.shape[1] - total.shape[1] :])
