@@ -1,7 +1,7 @@
 """`python -m analysis.claims`: whether the figures of README.md and FINDINGS.md are those of the records.
 
-analysis/claims.yaml says from which runs each figure is computed. Every other number in the two texts must be in its list of
-numbers that are not measured, or that have no record. A command in the section of a figure makes each of its runs.
+analysis/claims.yaml says from which runs or tables each figure is. Every other number in the two texts must be in its list of
+numbers that are not measured, or that have no record. A command in the section of a figure makes each of its runs and tables.
 """
 
 import re
@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from analysis.commands import commanded, makes
+from analysis.benchmarks.table import read_tables
+from analysis.commands import not_made
 from analysis.composed import ROOT
-from analysis.recorded import Figure, NoRecordError, Run, described, formatted, matching, printed_unit, runs_of
+from analysis.recorded import Cell, Figure, NoRecordError, Records, described, formatted, printed_unit
 from analysis.records import IN_GIT, load_records
 
 YAML = Path(__file__).with_name("claims.yaml")
@@ -41,9 +42,9 @@ class Claim(Strict):
 
     Attributes:
         text: the fragment; a line break or any number of spaces stands for a space.
-        values: {placeholder: its Figure}. A text alone is the Figure's `run`.
-        usual: what the figures have in common. A figure's `run` is added to that of `usual`; all else replaces it. A Figure
-            under `to` has the same `run`, unless it has its own.
+        values: {placeholder: its Figure, or its Cell if it has a `table`}. A text alone is its `run`, or its `row`.
+        usual: what the figures have in common. A figure's `run` or `row` is added to that of `usual`; all else replaces it. A
+            Figure under `to` has the same `run`, unless it has its own.
     """
 
     text: str
@@ -56,15 +57,17 @@ class Claim(Strict):
             raise ValueError(f"the placeholders of {self.text!r} are not those of its values: {', '.join(self.values)}")
         return self
 
-    def figures(self) -> dict[str, Figure]:
-        found = {}
-        for name, value in self.values.items():
-            own = value if isinstance(value, dict) else {"run": value}
-            own = self.usual | own | {"run": [*listed(self.usual.get("run", [])), *listed(own.get("run", []))]}
-            if isinstance(own.get("to"), dict):
-                own["to"] = {"run": own["run"]} | own["to"]
-            found[name] = Figure.model_validate(own)
-        return found
+    def figures(self) -> dict[str, Figure | Cell]:
+        return {name: self.figure(value) for name, value in self.values.items()}
+
+    def figure(self, value: dict[str, Any] | str) -> Figure | Cell:
+        """A value with what is usual."""
+        key = "row" if "table" in self.usual or (isinstance(value, dict) and "table" in value) else "run"
+        own = value if isinstance(value, dict) else {key: value}
+        own = self.usual | own | {key: [*listed(self.usual.get(key, [])), *listed(own.get(key, []))]}
+        if isinstance(own.get("to"), dict):
+            own["to"] = {"run": own["run"]} | own["to"]
+        return Cell.model_validate(own) if key == "row" else Figure.model_validate(own)
 
 
 class Unclaimed(Strict):
@@ -113,12 +116,12 @@ def read_claims(path: Path = YAML) -> Claims:
     return Claims.model_validate(yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
-def check(claim: Claim, text: str, runs: list[Run]) -> Checked:
+def check(claim: Claim, text: str, records: Records) -> Checked:
     """A claim beside a text, which may have the figures of the records, other figures, or no such words."""
     figures, computed, problems = claim.figures(), {}, []
     for name, figure in figures.items():
         try:
-            computed[name] = formatted(figure, runs)
+            computed[name] = formatted(figure, records)
         except NoRecordError as error:
             problems.append(f"no record: {error}")
     numbers = {name: NUMBER + re.escape(printed_unit(figure)) for name, figure in figures.items()}
@@ -183,9 +186,9 @@ class Report:
         return wrong + [f"listed, but in no text: {fragment}" for fragment in self.stale]
 
 
-def report(claims: Claims, texts: dict[str, str], runs: list[Run]) -> Report:
+def report(claims: Claims, texts: dict[str, str], records: Records) -> Report:
     """All claims beside their texts, given as {file: text}."""
-    checked = {file: [check(claim, texts[file], runs) for claim in found] for file, found in claims.claims.items()}
+    checked = {file: [check(claim, texts[file], records) for claim in found] for file, found in claims.claims.items()}
     bare: list[str] = []
     for file, text in texts.items():
         bare += uncovered(file, text, [place for c in checked.get(file, []) for place in c.places], claims.unclaimed)
@@ -194,16 +197,13 @@ def report(claims: Claims, texts: dict[str, str], runs: list[Run]) -> Report:
     return Report(checked, bare, [name for name, one in alone if not any(one.places(text) for text in texts.values())])
 
 
-def without_command(claims: Claims, texts: dict[str, str], runs: list[Run]) -> Iterator[str]:
-    """A line for every run of a claim that no command makes of those beside the claim. All words must be in the texts."""
+def without_command(claims: Claims, texts: dict[str, str], records: Records) -> Iterator[str]:
+    """A line for every run or table of a claim that no command makes of those beside it. All words must be in the texts."""
     for file, found in claims.claims.items():
         for claim in found:
-            place = check(claim, texts[file], runs).places[0]
-            made = commanded(beside(texts[file], place, texts))
-            for asked in sorted({run for figure in claim.figures().values() for run in runs_of(figure)}):
-                for record in matching(asked, runs):
-                    if not any(makes(settings, record) for settings in made):
-                        yield f"{file}: {claim.text.strip()}: no command beside it makes {record.name} ({asked})"
+            place = check(claim, texts[file], records).places[0]
+            for missing in not_made(claim.figures().values(), beside(texts[file], place, texts), records):
+                yield f"{file}: {claim.text.strip()}: no command beside it makes {missing}"
 
 
 def beside(text: str, place: Span, texts: dict[str, str]) -> str:
@@ -223,15 +223,20 @@ def read_texts() -> dict[str, str]:
     return {file: (ROOT / file).read_text() for file in FILES}
 
 
+def read_records() -> Records:
+    """The records in git."""
+    return Records(described(load_records([IN_GIT])), read_tables())
+
+
 def main() -> str:
     """Print every claim with its state. Returns the problems, a line for each."""
-    claims, texts, runs = read_claims(), read_texts(), described(load_records([IN_GIT]))
-    found = report(claims, texts, runs)
+    claims, texts, records = read_claims(), read_texts(), read_records()
+    found = report(claims, texts, records)
     for file, all_checked in found.checked.items():
         for checked in all_checked:
             state = checked.problems[0].partition(":")[0] if checked.problems else "ok"
             print(f"{state:10} {Path(file).name}: {' '.join(checked.claim.text.split())}")
-    return "\n".join(found.problems() or without_command(claims, texts, runs))
+    return "\n".join(found.problems() or without_command(claims, texts, records))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The runs that the commands in a text make."""
+"""The runs, and the tables of benchmarks, that the commands in a text make."""
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from itertools import product
 from typing import Any
@@ -11,16 +11,37 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from analysis.composed import composed, sweep
 from analysis.experiments import as_recorded, compared, equal, same_kind
+from analysis.recorded import Cell, Figure, Records, matching, runs_of
 from nla.harness.record import RunRecord
 
 COMMAND = re.compile(r"python run\.py((?:\\\n|[^\n`#])*)")
+BENCHMARK = re.compile(r"python -m analysis\.benchmarks\.\w+(?:\\\n|[^\n`#])*")
 PLAIN = ("ratio", "bits", "seed")  # no other setting depends on these, so that runs of all their values are composed once
+
+
+def not_made(figures: Collection[Figure | Cell], text: str, records: Records) -> Iterator[str]:
+    """The runs and the tables of figures that no command in a text makes, each by its name and its settings."""
+    made, measured = commanded(text), benchmarks(text)
+    for asked in sorted({run for figure in figures if isinstance(figure, Figure) for run in runs_of(figure)}):
+        for record in matching(asked, records.runs):
+            if not any(makes(settings, record) for settings in made):
+                yield f"{record.name} ({asked})"
+    for name in sorted({figure.table for figure in figures if isinstance(figure, Cell)}):
+        command = records.tables[name].made["command"]
+        if set(command.split()) not in measured:
+            yield f"{name} ({command})"
 
 
 def commanded(text: str) -> list[dict[str, Any]]:
     """The settings of every run of every `python run.py` in a text."""
     words = [shlex.split(match[1].replace("\\\n", " ")) for match in COMMAND.finditer(text)]
     return [settings for overrides in words for settings in made_by(*(word for word in overrides if word != "-m"))]
+
+
+def benchmarks(text: str) -> list[set[str]]:
+    """The words of every `python -m analysis.benchmarks.NAME` in a text, without `table=`, which changes no figure."""
+    found = [shlex.split(match[0].replace("\\\n", " ")) for match in BENCHMARK.finditer(text)]
+    return [{word for word in command if not word.startswith("table=")} for command in found]
 
 
 @cache

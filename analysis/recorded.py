@@ -1,13 +1,15 @@
-"""A figure from the records of runs: which runs, which figure of a run, and what is made of several."""
+"""A figure from the records: what is made of the figures of runs, or a cell of the table of a benchmark."""
 
 import itertools
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from analysis.benchmarks.table import Table
 from analysis.settings import typed_settings
 from nla.harness.record import RunRecord
 
@@ -21,16 +23,54 @@ AGGREGATES: dict[str, Callable[[list[float]], float]] = {
     "first": lambda values: values[0], "last": lambda values: values[-1], "below 1": lambda values: sum(v < 1 for v in values),
 }  # fmt: skip
 Aggregate = Literal["mean", "std", "min", "max", "sum", "median", "count", "first", "last", "below 1"]
-UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "MB": 1e6, "GB": 1e9, "%": 1e-2, "minutes": 60.0}
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "MB": 1e6, "GB": 1e9, "%": 1e-2, "ms": 1e-3, "minutes": 60.0}
 Run = tuple[dict[str, str], RunRecord]  # the settings as typed, and the record
 
 
+@dataclass
+class Records:
+    """What figures are computed from.
+
+    Attributes:
+        runs: (typed settings, record) of every run, see `described`.
+        tables: {file name: table} of benchmarks.
+    """
+
+    runs: list[Run]
+    tables: dict[str, Table] = field(default_factory=dict)
+
+
 class NoRecordError(Exception):
-    """No run has these settings, several have, or the run does not have the figure. The message says which."""
+    """No run or row has these settings, several have, or it does not have the figure. The message says which."""
 
 
-class Figure(BaseModel):
-    """A figure from records.
+class Printed(BaseModel):
+    """How a figure is printed.
+
+    Attributes:
+        format: as in Python, and the unit: `.1f`, `,.0f`, `.1f M`, `.0f %`. A unit in brackets is not printed: `.1f (%)`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format: str = Field("g", pattern=rf"^[,.\dfg]+( \(?({'|'.join(UNITS)})\)?)?$")
+
+
+class Cell(Printed):
+    """A figure from the table of a benchmark.
+
+    Attributes:
+        table: file name in analysis/records/benchmarks.
+        row: cells of one row, as they stand in the file: `kernel=phase tokens=1`. A list is joined.
+        figure: a column.
+    """
+
+    table: str
+    row: str | list[str] = ""
+    figure: str
+
+
+class Figure(Printed):
+    """A figure from the records of runs.
 
     Attributes:
         run: settings as typed behind `python run.py`; a setting that is not named has the default of conf/. Values with commas
@@ -42,38 +82,37 @@ class Figure(BaseModel):
         to: the figure is divided by this one: another figure of the same run, or a Figure of its own. Columns of matrices are
             divided matrix by matrix.
         of: what is made of the figures of several runs. Without it, there must be one run.
-        format: as in Python, and the unit: `.1f`, `,.0f`, `.1f M`, `.0f %`. A unit in brackets is not printed: `.1f (%)`.
     """
 
-    model_config = ConfigDict(extra="forbid")
     run: str | list[str] = ""
     figure: str
     over: Aggregate = "mean"
     where: dict[str, str] = {}
     to: "str | Figure | None" = None
     of: Aggregate | None = None
-    format: str = Field("g", pattern=rf"^[,.\dfg]+( \(?({'|'.join(UNITS)})\)?)?$")
 
     @property
     def settings(self) -> str:
         """`run` as one text."""
-        return self.run if isinstance(self.run, str) else " ".join(self.run)
+        return joined(self.run)
 
 
-def formatted(figure: Figure, runs: list[Run]) -> str:
+def joined(parts: str | list[str]) -> str:
+    return parts if isinstance(parts, str) else " ".join(parts)
+
+
+def formatted(figure: Figure | Cell, records: Records) -> str:
     """The figure with its unit, as it stands in a text.
 
-    Args:
-        runs: (typed settings, record) of every run, see `described`.
-
     Raises:
-        NoRecordError: a run or its figure is missing, or a run is ambiguous.
+        NoRecordError: a run, a row or its figure is missing, or a run or a row is ambiguous.
     """
     digits, _, unit = figure.format.partition(" ")
-    return f"{value(figure, runs) / UNITS[unit.strip('()')]:{digits}}{printed_unit(figure)}"
+    number = value(figure, records.runs) if isinstance(figure, Figure) else in_table(figure, records.tables)
+    return f"{number / UNITS[unit.strip('()')]:{digits}}{printed_unit(figure)}"
 
 
-def printed_unit(figure: Figure) -> str:
+def printed_unit(figure: Printed) -> str:
     """A space and the unit that is printed behind a figure, or nothing."""
     unit = figure.format.partition(" ")[2]
     return f" {unit}" if unit and not unit.startswith("(") else ""
@@ -90,6 +129,31 @@ def value(figure: Figure, runs: list[Run]) -> float:
         raise NoRecordError(f"{len(found)} runs, and `of` does not say what to make of them")
     number = AGGREGATES[figure.of](found) if figure.of else found[0]
     return number / value(figure.to, runs) if isinstance(figure.to, Figure) else number
+
+
+def in_table(cell: Cell, tables: dict[str, Table]) -> float:
+    """The number in a cell."""
+    if cell.table not in tables:
+        raise NoRecordError(f"no table {cell.table}; there are {', '.join(tables) or 'none'}")
+    row = matching_row(typed_pairs(joined(cell.row)), tables[cell.table].rows, cell.table)
+    try:
+        return float(row[cell.figure])
+    except (KeyError, ValueError) as error:
+        raise NoRecordError(f"{cell.table} has no number in column {cell.figure} of this row") from error
+
+
+def matching_row(asked: dict[str, str], rows: list[dict[str, str]], table: str) -> dict[str, str]:
+    """The one row with these cells."""
+    other = [{key: row.get(key, "no such column") for key in asked if row.get(key) != asked[key]} for row in rows]
+    same = [row for row, different in zip(rows, other, strict=True) if not different]
+    named = words(asked) or "any cells"
+    if not same:
+        near = min(other, key=len, default={})
+        raise NoRecordError(f"no row of {table} with {named}; the nearest has {words(near)}")
+    if len(same) > 1:
+        unlike = ", ".join(key for key in same[0] if same[0][key] != same[1][key]) or "nothing"
+        raise NoRecordError(f"{len(same)} rows of {table} with {named}; the first two differ in {unlike}")
+    return same[0]
 
 
 def matching(run: str, runs: list[Run]) -> list[RunRecord]:
@@ -116,9 +180,14 @@ def words(settings: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
+def typed_pairs(text: str) -> dict[str, str]:
+    """{name: value} of `name=value name=value`. Of a name that comes twice, the last counts."""
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
 def combinations(run: str) -> list[dict[str, str]]:
     """The settings of every run of a sweep such as `method=svd,asvd ratio=0.5`. Of a key that comes twice, the last counts."""
-    named = dict(pair.split("=", 1) for pair in run.split())
+    named = typed_pairs(run)
     return [dict(zip(named, values, strict=True)) for values in itertools.product(*(v.split(",") for v in named.values()))]
 
 

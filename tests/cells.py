@@ -1,4 +1,4 @@
-"""`python -m tests.cells NOTEBOOK [OLD NEW]`: run a notebook's cells without a kernel, with OLD in their text replaced by NEW.
+"""`python -m tests.cells NOTEBOOK`: run a notebook's cells without a kernel.
 
 It fails where a cell fails, and prints how many cells had an output.
 """
@@ -18,19 +18,18 @@ class Shell(InteractiveShell):
         """Figures are drawn in the output: there is no window to keep alive."""
 
 
-def run(notebook: Path, old: str = "", new: str = "") -> int:
+def run(notebook: Path) -> int:
     cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    assert not old or any(old in cell for cell in cells)
     os.chdir(notebook.parent)
     shell = Shell.instance(config=Config({"HistoryManager": {"enabled": False}}))
     with_output = 0
     for cell in cells:
         with capture_output() as said:
-            result = shell.run_cell(cell.replace(old, new) if old else cell)
+            result = shell.run_cell(cell)
         result.raise_error()
         with_output += bool(said.stdout or said.outputs)
     return with_output
 
 
 if __name__ == "__main__":
-    print(run(Path(sys.argv[1]), *sys.argv[2:]))
+    print(run(Path(sys.argv[1])))

@@ -43,8 +43,7 @@ def fits(records):
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_every_notebook_runs(notebook):
-    smaller = ["4096, 4096, 0.7, 512", "512, 512, 0.7, 64"] if notebook.stem == "forward" else []
-    result = forked.finish(["-m", "tests.cells", str(notebook), *smaller])
+    result = forked.finish(["-m", "tests.cells", str(notebook)])
     assert result.returncode == 0 and int(result.stdout) > 0, result.stdout + result.stderr
 
 

@@ -4,48 +4,47 @@ import re
 
 import pytest
 
-from analysis.claims import Claim, Claims, Unclaimed, check, read_claims, read_texts, report, without_command
+from analysis.claims import Claim, Claims, Unclaimed, check, read_claims, read_records, read_texts, report, without_command
 from analysis.commands import commanded, makes
 from analysis.composed import composed
 from analysis.experiments import as_recorded
-from analysis.recorded import USUAL, Figure, NoRecordError, described, formatted
-from analysis.records import IN_GIT, load_records
+from analysis.recorded import USUAL, Figure, NoRecordError, Records, formatted
 from analysis.settings import typed_settings
 from nla.harness.fits_table import FitRecord
 from nla.harness.record import RunRecord
 
 
 @pytest.fixture(scope="module")
-def runs():
-    return described(load_records([IN_GIT]))
+def records():
+    return read_records()
 
 
-def test_every_figure_of_the_texts_is_that_of_the_records_or_is_listed(runs):
-    assert not report(read_claims(), read_texts(), runs).problems()
+def test_every_figure_of_the_texts_is_that_of_the_records_or_is_listed(records):
+    assert not report(read_claims(), read_texts(), records).problems()
 
 
-def test_another_figure_in_a_text_is_noticed_wherever_it_is_claimed(runs):
+def test_another_figure_in_a_text_is_noticed_wherever_it_is_claimed(records):
     texts, claims = read_texts(), read_claims()
     all_claims = [(file, claim) for file, found in claims.claims.items() for claim in found]
-    places = [(file, claim, place) for file, claim in all_claims for place in check(claim, texts[file], runs).places]
+    places = [(file, claim, place) for file, claim in all_claims for place in check(claim, texts[file], records).places]
     assert len(places) > 100
     for file, claim, (start, end) in places:
         other = re.sub(r"\d", lambda digit: str(9 - int(digit[0])), texts[file][start:end], count=1)
         text = texts[file][:start] + other + texts[file][end:]
         # a fragment that occurs twice is still right once; then the changed number has no claim, or that of other words
-        assert check(claim, text, runs).problems or report(claims, texts | {file: text}, runs).problems()
+        assert check(claim, text, records).problems or report(claims, texts | {file: text}, records).problems()
 
 
-def test_the_commands_beside_every_figure_make_its_runs(runs):
-    assert not list(without_command(read_claims(), read_texts(), runs))
+def test_the_commands_beside_every_figure_make_its_runs(records):
+    assert not list(without_command(read_claims(), read_texts(), records))
 
 
-def test_a_command_that_makes_another_run_is_noticed(runs):
+def test_a_command_that_makes_another_run_is_noticed(records):
     texts = read_texts()
     for command, other in (("refine.lr=4.5e-2", "refine.lr=4e-2"), ("bits=3.3 method=gptq,quip", "bits=3.2 method=gptq,quip")):
         assert command in texts["analysis/FINDINGS.md"]
         changed = texts | {"analysis/FINDINGS.md": texts["analysis/FINDINGS.md"].replace(command, other)}
-        assert list(without_command(read_claims(), changed, runs))
+        assert list(without_command(read_claims(), changed, records))
 
 
 def test_a_command_makes_a_run_for_each_combination_of_its_values():
@@ -74,8 +73,9 @@ def made_up(perplexity: float, **named: str) -> tuple[dict[str, str], RunRecord]
     return USUAL | named, record
 
 
-MADE_UP = [made_up(20 + 2 * seed, method="svd", seed=str(seed)) for seed in range(3)]
-MADE_UP += [made_up(1.5e6, method="svd", **{"retrain.steps": "8"}), made_up(7, bits="2.0"), made_up(8, bits="2.0")]
+RUNS = [made_up(20 + 2 * seed, method="svd", seed=str(seed)) for seed in range(3)]
+RUNS += [made_up(1.5e6, method="svd", **{"retrain.steps": "8"}), made_up(7, bits="2.0"), made_up(8, bits="2.0")]
+MADE_UP = Records(RUNS)
 PERPLEXITY = "metrics.compressed.language_modelling.a.b.perplexity"
 
 

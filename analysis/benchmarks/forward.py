@@ -1,4 +1,8 @@
-"""Peak memory and time of a compressed layer, compared with a layer that reconstructs its matrix first."""
+"""`python -m analysis.benchmarks.forward [ratio=0.7] [m=4096 n=4096] [tokens=512] [table=FILE.csv]`.
+
+Peak memory and time of one layer with and without reconstruction, piecewise and phase, beside the dense layer. Triplets are
+random, because neither depends on their values.
+"""
 
 import statistics
 import time
@@ -9,11 +13,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.benchmarks.command import given, main
 from nla.kernels.base import Kernel
+from nla.kernels.phase import Phase
+from nla.kernels.piecewise import Piecewise
 from nla.machine.peak_memory import PeakMemory
 
+KERNELS = (Piecewise(r=20, min_h=30), Phase())
 REPEATS = 5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def forward(m: int = 4096, n: int = 4096, ratio: float = 0.7, tokens: int = 512) -> pd.DataFrame:
+    """A row per kernel and form of a layer of shape (m, n), see `compare_forms`."""
+    return pd.concat([compare_forms(kernel, m, n, ratio, tokens) for kernel in KERNELS])
 
 
 def compare_forms(
@@ -22,7 +35,7 @@ def compare_forms(
     """Rows `apply` (no reconstruction), `reconstruct` (x @ dense().T) and `dense` (a plain linear layer), fp32.
 
     Bytes are peak memory without the inputs. `training_extra_bytes` is also without outputs and gradients, which every form
-    needs. Times are medians in milliseconds. The forms take turns, so that a drift of the machine's speed affects all.
+    needs. Seconds are medians. The forms take turns, so that a drift of the machine's speed affects all.
     """
     generator = torch.Generator().manual_seed(0)
     h, r = kernel.size(m, n, int((1 - ratio) * m * n))
@@ -54,8 +67,8 @@ def compare_forms(
                 "inference_bytes": peak(inference, forward),
                 "training_bytes": training_bytes,
                 "training_extra_bytes": training_bytes - results,
-                "inference_ms": 1e3 * inference_seconds,
-                "training_ms": 1e3 * training_seconds,
+                "inference_seconds": inference_seconds,
+                "training_seconds": training_seconds,
             }
         )
     return pd.DataFrame(rows)
@@ -84,3 +97,12 @@ def timed(work: Callable[..., Any], *arguments: Any) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begun
+
+
+def chosen(arguments: list[str]) -> dict[str, Any]:
+    """The arguments of forward() for a command line, and `table`."""
+    return given(arguments, "ratio", "m", "n", "tokens")
+
+
+if __name__ == "__main__":
+    main(forward, chosen, {"inference_seconds": 4, "training_seconds": 4}, DEVICE.type)

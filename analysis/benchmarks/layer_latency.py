@@ -1,14 +1,14 @@
-"""`python -m analysis.benchmarks.layer_latency [ratio=0.7] [m=4096 n=11008] [kernel=phase] [dtype=bfloat16] [tokens=1]`.
+"""`python -m analysis.benchmarks.layer_latency [m=4096 n=11008] [kernel=phase] [dtype=bfloat16] [tokens=1] [table=FILE.csv]`.
 
 Seconds of one layer by kernel, beside the dense layer: LLaMA-7B's shapes, bf16 and fp32, 1, 16 and 512 tokens. Triplets are
 random, because the time does not depend on their values. `form` is `inference` (see `optimise_for_inference`) or `triplets`
-(the layer that is trained). Each argument chooses one of the default values; m and n are given together.
+(the layer that is trained). Each argument chooses one of the default values; m and n are given together. `ratio=`, `rounds=`
+and `seconds=` are for all of them, and `table=` writes the table.
 
 The layers take turns, and each has copies that are used one after another, so that no call finds its weights in the
 processor's cache: in a model, other layers were computed since the last token.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import cycle
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from analysis.benchmarks.command import given, main
 from nla.compressed.inference import inference_layer
 from nla.compressed.layer import CompressedLinear
 from nla.kernels.base import Kernel
@@ -123,48 +124,20 @@ def row_flops(layer: nn.Module) -> int:
 
 
 def chosen(arguments: list[str]) -> dict[str, Any]:
-    """The arguments of layer_latency() for a command line.
+    """The arguments of layer_latency() for a command line, and `table`.
 
     Raises:
         UserError: an argument is unknown, or has a wrong value.
     """
-    readers: dict[str, Callable[[str], Any]] = {
-        "ratio": float,
-        "m": int,
-        "n": int,
-        "tokens": int,
-        "rounds": int,
-        "seconds": float,
-        "kernel": str,
-        "dtype": str,
-    }
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        try:
-            values[name] = readers[name](value)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{argument} is not allowed; give {', '.join(f'{key}=' for key in readers)}") from error
+    values = given(arguments, "ratio", "m", "n", "tokens", "rounds", "seconds", "kernel", "dtype")
     for name, known in (("kernel", KERNELS), ("dtype", DTYPES)):
         if name in values and values[name] not in known:
             raise UserError(f"{name}={values[name]} is not allowed; choose {', '.join(known)}")
-    if not 0 < values.get("ratio", 0.7) < 1:
-        raise UserError(f"ratio={values['ratio']} must be between 0 and 1: the removed fraction of the parameters")
-    if ("m" in values) != ("n" in values):
-        raise UserError("m= and n= must be given together: rows and columns of the matrix")
-    if min(values.get(name, 1) for name in ("m", "n", "tokens", "rounds")) < 1:
-        raise UserError("m=, n=, tokens= and rounds= must be whole numbers from 1")
-    asked = {name: values[name] for name in ("ratio", "rounds", "seconds") if name in values}
+    asked = {name: values[name] for name in ("ratio", "rounds", "seconds", "table") if name in values}
     asked |= {f"{name}s": (values[name],) for name in ("kernel", "dtype") if name in values}
     asked |= {"tokens": (values["tokens"],)} if "tokens" in values else {}
     return asked | ({"shapes": ((values["m"], values["n"]),)} if "m" in values else {})
 
 
 if __name__ == "__main__":
-    try:
-        table = layer_latency(**chosen(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(str(error))
-    print(f"threads: {torch.get_num_threads()}; torch {torch.__version__}")
-    shown = {"us": 0, "q25": 0, "q75": 0, "to_dense": 2, "bytes_to_dense": 2, "flops_to_dense": 2}
-    print(table.round(shown).to_string(index=False))
+    main(layer_latency, chosen, {"us": 0, "q25": 0, "q75": 0, "to_dense": 2, "bytes_to_dense": 2, "flops_to_dense": 2})
