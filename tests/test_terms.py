@@ -24,7 +24,7 @@ from nla.models.select import LinearSpec
 from nla.retrain.dropping import drop_masked
 from nla.retrain.trainable import chosen_parts, prepare_terms
 from nla.solvers.base import Status
-from nla.solvers.squared_error import squared_error
+from nla.solvers.squared_error import squared_error, squared_error_alone
 from nla.stages.fit_groups import load_fits, store_fits
 from nla.terms.base import Stored, Sum, Term, class_path, shares
 from nla.terms.kernel_term import KernelTerm
@@ -93,6 +93,7 @@ def test_the_squared_error_of_a_sum_and_its_gradient_are_those_of_its_dense_matr
     error = sum(k.dense(t) for k, t in zip(kernels, triplets, strict=True)) - weight
     expected = error.square().sum() if not weighted else (error @ S).square().sum() * len(S) / S.square().sum()
     torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(squared_error_alone(kernels, triplets, objective, torch.float64), loss)
     wanted = torch.autograd.grad(expected, [p for t in triplets for p in t.tensors])
     for got, want in zip([p for t in found for p in t.tensors], wanted, strict=True):
         torch.testing.assert_close(got, want)

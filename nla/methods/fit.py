@@ -7,7 +7,7 @@ import torch
 
 from nla.matrix.objective import Norms, Objective
 from nla.matrix.triplets import triplet_size
-from nla.solvers.squared_error import squared_error
+from nla.solvers.squared_error import squared_error_alone
 from nla.terms.base import Term, shares
 from nla.terms.kernel_term import KernelTerm
 
@@ -80,7 +80,7 @@ def squared_error_of(term: Term, objective: Objective) -> torch.Tensor:
     if len(kernel_terms) < len(list(term.leaves())):
         return objective.squared(term.dense() - objective.weight)[0]
     kernels, triplets = [t.kernel for t in kernel_terms], [t.triplets for t in kernel_terms]
-    return squared_error(kernels, triplets, objective, torch.float32)[0]
+    return squared_error_alone(kernels, triplets, objective)
 
 
 def equal_rank(out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from nla.machine.errors import NonFiniteError, require_at_least_zero, require_ch
 from nla.matrix.objective import Objective
 from nla.matrix.triplets import Triplets
 from nla.solvers.base import Solution, Start, Status
-from nla.solvers.squared_error import squared_error
+from nla.solvers.squared_error import squared_error, squared_error_alone
 from nla.terms.base import Sum, Term
 from nla.terms.kernel_term import KernelTerm
 
@@ -103,13 +103,16 @@ class GradientFit:
                 return False
             error = best_error
             if self.products != torch.float32 and step % self.interval == 0:
-                error = float(squared_error(kernels, best, objective, torch.float32)[0]) / energy
+                error = float(squared_error_alone(kernels, best, objective)) / energy
             return error <= start.optimum * (1 + AT_OPTIMUM) + 1e-9
 
         for step in range(self.steps + 1):
             if step == 2:  # the optimiser's state exists now, and later steps need no more memory
                 measured.close()
-            loss, gradients = squared_error(kernels, moved, objective, self.products)
+            if step < self.steps:
+                loss, gradients = squared_error(kernels, moved, objective, self.products)
+            else:
+                loss = squared_error_alone(kernels, moved, objective, self.products)
             error = float(loss) / energy
             if not math.isfinite(error):
                 raise NonFiniteError(f"the loss is {error} at step {step}; try solver.lr={self.lr / 3:.2g}")

@@ -25,6 +25,23 @@ def squared_error(
     return of_tiles(kernels, triplets, objective)
 
 
+@torch.no_grad()
+def squared_error_alone(
+    kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective, products: torch.dtype = torch.float32
+) -> Tensor:
+    """The squared error without its gradient, which takes most of the operations. Arguments as in `squared_error`."""
+    pairs = list(zip(kernels, triplets, strict=True))
+    thin = [pair for pair in pairs if isinstance(pair[0], FactoredKernel)]
+    tiled = [pair for pair in pairs if not isinstance(pair[0], FactoredKernel)]
+    factors = joined_factors(*zip(*thin, strict=True)) if thin else None
+    if factors and not tiled:
+        return squared_norm(difference(*factors, objective, products)[0])
+    loss = objective.weight.new_zeros(())
+    for panel in panels(tiled[0][1]):
+        loss += objective.squared(rows_of_sum(tiled, factors, panel) - objective.weight[panel])[0]
+    return loss
+
+
 def of_factors(
     kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective, products: torch.dtype
 ) -> tuple[Tensor, list[Triplets]]:
@@ -40,12 +57,16 @@ def of_factors(
 @torch.no_grad()
 def of_product(left: Tensor, right: Tensor, objective: Objective, products: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """||(L R^T - W) S||^2, and its gradients with respect to L (out, k) and R (in, k)."""
-    low_left, low_right, target = left.to(products), objective.weigh(right.to(products)), objective.target
-    error = torch.addmm(target.to(products), low_left, low_right.T, beta=-1)
-    loss = torch.linalg.vector_norm(error, dtype=target.dtype).square()
-    d_left = (error @ low_right).to(target.dtype).mul_(2)
-    d_right = objective.weigh_back(error.T @ low_left).to(target.dtype).mul(2)
-    return loss, d_left, d_right
+    error, low_left, low_right = difference(left, right, objective, products)
+    d_left = (error @ low_right).to(left.dtype).mul_(2)
+    d_right = objective.weigh_back(error.T @ low_left).to(left.dtype).mul(2)
+    return squared_norm(error), d_left, d_right
+
+
+def difference(left: Tensor, right: Tensor, objective: Objective, products: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(L R^T - W) S (out, in), L (out, k), and S^T R (in, k), in the type `products`."""
+    left, right = left.to(products), objective.weigh(right.to(products))
+    return torch.addmm(objective.target.to(products), left, right.T, beta=-1), left, right
 
 
 @torch.no_grad()
@@ -53,28 +74,38 @@ def of_tiles(kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective:
     thin = [i for i, kernel in enumerate(kernels) if isinstance(kernel, FactoredKernel)]
     tiled = [i for i in range(len(kernels)) if i not in thin]
     found = {i: triplets[i].map(torch.zeros_like) for i in tiled}
-    loss, left, right = objective.weight.new_zeros(()), None, None
+    loss, factors = objective.weight.new_zeros(()), None
     if thin:
         leaves = [triplets[i].map(lambda p: p.detach().requires_grad_()) for i in thin]
         with torch.enable_grad():
-            left, right = joined_factors([kernels[i] for i in thin], leaves)
-        d_left, d_right = torch.zeros_like(left), torch.zeros_like(right)
+            factors = joined_factors([kernels[i] for i in thin], leaves)
+        d_left, d_right = (torch.zeros_like(factor) for factor in factors)
     for panel in panels(triplets[tiled[0]]):
-        matrix = matrix_rows(kernels[tiled[0]], triplets[tiled[0]], panel)
-        for i in tiled[1:]:
-            matrix = matrix + matrix_rows(kernels[i], triplets[i], panel)
-        if left is not None and right is not None:
-            matrix = torch.addmm(matrix, left[panel], right.T)
-        part, d_panel = objective.squared(matrix - objective.weight[panel])
+        rows = rows_of_sum([(kernels[i], triplets[i]) for i in tiled], factors, panel)
+        part, d_panel = objective.squared(rows - objective.weight[panel])
         loss += part
         for i in tiled:
             add_gradient(kernels[i], triplets[i], panel, d_panel, found[i])
-        if left is not None and right is not None:
+        if factors:
+            left, right = factors
             d_left[panel] = d_panel @ right
             d_right.addmm_(d_panel.T, left[panel])
-    if left is not None and right is not None:
-        found |= dict(zip(thin, gradients(leaves, (left, right), (d_left, d_right)), strict=True))
+    if factors:
+        found |= dict(zip(thin, gradients(leaves, factors, (d_left, d_right)), strict=True))
     return loss, [found[i] for i in range(len(kernels))]
+
+
+def rows_of_sum(tiled: Sequence[tuple[Kernel, Triplets]], factors: tuple[Tensor, Tensor] | None, panel: slice) -> Tensor:
+    """The rows (rows, in) of the sum of the matrices of some kernels and of the product of two factors."""
+    rows = matrix_rows(*tiled[0], panel)
+    for kernel, t in tiled[1:]:
+        rows = rows + matrix_rows(kernel, t, panel)
+    return rows if factors is None else torch.addmm(rows, factors[0][panel], factors[1].T)
+
+
+def squared_norm(matrix: Tensor) -> Tensor:
+    """||M||^2, added up in fp32 or wider."""
+    return torch.linalg.vector_norm(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32)).square()
 
 
 def joined_factors(kernels: Sequence[Kernel], triplets: Sequence[Triplets]) -> tuple[Tensor, Tensor]:
