@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from analysis.operations import operations_to_dense
 from analysis.settings import run_settings
 from nla.harness.fits_table import parse_terms
 from nla.harness.record import RunRecord
@@ -13,7 +14,7 @@ LAYER = r".*\.(\d+)\."  # the last number in a qualified name is that of the lay
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row per run: settings, parameters, bits, mean errors, seconds, and `<stage>.<task>.<data>.<metric>` columns.
+    """One row per run: settings, parameters, bits, mean errors, seconds, `operations_to_dense`, and `<stage>.<task>.<data>.<metric>` columns.
 
     The standard error of a metric is in the column of its name with `_stderr` (older records do not have it).
     """
@@ -24,6 +25,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         row |= record.bits.model_dump() if record.bits else {}
         row |= {key: pd.Series([getattr(fit, key) for fit in record.fits], dtype=float).mean() for key in ERRORS}
         row |= {"fit_seconds": sum(f.seconds for f in record.fits), "fit_peak_bytes": max(f.peak_bytes for f in record.fits)}
+        row |= {"operations": operations_to_dense(record.fits)}
         if record.retraining:
             row |= record.retraining.model_dump(include={"tokens", "samples", "trained"})
             row |= {"retrain_seconds": record.retraining.seconds}

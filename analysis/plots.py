@@ -119,11 +119,14 @@ def refined(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def by_bits(table: pd.DataFrame) -> Figure:
-    """Perplexity by bits per weight, both in logarithmic scale: a line for each method, with standard errors.
+def by_cost(table: pd.DataFrame, cost: str, label: str, ticks: list[float]) -> Figure:
+    """Perplexity by the bits or the operations per weight, both in logarithmic scale: a line for each method, with standard
+    errors.
 
     Args:
         table: of `analysis.tables.by_bits`, of the same matrices and training.
+        cost: a column of the table.
+        label: what it is.
     """
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     axis = figure.subplots()
@@ -131,7 +134,7 @@ def by_bits(table: pd.DataFrame) -> Figure:
         ours = str(method).startswith(("phase", "linear"))
         line = line.sort_values("bits taken").drop_duplicates("bits taken")
         axis.errorbar(
-            line["bits taken"],
+            line[cost],
             line["figure"],
             line["stderr"],
             label=str(method),
@@ -144,10 +147,10 @@ def by_bits(table: pd.DataFrame) -> Figure:
     axis.axhline(float(table["dense"].iloc[0]), color="k", linewidth=1, label="dense, 16 bits")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xticks(*plain_ticks([1, 1.5, 2, 3, 4, 8], axis.get_xlim()))
+    axis.set_xticks(*plain_ticks(ticks, axis.get_xlim()))
     axis.set_yticks(*plain_ticks([10, 20, 30, 50, 100, 200, 300, 500, 1000], axis.get_ylim()))
     axis.minorticks_off()
-    axis.set_xlabel("bits per weight of the compressed matrices", fontsize=9)
+    axis.set_xlabel(label, fontsize=9)
     axis.set_ylabel("perplexity", fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure

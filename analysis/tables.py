@@ -46,7 +46,8 @@ def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
 
 
 def by_bits(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
-    """Runs that were asked for bits per weight: the bits that they take, a metric, and its multiple of the dense model's.
+    """Runs that were asked for bits per weight: the bits that they take, operations of the forward pass relative to the dense
+    model's, a metric, and its multiple of the dense model's.
 
     Rows are named by the number of matrices, the last training, the method, and the bits that were asked for.
     """
@@ -58,7 +59,7 @@ def by_bits(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     table = rows.assign(method=names, after=after, figure=last, stderr=rows[f"compressed.{metric}_stderr"])
     table = table.assign(times=table["figure"] / table[f"dense.{metric}"])
     table = table.rename(columns={"selected_per_weight": "bits taken", f"dense.{metric}": "dense"})
-    columns = ["bits taken", "dense", "figure", "stderr", "times", "weighted_error", "fit_seconds"]
+    columns = ["bits taken", "operations", "dense", "figure", "stderr", "times", "weighted_error", "fit_seconds"]
     return table.set_index(["matrices", "after", "method", "bits"])[columns].sort_index()
 
 

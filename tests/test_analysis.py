@@ -226,12 +226,13 @@ def test_a_table_of_costs_has_the_dense_model_first_and_a_row_per_kernel_and_for
     assert forward_cost(runs, "tiny_llama", "sotu", 0.7, tokens=512).empty
 
 
-def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_the_bits_they_take():
+def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_what_they_cost():
     metric = "language_modelling.sotu.perplexity"
 
     def row(method, kernel, storage, bits, taken, value, **others):
         found = {"method": method, "kernel": kernel, "storage": storage, "bits": bits, "selected_per_weight": taken}
         usual = {"model": "m", "matrices": 70, "changed": "", "retrain_steps": 0, "weighted_error": 0.1, "fit_seconds": 1.0}
+        usual["operations"] = taken / 2
         figures = {f"dense.{metric}": 20.0, f"compressed.{metric}": value, f"compressed.{metric}_stderr": 0.5}
         return usual | found | figures | {f"retrained.{metric}": None} | others
 
@@ -252,11 +253,10 @@ def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_the_
         (70, "retraining", "SVD-LLM, int4", 1.05): 60.0,
     }
     assert table.loc[(70, "fits", "phase, angles", 2.05), "times"] == 1.5
-    axis = plots.by_bits(table.xs("fits", level="after")).axes[0]
-    assert {c.get_label(): c.lines[0].get_xdata().tolist() for c in axis.containers} == {
-        "GPTQ": [2.28],
-        "phase, angles": [2.04],
-    }
+    for cost, share in (("bits taken", 1), ("operations", 2)):
+        axis = plots.by_cost(table.xs("fits", level="after"), cost, "what it costs", [1, 2]).axes[0]
+        drawn = {c.get_label(): c.lines[0].get_xdata().tolist() for c in axis.containers}
+        assert drawn == {"GPTQ": [2.28 / share], "phase, angles": [2.04 / share]}
 
 
 def test_a_storage_and_the_solver_that_it_chooses_are_named_as_typed(run_here):

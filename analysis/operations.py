@@ -1,0 +1,38 @@
+"""The operations of a forward pass, from the terms that a record names."""
+
+from collections.abc import Iterable
+
+from nla.harness.record import FitRecord
+
+DENSE = ("int", "nf4", "e8")  # how names of terms begin whose matrix is multiplied as a whole
+
+
+def operations_to_dense(fits: Iterable[FitRecord]) -> float | None:
+    """Multiplications of the compressed matrices for one token, in thin products, relative to those of the dense ones.
+
+    Scales, rotations and what is added to the products are not counted; nor are cosines, which are computed once. None if a
+    kernel has no thin product.
+    """
+    done, dense = 0, 0
+    for fit in fits:
+        m, n = fit.shape
+        widths = [width(term.split(), m, n) for term in fit.terms.split(" + ")]
+        if None in widths:
+            return None
+        done += sum(known * (m + n) for known in widths if known is not None)
+        dense += m * n
+    return done / dense
+
+
+def width(words: list[str], m: int, n: int) -> float | None:
+    """The rank k of a term whose products with one token take (m + n) k multiplications; None if it is computed by tiles."""
+    name, numbers = words[0], dict(word.split("=") for word in words[1:] if "=" in word)
+    if name.startswith(DENSE):
+        return m * n / (m + n)
+    if name == "factors":
+        return int(numbers["rank"])
+    by_kernel = {"linear": (1, 0), "piecewise": (1, 2), "phase": (2, 0)}
+    if name not in by_kernel:
+        return None
+    per_column, more = by_kernel[name]
+    return per_column * int(numbers["h"]) * int(numbers["r"]) + more
