@@ -14,7 +14,8 @@ LAYER = r".*\.(\d+)\."  # the last number in a qualified name is that of the lay
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row per run: settings, parameters, bits, mean errors, seconds, `operations_to_dense`, and `<stage>.<task>.<data>.<metric>` columns.
+    """One row per run: settings, parameters, bits, mean errors, seconds, `operations` (to dense), and columns
+    `<stage>.<task>.<data>.<metric>`.
 
     The standard error of a metric is in the column of its name with `_stderr` (older records do not have it).
     """

@@ -13,7 +13,7 @@ def operations_to_dense(fits: Iterable[FitRecord]) -> float | None:
     Scales, rotations and what is added to the products are not counted; nor are cosines, which are computed once. None if a
     kernel has no thin product.
     """
-    done, dense = 0, 0
+    done, dense = 0.0, 0
     for fit in fits:
         m, n = fit.shape
         widths = [width(term.split(), m, n) for term in fit.terms.split(" + ")]
