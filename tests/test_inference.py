@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 import nla
-from nla.compressed.inference import PivotedLinear, ThinLinear, inference_layer, optimise_for_inference
+from nla.codes.codebook import codebook_of
+from nla.codes.grid_format import GridFormat
+from nla.compressed.inference import PivotedLinear, SumLinear, ThinLinear, inference_layer, optimise_for_inference
+from nla.compressed.int4 import Int4Linear
 from nla.compressed.layer import CompressedLinear, ReconstructingLinear
 from nla.compressed.surgery import copy_with_same_tensors, swap
 from nla.kernels.linear import Linear
@@ -16,19 +19,36 @@ from nla.matrix.triplets import Triplets
 from nla.models.select import linear_specs, select_linears
 from nla.saved.convert import pivot
 from nla.terms.base import Sum, Term
+from nla.terms.coded import CodedTerm
+from nla.terms.grid import Grid, grid
+from nla.terms.grid_factors import GridFactors
 from nla.terms.kernel_term import KernelTerm
 from tests.conftest import make_model
+from tests.test_int4 import FAST
 
 THIN = {
     "linear": lambda m, n, g: term(Linear(), m, n, g),
     "piecewise": lambda m, n, g: term(Piecewise(r=2), m, n, g),
     "phase": lambda m, n, g: term(Phase(), m, n, g),
     "hybrid": lambda m, n, g: Sum([term(Linear(), m, n, g), term(Phase(), m, n, g)]),
+    "angles": lambda m, n, g: angles(m, n, g),
+    "factors": lambda m, n, g: GridFactors(random_grid(5, m, g), random_grid(5, n, g)),
 }
 
 
 def term(kernel, m: int, n: int, generator: torch.Generator, h: int = 3) -> KernelTerm:
     return KernelTerm(kernel, kernel.random_start(m, n, h, kernel.r, generator))
+
+
+def angles(m: int, n: int, generator: torch.Generator) -> CodedTerm:
+    rows, columns = (torch.rand(k, generator=generator) + 0.5 for k in (m, n))
+    return CodedTerm.of(Phase(), codebook_of("angle", 4), Phase().random_start(m, n, 5, 1, generator), rows, columns)
+
+
+def random_grid(m: int, n: int, generator: torch.Generator) -> Grid:
+    form = GridFormat(4, 32)
+    codes, zeros = (torch.randint(16, (m, k), generator=generator) for k in (n, form.groups(n)))
+    return grid(codes, zeros, torch.rand(zeros.shape, generator=generator) + 0.1, form).as_stored(torch.float32)
 
 
 def exact(layer: CompressedLinear, x: torch.Tensor) -> torch.Tensor:
@@ -98,6 +118,28 @@ def test_factors_with_as_many_numbers_as_the_matrix_become_the_matrix(kernel):
     torch.testing.assert_close(layer(x), own(x), rtol=1e-3, atol=1e-3)
 
 
+@FAST
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_a_grid_with_thin_factors_beside_it_stays_a_grid_with_thin_factors(biased):
+    generator = torch.Generator().manual_seed(0)
+    own = Sum([random_grid(96, 64, generator), THIN["linear"](96, 64, generator)]).as_stored(torch.bfloat16)
+    bias = nn.Parameter(torch.randn(96, generator=generator).bfloat16()) if biased else None
+    x = torch.randn(2, 5, 64, generator=generator).bfloat16()
+    before, after = CompressedLinear(own, bias), inference_layer(own, bias)
+    assert isinstance(after, SumLinear) and [type(part) for part in after.layers] == [Int4Linear, ThinLinear]
+    assert error(after(x), exact(before, x)) < 3 * torch.finfo(torch.bfloat16).eps
+    with pytest.raises(UserError, match="for inference only"):
+        after.state_dict()
+
+
+def test_a_sum_with_a_part_that_would_be_dense_becomes_one_dense_matrix():
+    generator = torch.Generator().manual_seed(0)
+    own, x = Sum([random_grid(96, 64, generator), THIN["linear"](96, 64, generator)]), torch.randn(3, 64, generator=generator)
+    layer = inference_layer(own, None)  # in fp32, codes are slow
+    assert type(layer) is nn.Linear
+    torch.testing.assert_close(layer(x), own(x), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("h, kind", [(14, ThinLinear), (15, nn.Linear)])
 def test_factors_of_nearly_the_matrixs_size_are_multiplied_out(h, kind):
     own = term(Phase(), 64, 64, torch.Generator().manual_seed(0), h=h)  # 2 h columns of 128 numbers, against 4,096
@@ -142,7 +184,7 @@ def test_a_whole_model_computes_the_same_and_the_copy_leaves_it_as_it_is(tmp_pat
 
 
 def scaled(own: Term) -> Term:
-    return own.scaled(0.02)  # about the size of a model's weights
+    return own.scaled(0.02).as_stored(torch.float32)  # about the size of a model's weights
 
 
 def test_what_was_optimised_is_not_saved_and_reconstructing_layers_stay(tmp_path):

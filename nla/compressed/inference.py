@@ -12,7 +12,7 @@ from torch.nn.functional import linear, pad
 from nla.compressed.inference_linear import InferenceLinear
 from nla.compressed.int4 import int4_linear, is_fast
 from nla.compressed.layer import CompressedLinear
-from nla.terms.base import Term
+from nla.terms.base import Sum, Term
 from nla.terms.grid import Grid
 from nla.terms.pivoted import Pivoted
 from nla.terms.thin import thin_factors
@@ -44,14 +44,28 @@ class PivotedLinear(InferenceLinear):
         return y if self.bias is None else y + self.bias
 
 
+class SumLinear(nn.Module):
+    """The sum of the outputs of some layers."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers[0](x)
+        for layer in self.layers[1:]:
+            y = y + layer(x)
+        return y
+
+
 @torch.no_grad()
 def optimise_for_inference(model: nn.Module) -> nn.Module:
     """Replace every CompressedLinear, in place, by a layer that computes the same outputs faster.
 
-    That is codes of 4 bits (see `nla.compressed.int4`), or two thin matrices or pivot rows, or the dense matrix if these have
-    nearly as many numbers as it (see WORTH), or if the term has none of them. Outputs differ from the compressed layer's by
-    rounding. The model can then neither be trained nor saved. It may need more memory than before: phase has two numbers for
-    each stored angle, a dense matrix has all.
+    That is codes of 4 bits (see `nla.compressed.int4`), or two thin matrices or pivot rows, or a sum of these, or the dense
+    matrix if they have nearly as many numbers as it (see WORTH), or if the term has none of them. Outputs differ from the
+    compressed layer's by rounding. The model can then neither be trained nor saved. It may need more memory than before: thin
+    matrices are in the model's type, phase has two numbers for each stored angle, a dense matrix has all.
 
     Returns:
         the same model.
@@ -63,7 +77,7 @@ def optimise_for_inference(model: nn.Module) -> nn.Module:
 
 
 def inference_layer(term: Term, bias: Tensor | None) -> nn.Module:
-    """The layer for inference with the outputs of this term: codes, thin, pivoted or dense."""
+    """The layer for inference with the outputs of this term: codes, thin, pivoted, a sum of these, or dense."""
     dtype = next(term.parameters()).dtype
     term = term.as_stored(dtype)
     m, n = term.out_features, term.in_features
@@ -74,12 +88,22 @@ def inference_layer(term: Term, bias: Tensor | None) -> nn.Module:
         return PivotedLinear(bias, rows=rows, coefficients=coefficients, places=term.places())
     factors = thin_factors(term)
     if factors is None:
-        return dense_layer(term.dense(), bias)
+        return sum_or_dense(term, bias)
     left, right = factors
     if left.shape[1] * (m + n) > WORTH * m * n:
         return dense_layer((left.float() @ right.float().T).to(dtype), bias)
     first, second = (aligned(f.to(dtype)) for f in (right, left))
     return ThinLinear(bias, first=first.T.contiguous(), second=fast_for_one_row(second))
+
+
+def sum_or_dense(term: Term, bias: Tensor | None) -> nn.Module:
+    """The layer of a term that is no product of thin matrices as a whole, such as a grid and factors beside it."""
+    if isinstance(term, Sum):
+        first, *others = term.summands
+        layers = [inference_layer(first, bias), *(inference_layer(other, None) for other in others)]
+        if not any(isinstance(layer, nn.Linear) for layer in layers):
+            return SumLinear(layers)
+    return dense_layer(term.dense(), bias)
 
 
 def aligned(factor: Tensor) -> Tensor:

@@ -5,19 +5,33 @@ from torch import Tensor
 
 from nla.kernels.factored import FactoredKernel
 from nla.terms.base import Term
+from nla.terms.coded import CodedTerm
+from nla.terms.grid_factors import GridFactors
 from nla.terms.kernel_term import KernelTerm
 
+Factors = tuple[Tensor, Tensor]
 
-def thin_factors(term: Term) -> tuple[Tensor, Tensor] | None:
-    """Factors L (out, k) and R (in, k) in float64 with dense() = L @ R.T, or None if a kernel has none.
+
+def thin_factors(term: Term) -> Factors | None:
+    """Factors L (out, k) and R (in, k) in float64 with dense() = L @ R.T, or None if a part of the term has none.
 
     They can be rounded to a model's type (see `FactoredKernel.factors_to_round`).
     """
-    lefts, rights = [], []
-    for leaf in term.leaves():
-        if not isinstance(leaf, KernelTerm) or not isinstance(leaf.kernel, FactoredKernel):
-            return None
-        left, right = leaf.kernel.factors_to_round(leaf.triplets.map(lambda p: p.detach().double()))
-        lefts.append(left)
-        rights.append(right)
+    found = [factors_of(leaf) for leaf in term.leaves()]
+    known = [factors for factors in found if factors is not None]
+    if len(known) < len(found):
+        return None
+    lefts, rights = zip(*known, strict=True)
     return torch.cat(lefts, 1), torch.cat(rights, 1)
+
+
+def factors_of(leaf: Term) -> Factors | None:
+    """The factors of a term that is no sum."""
+    if isinstance(leaf, KernelTerm) and isinstance(leaf.kernel, FactoredKernel):
+        return leaf.kernel.factors_to_round(leaf.triplets.map(lambda p: p.detach().double()))
+    if isinstance(leaf, CodedTerm):
+        left, right = leaf.kernel.factors_to_round(leaf.triplets().map(lambda p: p.detach().double()))
+        return left * leaf.rows.detach()[:, None], right * leaf.columns.detach()[:, None]
+    if isinstance(leaf, GridFactors):
+        return leaf.left.dense().detach().double().T, leaf.right.dense().detach().double().T
+    return None
