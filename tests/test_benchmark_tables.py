@@ -71,6 +71,13 @@ def test_a_file_that_no_command_wrote_is_refused(tmp_path):
         read_table(tmp_path / "x.csv")
 
 
+def test_the_tables_in_git_are_of_committed_code():
+    tables = read_tables()
+    assert tables
+    for table in tables.values():
+        assert table.made["commit"] and table.made["dirty"] == "False"
+
+
 TABLE = Table(
     {"command": "python -m analysis.benchmarks.forward m=64 n=64"},
     [
