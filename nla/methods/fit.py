@@ -40,7 +40,8 @@ class Fit:
         svd_error: error of truncated SVD with as many parameters.
         floor: smallest error of any matrix of the term's largest rank (Eckart-Young); 0 if its rank is not bounded.
         optimum: smallest error that the kernel can reach at this size in the method's norm; None if unknown.
-        weighted_error: ||(W' - W) X^T||^2 / ||W X^T||^2 over the calibration tokens X; None without a Gram matrix.
+        weighted_error: ||(W' - W) X^T||^2 / ||W X^T||^2 over the calibration tokens X; None without a Gram matrix. If errors of
+            earlier blocks are corrected, the target T of `Norms.outputs` takes the place of W.
         svd_llm_error: weighted error of SVD-LLM with as many parameters, the smallest of its rank.
         weighted_floor: floor of the weighted error.
         steps: steps of gradient descent.
