@@ -106,6 +106,7 @@ def refined(table: pd.DataFrame) -> Figure:
         rate = re.search(r"\blr=([\d.]+)", str(method))
         name = str(method).partition(" (")[0] + ("" if budget == "uniform" else f", {budget} budget")
         name += f", rate {rate[1]}" if rate else ""
+        name += ", closer text" if "calibration=" in str(method) else ""
         colour = f"C{number}"
         axis.plot(100 * line["ratio"], line["refined"], "-", marker="o", markersize=4, color=colour, label=f"{name}, refined")
         if line["fitted"].notna().any():

@@ -76,7 +76,7 @@ def refined(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     rows = of_layers(runs, model)
     rows = rows[rows[f"compressed.{metric}"].notna()]
     words = rows["changed"].str.split()
-    same = words.map(lambda pairs: " ".join(p for p in pairs if p.partition("=")[0] not in ("refine", "budget")))
+    same = words.map(lambda pairs: " ".join(p for p in pairs if p.partition("=")[0] not in ("refine", "epochs", "budget")))
     rows = rows.assign(
         method=[method_name(pd.Series({**row, "changed": s})) for (_, row), s in zip(rows.iterrows(), same, strict=True)]
     )
