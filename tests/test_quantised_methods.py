@@ -238,7 +238,10 @@ def test_gradients_of_packed_factors_are_those_of_their_matrix():
 
 def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
     weight = normal(96, 128).to(torch.bfloat16)
-    wide, packed_4 = compress(SVDLLM(False, 0.0, Float()), weight, 4), compress(SVDLLM(False, Coded("int", 4, 0)), weight, 4)
+    wide, packed_4 = (
+        compress(SVDLLM(False, 0.0, Float()), weight, 4),
+        compress(SVDLLM(False, 0.0, Coded("int", 4, 0)), weight, 4),
+    )
     assert packed_4.term.rank_bound() > 3 * wide.term.rank_bound()
     assert packed_4.weighted_error < 0.5 * wide.weighted_error and packed_4.bits <= 4 * weight.numel()
     assert packed_4.weighted_error == pytest.approx(min(error for _, error in packed_4.losses), rel=0.02)
