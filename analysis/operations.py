@@ -3,7 +3,11 @@
 from collections.abc import Iterable
 
 from nla.harness.record import FitRecord
+from nla.kernels.linear import Linear
+from nla.kernels.phase import Phase
+from nla.kernels.piecewise import Piecewise
 
+KERNELS = {kernel.name: kernel for kernel in (Linear(), Piecewise(), Phase())}  # whose products have their rank
 DENSE = ("int", "nf4", "e8")  # how names of terms begin whose matrix is multiplied as a whole
 
 
@@ -31,8 +35,5 @@ def width(words: list[str], m: int, n: int) -> float | None:
         return m * n / (m + n)
     if name == "factors":
         return int(numbers["rank"])
-    by_kernel = {"linear": (1, 0), "piecewise": (1, 2), "phase": (2, 0)}
-    if name not in by_kernel:
-        return None
-    per_column, more = by_kernel[name]
-    return per_column * int(numbers["h"]) * int(numbers["r"]) + more
+    kernel = KERNELS.get(name)
+    return None if kernel is None else kernel.rank_bound(int(numbers["h"]), int(numbers["r"]))
