@@ -18,6 +18,7 @@ from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.matrix.spectrum import Spectrum
 from nla.matrix.triplets import triplet_size
+from nla.methods.kernel_method import triplet_terms
 from nla.methods.svd import SVD
 from nla.methods.svd_llm import SVDLLM
 from nla.models.select import LinearSpec
@@ -147,9 +148,9 @@ def hybrid(*overrides: str):
 def test_a_hybrid_has_both_terms_and_stays_within_its_bits(m, n, spare, share):
     method = hybrid(f"method.linear_share={share}")
     bits = method.least_bits([(m, n)], torch.float32) + 32 * spare
-    linear, other = method.plan_matrix(m, n, bits, torch.float32).summands
-    assert linear.triplets.h >= 1 and other.triplets.h >= 1
-    assert linear.bits() + other.bits() <= bits < linear.bits() + other.bits() + 32 * triplet_size(m, n, 1)
+    planned = method.plan_matrix(m, n, bits, torch.float32)
+    assert [term.h >= 1 for term in triplet_terms(planned)] == [True, True]
+    assert planned.bits() <= bits < planned.bits() + 32 * triplet_size(m, n, 1)
 
 
 def test_a_hybrid_ends_below_svd_llm_and_below_its_start():
@@ -160,6 +161,6 @@ def test_a_hybrid_ends_below_svd_llm_and_below_its_start():
     (fit,) = hybrid("solver.steps=150").compress([weight], bits, known, torch.Generator().manual_seed(0))
     (linear,) = SVDLLM(False, 0.0, Float()).compress([weight], bits, known, torch.Generator())
     assert fit.weighted_error < 0.9 * linear.weighted_error and fit.losses[-1][1] < 0.9 * fit.losses[0][1]
-    assert fit.n_params <= 1500 and [t.kernel.name for t in fit.term.summands] == ["linear", "phase"]
+    assert fit.n_params <= 1500 and [t.kernel.name for t in triplet_terms(fit.term)] == ["linear", "phase"]
     with pytest.raises(Exception, match=r"method\.linear_share=1\.5"):
         hybrid("method.linear_share=1.5")

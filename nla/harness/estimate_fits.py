@@ -12,10 +12,9 @@ from nla.machine.threads import ordered_map
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.methods.base import MatrixMethod
+from nla.methods.kernel_method import triplet_terms
 from nla.solvers.gradient import PRODUCTS
 from nla.solvers.squared_error import squared_error
-from nla.terms.coded import CodedTerm
-from nla.terms.kernel_term import KernelTerm
 
 LARGEST = 512  # side of the largest matrix that is measured
 TOKENS = 512  # tokens for which a forward pass is counted, to get its cost per token
@@ -75,7 +74,7 @@ def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, 
         return start_rate, 0.0
     products = PRODUCTS[prepared.values["method"]["solver"]["products"]]
     objective = method.objective(Norms(weight, statistics))
-    leaves = [leaf for leaf in term.leaves() if isinstance(leaf, KernelTerm | CodedTerm)]
+    leaves = triplet_terms(term)
     kernels = [leaf.kernel for leaf in leaves]
     triplets = [leaf.kernel.random_start(m, n, leaf.h, leaf.r, generator).map(lambda p: p.to(device)) for leaf in leaves]
 

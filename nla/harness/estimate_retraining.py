@@ -86,12 +86,12 @@ def mean_kept(prepared: PreparedRun) -> float:
 def moved(matrix: PlannedMatrix, parts: set[str], linear_term: int) -> int:
     """Number of parameters of one matrix that retraining changes, given these parts of `retrain.train`."""
     m, n = matrix.spec.out_features, matrix.spec.in_features
-    terms = [leaf for leaf in matrix.term.leaves() if isinstance(leaf, KernelTerm)]
+    terms = [part for part in matrix.term.modules() if isinstance(part, KernelTerm)]
     sizes = {"A": m * linear_term, "B": n * linear_term, "mu": linear_term}
     for part in sizes:
         sizes[part] += sum(getattr(term, part).numel() for term in terms)
     if parts & {"triplets", "everything"}:
-        return sum(sizes.values())
+        return sum(p.numel() for p in matrix.term.parameters()) + linear_term * triplet_size(m, n, 1)
     if "linear_term" in parts:
         return linear_term * triplet_size(m, n, 1)
     return sum(size for part, size in sizes.items() if part in parts)

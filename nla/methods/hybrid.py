@@ -11,9 +11,11 @@ from nla.machine.errors import UserError
 from nla.matrix.objective import Norms, Objective
 from nla.matrix.triplets import triplet_size
 from nla.methods.base import MatrixMethod, Shape
-from nla.methods.kernel_method import size
+from nla.methods.fallback import no_worse, require_fallback
+from nla.methods.kernel_method import size, triplet_terms
 from nla.solvers.base import Solution, Start
 from nla.solvers.gradient import GradientFit
+from nla.storage.base import Coded, Storage
 from nla.terms.base import Sum, Term
 from nla.terms.kernel_term import KernelTerm
 
@@ -25,54 +27,70 @@ class Hybrid(MatrixMethod):
     weight. Gradient descent then changes both together.
 
     Args:
+        storage: how the numbers of the kernel term are kept.
         linear_share: fraction of the parameters that the linear term gets.
         sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        fallback: as in `nla.methods.nla.NLA`.
 
     Raises:
-        UserError: linear_share is not between 0 and 1.
+        UserError: linear_share is not between 0 and 1, or the storage has few bits or does not suit the kernel.
     """
 
     needs = frozenset({"gram"})
 
-    def __init__(self, kernel: Kernel, solver: GradientFit, linear_share: float, sequential: bool) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        solver: GradientFit,
+        storage: Storage,
+        linear_share: float,
+        sequential: bool,
+        fallback: str | None,
+    ) -> None:
         if not isinstance(linear_share, int | float) or not 0 < linear_share < 1:
             raise UserError(f"method.linear_share={linear_share} must be a fraction, above 0 and below 1")
-        self.sequential = sequential
-        self.linear, self.kernel, self.solver, self.linear_share = Linear(), kernel, solver, linear_share
+        if isinstance(storage, Coded):
+            raise UserError("method=hybrid stores no codes of a few bits; use storage=scaled or storage=float")
+        require_fallback(fallback)
+        storage.check(kernel)
+        self.sequential, self.fallback = sequential, fallback
+        self.linear, self.kernel, self.storage = Linear(), kernel, storage
+        self.solver, self.linear_share = solver, linear_share
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
 
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Sum:
-        numbers = bits // (8 * dtype.itemsize)
-        one = triplet_size(out_features, in_features, 1)
-        linear = min(max(int(self.linear_share * numbers), one), numbers - one)  # at least one triplet each, if two fit
-        shares = ((self.linear, linear), (self.kernel, numbers - linear // one * one))
-        return Sum(
-            KernelTerm.empty(kernel, out_features, in_features, *kernel.size(out_features, in_features, max(n, 0)), dtype)
-            for kernel, n in shares
-        )
+        one = triplet_size(out_features, in_features, 1) * 8 * dtype.itemsize
+        spare = bits - self.storage.least_bits(out_features, in_features, dtype)  # after one triplet of the kernel
+        h = max(int(min(self.linear_share * bits, spare)) // one, 1)
+        linear = KernelTerm.empty(self.linear, out_features, in_features, h, 1, dtype)
+        return Sum([linear, self.storage.plan(self.kernel, out_features, in_features, max(bits - h * one, 0), dtype)])
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
-        return sum(2 * triplet_size(m, n, 1) for m, n in shapes) * 8 * dtype.itemsize
+        linear = sum(triplet_size(m, n, 1) for m, n in shapes) * 8 * dtype.itemsize
+        return linear + sum(self.storage.least_bits(m, n, dtype) for m, n in shapes)
 
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
-        linear, other = (leaf for leaf in planned.leaves() if isinstance(leaf, KernelTerm))
+        assert isinstance(planned, Sum)
+        linear, other = planned.summands
+        assert isinstance(linear, KernelTerm)
         first = self.solver.begin(self.linear, objective, linear.h, linear.r, generator).term
         rest = objective.weight - first.dense().detach()
         scale = float(rest.square().mean().sqrt()) or 1.0
         remaining = Objective(rest / scale, objective.factor)
-        second = self.solver.begin(self.kernel, remaining, other.h, other.r, generator).term
+        second = self.storage.start(self.kernel, self.solver, remaining, other, generator).term
         return Start(Sum([first, second.scaled(scale)]))
 
     def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        return self.solver.descend(self.start(objective, planned, generator), objective, memory)
+        solution = self.storage.fit(self.solver, self.start(objective, planned, generator), objective, memory)
+        return no_worse(self.fallback, solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:
-        return sum(leaf.kernel.warm_start_flops(*size(leaf)) for leaf in term.leaves() if isinstance(leaf, KernelTerm))
+        return sum(leaf.kernel.warm_start_flops(*size(leaf)) for leaf in triplet_terms(term))
 
     def step_flops(self, term: Term) -> int:
-        leaves = [leaf for leaf in term.leaves() if isinstance(leaf, KernelTerm)]
+        leaves = triplet_terms(term)
         return sum(leaf.kernel.fit_flops(*size(leaf)) + leaf.kernel.weighting_flops(*size(leaf)) for leaf in leaves)
 
     @property

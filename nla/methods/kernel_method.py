@@ -25,7 +25,12 @@ class KernelMethod(MatrixMethod):
         return sum(triplet_size(m, n, 1) for m, n in shapes) * 8 * dtype.itemsize
 
 
+def triplet_terms(term: Term) -> list[KernelTerm | CodedTerm]:
+    """The terms of triplets that a term consists of, at any depth."""
+    return [part for part in term.modules() if isinstance(part, KernelTerm | CodedTerm)]
+
+
 def size(term: Term) -> tuple[int, int, int, int]:
-    """(out, in, h, r) of a term of triplets."""
-    assert isinstance(term, KernelTerm | CodedTerm)
-    return term.out_features, term.in_features, term.h, term.r
+    """(out, in, h, r) of a term of the triplets of one kernel, with or without scales."""
+    (triplets,) = triplet_terms(term)
+    return triplets.out_features, triplets.in_features, triplets.h, triplets.r

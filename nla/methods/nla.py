@@ -6,17 +6,15 @@ from contextlib import ExitStack
 import torch
 
 from nla.kernels.base import Kernel
-from nla.kernels.linear import Linear
 from nla.machine.errors import UserError, require_choice
 from nla.matrix.objective import Norms, Objective
 from nla.methods.base import MatrixMethod, Shape, require_correction
-from nla.methods.fit import equal_rank, squared_error_of
+from nla.methods.fallback import no_worse, require_fallback
 from nla.methods.kernel_method import size
-from nla.solvers.base import Solution, Start, Status
+from nla.solvers.base import Solution, Start
 from nla.solvers.gradient import GradientFit
 from nla.storage.base import Storage
 from nla.terms.base import Term
-from nla.terms.kernel_term import KernelTerm
 
 
 class NLA(MatrixMethod):
@@ -49,7 +47,7 @@ class NLA(MatrixMethod):
         if sequential and loss == "weight":
             raise UserError("method.sequential=true is about the layers' inputs; add method.loss=activation")
         require_correction(correction, sequential)
-        require_choice("method.fallback", fallback, [None, "linear"])
+        require_fallback(fallback)
         storage.check(kernel)
         self.kernel, self.solver, self.storage = kernel, solver, storage
         self.sequential, self.correction, self.fallback = sequential, correction, fallback
@@ -70,7 +68,7 @@ class NLA(MatrixMethod):
     def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
         start = self.start(objective, planned, generator)
         solution = self.storage.fit(self.solver, start, objective, memory)
-        return solution if self.fallback is None else no_worse_than_linear(solution, planned, objective)
+        return no_worse(self.fallback, solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:
         return self.kernel.warm_start_flops(*size(term)) if self.solver.start == "warm" else 0
@@ -82,16 +80,3 @@ class NLA(MatrixMethod):
     @property
     def steps(self) -> int:
         return self.solver.steps
-
-
-def no_worse_than_linear(solution: Solution, planned: Term, objective: Objective) -> Solution:
-    """The solution, or the best linear factors in the model's type with as many bits as planned, if their error is smaller."""
-    dtype = next(planned.parameters()).dtype
-    rank = equal_rank(planned.out_features, planned.in_features, planned.bits(), dtype)
-    with torch.no_grad():
-        error = float(squared_error_of(solution.term, objective)) / objective.energy
-    if not objective.spectrum.tail(rank) < error:
-        return solution
-    triplets, optimum = Linear().warm_start(objective, rank, 1, torch.Generator())
-    losses = [*solution.losses, (solution.steps, objective.spectrum.tail(rank))]
-    return Solution(KernelTerm(Linear(), triplets), losses, solution.steps, Status.LINEAR, optimum)

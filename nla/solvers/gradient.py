@@ -130,7 +130,7 @@ class GradientFit:
                 for group, size in zip(optimiser.param_groups, sizes, strict=True):
                     group["lr"] = self.lr * size * self.rate(step)
                 for p, g in zip(numbers, (g for t in gradients for g in t.tensors), strict=True):
-                    p.grad = g.div_(energy)
+                    p.grad = g.div(energy).contiguous()
                 optimiser.step()
         return solution(self.steps, Status.STEP_LIMIT)
 

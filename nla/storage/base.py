@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack
 
 import torch
+from torch import Tensor
 
 from nla.codes.codebook import codebook_of
 from nla.codes.packed import packed_width
@@ -12,14 +13,16 @@ from nla.kernels.base import Kernel, random_like
 from nla.kernels.factored import FactoredKernel
 from nla.machine.errors import UserError, require_choice, require_integer
 from nla.matrix.objective import Objective
-from nla.matrix.triplets import triplet_size
+from nla.matrix.triplets import Triplets, triplet_size
 from nla.solvers.base import Solution, Start
+from nla.solvers.factored import descend_factored
 from nla.solvers.gradient import GradientFit
 from nla.solvers.rounded import descend_rounded
 from nla.terms.base import Term
 from nla.terms.coded import CodedTerm, coded_size
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.rounded import RoundedTerm
+from nla.terms.scaled import Scaled
 
 
 class Storage(ABC):
@@ -69,6 +72,31 @@ class Float(Storage):
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         return solver.descend(start, objective, memory)
+
+
+class FloatAndScales(Float):
+    """All numbers in the model's type, and a scale of every row and column beside them. The kernel must have thin factors."""
+
+    def check(self, kernel: Kernel) -> None:
+        if not isinstance(kernel, FactoredKernel):
+            raise UserError(f"storage=scaled needs a kernel with thin factors, unlike kernel={kernel.name}; use storage=float")
+
+    def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Scaled:  # type: ignore[override]
+        scales = (out_features + in_features) * 8 * dtype.itemsize
+        return Scaled.empty([super().plan(kernel, out_features, in_features, max(0, bits - scales), dtype)], dtype)
+
+    def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        return super().least_bits(out_features, in_features, dtype) + (out_features + in_features) * 8 * dtype.itemsize
+
+    def start(
+        self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
+    ) -> Start:
+        assert isinstance(planned, Scaled) and isinstance(planned.inner, KernelTerm) and isinstance(kernel, FactoredKernel)
+        triplets = first_triplets(solver, kernel, objective, planned.inner.h, planned.inner.r, generator)
+        return Start(Scaled(KernelTerm(kernel, triplets), *ones(objective)))
+
+    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
+        return descend_factored(solver, start, objective, memory)
 
 
 DAMPING = 0.02  # of the fits with few bits, see `Objective.damped`
@@ -128,14 +156,24 @@ class Coded(Storage):
         self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
     ) -> Start:
         assert isinstance(planned, CodedTerm) and isinstance(kernel, FactoredKernel)
-        if solver.start == "random":
-            triplets = random_like(kernel, objective.weight, planned.h, planned.r, generator)
-        else:
-            triplets = kernel.mixed_start(objective, planned.h, planned.r, generator)
-        triplets = planned.codebook.scaled(kernel, triplets)
-        ones = [torch.ones_like(triplets.A[:, 0, 0]), torch.ones_like(triplets.B[:, 0, 0])]
-        return Start(RoundedTerm(kernel, planned.codebook, triplets, *ones))
+        triplets = first_triplets(solver, kernel, objective, planned.h, planned.r, generator)
+        return Start(RoundedTerm(kernel, planned.codebook, planned.codebook.scaled(kernel, triplets), *ones(objective)))
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         assert isinstance(start.term, RoundedTerm)
         return descend_rounded(solver, self.rounds, start.term, objective.damped(DAMPING), memory)
+
+
+def first_triplets(
+    solver: GradientFit, kernel: FactoredKernel, objective: Objective, h: int, r: int, generator: torch.Generator
+) -> Triplets:
+    """The triplets from which a fit with scales starts: random, or from singular vectors in a random basis."""
+    if solver.start == "random":
+        return random_like(kernel, objective.weight, h, r, generator)
+    return kernel.mixed_start(objective, h, r, generator)
+
+
+def ones(objective: Objective) -> tuple[Tensor, Tensor]:
+    """Scales of 1 for the rows (out,) and the columns (in,) of the objective's weight."""
+    rows, columns = (objective.weight.new_ones(n) for n in objective.weight.shape)
+    return rows, columns

@@ -8,6 +8,7 @@ from nla.terms.base import Term
 from nla.terms.coded import CodedTerm
 from nla.terms.grid_factors import GridFactors
 from nla.terms.kernel_term import KernelTerm
+from nla.terms.scaled import Scaled
 
 Factors = tuple[Tensor, Tensor]
 
@@ -32,6 +33,9 @@ def factors_of(leaf: Term) -> Factors | None:
     if isinstance(leaf, CodedTerm):
         left, right = leaf.kernel.factors_to_round(leaf.triplets().map(lambda p: p.detach().double()))
         return left * leaf.rows.detach()[:, None], right * leaf.columns.detach()[:, None]
+    if isinstance(leaf, Scaled):
+        inner = thin_factors(leaf.inner)
+        return inner and (inner[0] * leaf.rows.detach()[:, None], inner[1] * leaf.columns.detach()[:, None])
     if isinstance(leaf, GridFactors):
         return leaf.left.dense().detach().double().T, leaf.right.dense().detach().double().T
     return None
