@@ -31,7 +31,7 @@ def svd_with(storage: Storage) -> MatrixMethod:
     Raises:
         UserError: the storage is for angles.
     """
-    if isinstance(storage, Float):
+    if type(storage) is Float:
         return SVD()
     if not isinstance(storage, Coded) or storage.kind != "int" or storage.width is None:
         raise UserError(

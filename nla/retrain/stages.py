@@ -22,6 +22,7 @@ from nla.retrain.losses import Distillation
 from nla.retrain.settings import Retraining
 from nla.retrain.trainable import chosen_parts
 from nla.statistics.blocks import chain
+from nla.terms.base import shares
 from nla.terms.kernel_term import TENSORS
 from nla.training.checkpoints import Progress
 from nla.training.loop import Recipe, train
@@ -165,7 +166,9 @@ class StagedTraining:
             Triplets(*(by_name[f"{name}.{part}"].master for part in TENSORS)) if owner == self.processes.rank else term.triplets
             for (name, term), owner in zip(self.terms.items(), owners, strict=True)
         ]
-        return self.budget.tightening(moved, self.final, self.settings.steps, self.processes, owners)
+        stored, droppable = (sum(n for n, _ in shares(list(t.values()))) for t in (matrix_terms(self.model.module), self.terms))
+        beside = stored - droppable  # numbers that no triplet has, such as scales
+        return self.budget.tightening(moved, self.final - beside, self.settings.steps, self.processes, owners)
 
 
 @contextmanager
