@@ -23,6 +23,7 @@ from nla.terms.coded import CodedTerm
 from nla.terms.grid import Grid, grid
 from nla.terms.grid_factors import GridFactors
 from nla.terms.kernel_term import KernelTerm
+from nla.terms.scaled import Scaled
 from tests.conftest import make_model
 from tests.test_int4 import FAST
 
@@ -31,6 +32,7 @@ THIN = {
     "piecewise": lambda m, n, g: term(Piecewise(r=2), m, n, g),
     "phase": lambda m, n, g: term(Phase(), m, n, g),
     "hybrid": lambda m, n, g: Sum([term(Linear(), m, n, g), term(Phase(), m, n, g)]),
+    "scaled": lambda m, n, g: Sum([term(Linear(), m, n, g), scales(term(Phase(), m, n, g), g)]),
     "angles": lambda m, n, g: angles(m, n, g),
     "factors": lambda m, n, g: GridFactors(random_grid(5, m, g), random_grid(5, n, g)),
 }
@@ -38,6 +40,11 @@ THIN = {
 
 def term(kernel, m: int, n: int, generator: torch.Generator, h: int = 3) -> KernelTerm:
     return KernelTerm(kernel, kernel.random_start(m, n, h, kernel.r, generator))
+
+
+def scales(inner: KernelTerm, generator: torch.Generator) -> Scaled:
+    rows, columns = (torch.rand(k, generator=generator) + 0.5 for k in (inner.out_features, inner.in_features))
+    return Scaled(inner, rows, columns)
 
 
 def angles(m: int, n: int, generator: torch.Generator) -> CodedTerm:
