@@ -111,7 +111,7 @@ def refined(table: pd.DataFrame) -> Figure:
         axis.plot(100 * line["ratio"], line["refined"], "-", marker="o", markersize=4, color=colour, label=f"{name}, refined")
         if line["fitted"].notna().any():
             axis.plot(100 * line["ratio"], line["fitted"], "--", marker=".", color=colour, label=f"{name}, fitted only")
-    axis.axhline(float(table["dense"].iloc[0]), color="k", linewidth=1, label="dense")
+    axis.axhline(float(table["dense"].mean()), color="k", linewidth=1, label="dense")
     axis.set_yscale("log")
     axis.set_xlabel("removed, % of the parameters of all 210 matrices", fontsize=9)
     axis.set_ylabel("perplexity", fontsize=9)
@@ -145,7 +145,7 @@ def by_cost(table: pd.DataFrame, cost: str, label: str, ticks: list[float]) -> F
             markersize=4,
             capsize=2,
         )
-    axis.axhline(float(table["dense"].iloc[0]), color="k", linewidth=1, label="dense, 16 bits")
+    axis.axhline(float(table["dense"].mean()), color="k", linewidth=1, label="dense, 16 bits")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(*plain_ticks(ticks, axis.get_xlim()))
@@ -169,4 +169,6 @@ if __name__ == "__main__":  # python -m analysis.plots: the README's figure, fro
     from analysis.tables import refined as refined_table
 
     table = refined_table(runs_frame(load_records([IN_GIT])), "smollm2_135m", "language_modelling.sotu.perplexity")
-    refined(table[table.index.get_level_values("budget") == "uniform"]).savefig(IN_GIT.parent / "refined.png", dpi=110)
+    names = table.index.get_level_values("method")
+    closest = table[names.str.contains("calibration=")].rename(lambda name: name.partition(" (")[0], level="method")
+    refined(closest).savefig(IN_GIT.parent / "refined.png", dpi=110)

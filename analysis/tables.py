@@ -69,9 +69,10 @@ def stored_as(storage: str) -> str:
 
 
 def refined(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
-    """A metric before and after block refinement, one row per refined run. `excess` is refined - dense.
+    """A metric before and after block refinement, for each method that was refined. `excess` is refined - dense.
 
-    `fitted` is that of the run with equal settings and without refinement, if there is one.
+    `fitted` is that of the run with equal settings and without refinement, if there is one. At other ratios of the same method
+    it may stand alone.
     """
     rows = of_layers(runs, model)
     rows = rows[rows[f"compressed.{metric}"].notna()]
@@ -84,7 +85,8 @@ def refined(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     trained = words.map(lambda pairs: "refine=block" in pairs)
     table = rows[trained].set_index(index)[[f"dense.{metric}", f"compressed.{metric}"]].set_axis(["dense", "refined"], axis=1)
     fitted = rows[~trained].set_index(index)[f"compressed.{metric}"].rename("fitted")
-    table = table.join(fitted, how="left")[["dense", "fitted", "refined"]].sort_index()
+    fitted = fitted[fitted.index.droplevel("ratio").isin(table.index.droplevel("ratio"))]
+    table = table.join(fitted, how="outer")[["dense", "fitted", "refined"]].sort_index()
     return table.assign(excess=table["refined"] - table["dense"])
 
 

@@ -279,6 +279,7 @@ def test_a_refined_run_stands_beside_the_run_with_equal_settings_and_without_ref
         [
             row("svd_llm", 0.5, "windows=88", 400.0),
             row("svd_llm", 0.5, "windows=88 refine=block", 70.0),
+            row("svd_llm", 0.7, "windows=88", 800.0),  # refined at another ratio only
             row("svd_llm", 0.5, "", 500.0),  # other statistics
             row("nla", 0.5, "loss=activation windows=88 budget=marginal refine=block", 45.0, budget="marginal"),
             row("nla", 0.7, "loss=activation windows=88", 900.0),  # never refined
@@ -287,8 +288,8 @@ def test_a_refined_run_stands_beside_the_run_with_equal_settings_and_without_ref
     table = tables.refined(runs, "m", metric)
     assert table.loc[(0.5, "uniform", "SVD-LLM (windows=88)")].tolist() == [20.0, 400.0, 70.0, 50.0]
     alone = table.loc[(0.5, "marginal", "NLA phase (loss=activation windows=88)")]
-    assert math.isnan(alone["fitted"]) and alone["excess"] == 25.0 and len(table) == 2
+    assert math.isnan(alone["fitted"]) and alone["excess"] == 25.0 and len(table) == 3
     axis = plots.refined(table).axes[0]
     drawn = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
-    assert drawn["SVD-LLM, refined"] == [70.0] and drawn["SVD-LLM, fitted only"] == [400.0]
+    assert drawn["SVD-LLM, refined"][0] == 70.0 and drawn["SVD-LLM, fitted only"] == [400.0, 800.0]
     assert drawn["NLA phase, marginal budget, refined"] == [45.0] and "NLA phase, marginal budget, fitted only" not in drawn
