@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from nla.harness.fits_table import FitRecord
 
 MARKERS = "s^vDPX<>"  # of methods whose names are not ours
+PERPLEXITIES = [10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000]  # ticks of an axis
 
 
 def loss_by_layer(fits: pd.DataFrame) -> Figure:
@@ -113,6 +114,8 @@ def refined(table: pd.DataFrame) -> Figure:
             axis.plot(100 * line["ratio"], line["fitted"], "--", marker=".", color=colour, label=f"{name}, fitted only")
     axis.axhline(float(table["dense"].mean()), color="k", linewidth=1, label="dense")
     axis.set_yscale("log")
+    axis.set_yticks(*plain_ticks(PERPLEXITIES, axis.get_ylim()))
+    axis.minorticks_off()
     axis.set_xlabel("removed, % of the parameters of all 210 matrices", fontsize=9)
     axis.set_ylabel("perplexity", fontsize=9)
     axis.set_xticks(sorted({100 * ratio for ratio in table.index.get_level_values("ratio")}))
@@ -149,7 +152,7 @@ def by_cost(table: pd.DataFrame, cost: str, label: str, ticks: list[float]) -> F
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(*plain_ticks(ticks, axis.get_xlim()))
-    axis.set_yticks(*plain_ticks([10, 20, 30, 50, 100, 200, 300, 500, 1000], axis.get_ylim()))
+    axis.set_yticks(*plain_ticks(PERPLEXITIES, axis.get_ylim()))
     axis.minorticks_off()
     axis.set_xlabel(label, fontsize=9)
     axis.set_ylabel("perplexity", fontsize=9)
