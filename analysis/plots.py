@@ -1,7 +1,7 @@
 """Figures, drawn from the data frames of `analysis.frames` and from records."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -160,7 +160,7 @@ def by_cost(table: pd.DataFrame, cost: str, label: str, ticks: list[float]) -> F
     return figure
 
 
-def plain_ticks(ticks: list[float], limits: tuple[float, float]) -> tuple[list[float], list[str]]:
+def plain_ticks(ticks: Sequence[float], limits: tuple[float, float]) -> tuple[list[float], list[str]]:
     """The ticks within the limits of an axis, and their labels."""
     within = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
     return within, [f"{tick:g}" for tick in within]

@@ -84,9 +84,11 @@ def refined(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     index = ["ratio", "budget", "method"]
     trained = words.map(lambda pairs: "refine=block" in pairs)
     table = rows[trained].set_index(index)[[f"dense.{metric}", f"compressed.{metric}"]].set_axis(["dense", "refined"], axis=1)
-    fitted = rows[~trained].set_index(index)[f"compressed.{metric}"].rename("fitted")
-    fitted = fitted[fitted.index.droplevel("ratio").isin(table.index.droplevel("ratio"))]
-    table = table.join(fitted, how="outer")[["dense", "fitted", "refined"]].sort_index()
+    fitted = rows[~trained].set_index(index)[[f"dense.{metric}", f"compressed.{metric}"]].set_axis(["beside", "fitted"], axis=1)
+    refined_ones = {(budget, method) for _, budget, method in table.index}
+    fitted = fitted[[(budget, method) in refined_ones for _, budget, method in fitted.index]]
+    table = table.join(fitted, how="outer").sort_index()
+    table = table.assign(dense=table["dense"].fillna(table["beside"]))[["dense", "fitted", "refined"]]
     return table.assign(excess=table["refined"] - table["dense"])
 
 
