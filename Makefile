@@ -21,6 +21,7 @@ notebooks: $(READY)
 	$(BIN)/python -m analysis.plots
 	$(BIN)/python -m analysis.execute
 
+# --no-compile: most modules of the packages are never imported, and need no bytecode.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'

@@ -198,6 +198,10 @@ REFUSED = {
     "method=nla kernel=phase storage=angle3 storage.width=9": "storage.width=9 is not known; allowed: 1, 2,",
     "method=nla kernel=phase storage=angle3 storage.rounds=-1": "storage.rounds=-1",
     "method=svd_llm storage=angle3": "use storage=float, int8, int4, int3 or int2",
+    "method=svd_llm storage=scaled": "use storage=float, int8, int4, int3 or int2",
+    "method=nla kernel=gaussian storage=scaled": "storage=scaled needs a kernel with thin factors, unlike kernel=gaussian",
+    "method=hybrid storage=angle3": "method=hybrid stores no codes of a few bits; use storage=scaled or storage=float",
+    "method=hybrid method.fallback=svd": "method.fallback=svd is not known",
 }
 
 

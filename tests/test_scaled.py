@@ -13,7 +13,6 @@ from nla.compressed.contents import matrix_terms
 from nla.kernels.linear import Linear
 from nla.kernels.phase import Phase
 from nla.kernels.piecewise import Piecewise
-from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Objective, whitening
 from nla.matrix.triplets import triplet_size
@@ -96,22 +95,6 @@ def test_fused_and_plain_optimisers_fit_a_sum_alike(storage):
             solution = descend_factored(solver, Start(both), objective, ExitStack())
         losses.append([loss for _, loss in solution.losses])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-REFUSED = {
-    "method=nla kernel=gaussian storage=scaled": "storage=scaled needs a kernel with thin factors, unlike kernel=gaussian",
-    "method=hybrid storage=angle3": "method=hybrid stores no codes of a few bits; use storage=scaled or storage=float",
-    "method=hybrid method.fallback=svd": "method.fallback=svd is not known",
-    "method=svd_llm storage=scaled": "use storage=float, int8, int4, int3 or int2",
-}
-
-
-@pytest.mark.parametrize("asked", REFUSED)
-def test_what_does_not_fit_together_is_refused_before_the_work(asked):
-    with pytest.raises(Exception, match=r".") as caught:
-        method(*asked.split())
-    refusal = caught.value if isinstance(caught.value, UserError) else caught.value.__cause__
-    assert isinstance(refusal, UserError) and REFUSED[asked] in str(refusal)
 
 
 @pytest.mark.parametrize("asked", [["method=hybrid"], ["method=nla_outputs", "kernel=phase", "storage=scaled"]])

@@ -17,12 +17,9 @@ def require_fallback(fallback: str | None) -> None:
 
 
 def no_worse(fallback: str | None, solution: Solution, planned: Term, objective: Objective) -> Solution:
-    """The solution, or with `linear` the best linear factors in its place where they have the smaller error."""
-    return solution if fallback is None else no_worse_than_linear(solution, planned, objective)
-
-
-def no_worse_than_linear(solution: Solution, planned: Term, objective: Objective) -> Solution:
-    """The solution, or the best linear factors in the model's type with as many bits as planned, if their error is smaller."""
+    """The solution. With `linear`: where their error is smaller, the best linear factors with as many bits as planned."""
+    if fallback is None:
+        return solution
     dtype = next(planned.parameters()).dtype
     rank = equal_rank(planned.out_features, planned.in_features, planned.bits(), dtype)
     with torch.no_grad():

@@ -31,7 +31,7 @@ def svd_with(storage: Storage) -> MatrixMethod:
     Raises:
         UserError: the storage is for angles.
     """
-    if type(storage) is Float:
+    if isinstance(storage, Float):
         return SVD()
     if not isinstance(storage, Coded) or storage.kind != "int" or storage.width is None:
         raise UserError(

@@ -74,19 +74,23 @@ class Float(Storage):
         return solver.descend(start, objective, memory)
 
 
-class FloatAndScales(Float):
+class FloatAndScales(Storage):
     """All numbers in the model's type, and a scale of every row and column beside them. The kernel must have thin factors."""
+
+    triplets = Float()
 
     def check(self, kernel: Kernel) -> None:
         if not isinstance(kernel, FactoredKernel):
             raise UserError(f"storage=scaled needs a kernel with thin factors, unlike kernel={kernel.name}; use storage=float")
 
-    def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Scaled:  # type: ignore[override]
+    def plan(self, kernel: Kernel, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Scaled:
         scales = (out_features + in_features) * 8 * dtype.itemsize
-        return Scaled.empty([super().plan(kernel, out_features, in_features, max(0, bits - scales), dtype)], dtype)
+        inner = self.triplets.plan(kernel, out_features, in_features, max(0, bits - scales), dtype)
+        return Scaled.empty([inner], dtype)
 
     def least_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        return super().least_bits(out_features, in_features, dtype) + (out_features + in_features) * 8 * dtype.itemsize
+        scales = (out_features + in_features) * 8 * dtype.itemsize
+        return self.triplets.least_bits(out_features, in_features, dtype) + scales
 
     def start(
         self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
