@@ -1,11 +1,10 @@
 """Statistics of layer inputs, compared with plain hooks for all models, thread counts and sample orders; and their memory."""
 
-import json
-
 import pytest
 import torch
 from hydra.utils import instantiate
 
+from analysis.benchmarks.table import read_tables
 from nla.machine.cache import Cache
 from nla.machine.errors import NonFiniteError, UserError
 from nla.models.select import linear_specs, select_linears
@@ -205,10 +204,12 @@ def test_a_damaged_statistic_is_collected_again(run_here, tmp_path, caplog):
     assert [fit.relative_error for fit in again.fits] == [fit.relative_error for fit in first.fits]
 
 
-def test_collecting_holds_the_gram_matrices_of_one_block_and_one_group_of_inputs():
+def test_collecting_holds_the_gram_matrices_of_one_block_and_one_group_of_inputs(tmp_path):
     """LLaMA-7B's shapes at a sixteenth of its width: more blocks need no more memory."""
-    command = ["-m", "analysis.benchmarks.statistics_memory", "0.0625"]
-    found = [json.loads(forked.finish([*command, n]).stdout) for n in ("1", "3")]
+    command = ["-m", "analysis.benchmarks.statistics_memory", "scale=0.0625"]
+    for blocks in (1, 3):
+        forked.finish([*command, f"blocks={blocks}", f"table={tmp_path / str(blocks)}.csv"])
+    found = [{name: float(cell) for name, cell in table.rows[0].items()} for table in read_tables(tmp_path).values()]
     for figures in found:
         assert figures["gram_bytes"] < figures["peak_bytes"] < figures["gram_bytes"] + 2 * figures["group_bytes"]
     assert found[1]["blocks"] == 3 and found[1]["peak_bytes"] < 1.1 * found[0]["peak_bytes"]

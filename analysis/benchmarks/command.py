@@ -19,6 +19,7 @@ def csv_file(text: str) -> Path:
 
 READERS: dict[str, Callable[[str], Any]] = {
     "ratio": float, "m": int, "n": int, "tokens": int, "rounds": int, "seconds": float, "kernel": str, "dtype": str,
+    "steps": int, "scale": float, "blocks": int,
     "table": csv_file,
 }  # fmt: skip
 

@@ -1,22 +1,23 @@
-"""`python -m analysis.benchmarks.retrain_step [STEPS]`: time of a retraining step and of a plain transformers step.
+"""`python -m analysis.benchmarks.retrain_step [steps=6] [table=FILE.csv]`: time of a retraining step beside a plain one.
 
 Both models have SmolLM2's shapes, random weights and half of the parameters removed. A step has 4 windows of 512 tokens. The
 plain model has two nn.Linear in the place of each matrix, so that its matrix products are equal. It is trained on all windows
-as one batch, with AdamW and a clipped gradient, and the same parameters are frozen. Both take turns in one process. Times are
-medians without the first step.
+as one batch, with AdamW and a clipped gradient, and the same parameters are frozen. Both take turns in one process. The first
+step of each is not counted.
 """
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from analysis.benchmarks.command import given, main
 from nla.budget.adaptive import Adaptive
 from nla.budget.schedule import Cubic
 from nla.compressed.contents import kernel_terms
@@ -25,6 +26,7 @@ from nla.kernels.base import Kernel
 from nla.kernels.linear import Linear
 from nla.kernels.piecewise import Piecewise
 from nla.machine.cache import Cache
+from nla.machine.errors import UserError
 from nla.matrix.triplets import Triplets
 from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import from_architecture
@@ -47,6 +49,7 @@ ARCHITECTURE = {
 }
 WINDOWS, LENGTH, KEPT = 4, 512, 0.5
 PARTS = ["triplets", "norms"]
+CASES = ((Linear(), False), (Linear(), True), (Piecewise(r=20, min_h=30), True))  # kernel, whether the budget is adaptive
 
 
 def model_with(replace: Callable[[nn.Linear], nn.Module]) -> nn.Module:
@@ -90,8 +93,15 @@ begun: list[float] = []
 ended: list[float] = []
 
 
-def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[str, float]:
-    """Median seconds of a step of each model, and their ratio."""
+def retrain_step(steps: int = 6) -> pd.DataFrame:
+    """A row per kernel and budget, see `compare`."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Cache(Path(folder))
+        return pd.DataFrame([compare(steps, kernel, adaptive, cache) for kernel, adaptive in CASES])
+
+
+def compare(steps: int, kernel: Kernel, adaptive: bool, cache: Cache) -> dict[str, Any]:
+    """Median seconds of a step of each model, and the quartiles of their ratio step by step."""
     begun.clear(), ended.clear()
     plain = model_with(factors_for).train()
     for name, p in plain.named_parameters():
@@ -121,14 +131,30 @@ def compare(steps: int, adaptive: bool, kernel: Kernel, cache: Cache) -> dict[st
         return [Sample(part, part) for part in tokens.split(1)]
 
     train(trained, model.loss, batch, recipe, cache, f"{kernel.name}{adaptive}", "steps", clock)
-    ours = statistics.median(e - b for b, e in zip(begun[1:], ended[1:], strict=True))
-    theirs = statistics.median(others[1:])
-    return {"retrain_seconds": ours, "transformers_seconds": theirs, "ratio": ours / theirs}
+    ours = [e - b for b, e in zip(begun[1:], ended[1:], strict=True)]
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, others[1:], strict=True)], method="inclusive")
+    return {
+        "kernel": kernel.name,
+        "adaptive": adaptive,
+        "retrain_seconds": statistics.median(ours),
+        "transformers_seconds": statistics.median(others[1:]),
+        "ratio": middle,
+        "q25": low,
+        "q75": high,
+    }
+
+
+def chosen(arguments: list[str]) -> dict[str, Any]:
+    """The arguments of retrain_step() for a command line, and `table`.
+
+    Raises:
+        UserError: an argument is unknown or has a wrong value, or there are fewer than 3 steps.
+    """
+    values = given(arguments, "steps")
+    if values.get("steps", 3) < 3:
+        raise UserError(f"steps={values['steps']} must be at least 3: the first is not counted")
+    return values
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[1]) if sys.argv[1:] else 6
-    with tempfile.TemporaryDirectory() as folder:
-        for kernel, adaptive in ((Linear(), False), (Linear(), True), (Piecewise(r=20, min_h=30), True)):
-            figures = compare(count, adaptive, kernel, Cache(Path(folder)))
-            print(json.dumps({"kernel": kernel.name, "adaptive": adaptive} | figures), flush=True)
+    main(retrain_step, chosen, {"retrain_seconds": 2, "transformers_seconds": 2, "ratio": 2, "q25": 2, "q75": 2})

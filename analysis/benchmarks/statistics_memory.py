@@ -1,27 +1,33 @@
-"""`python -m analysis.benchmarks.statistics_memory [SCALE [BLOCKS]]`: peak memory of collecting Gram matrices, in bytes.
+"""`python -m analysis.benchmarks.statistics_memory [scale=1] [blocks=1] [table=FILE.csv]`: peak memory of Gram matrices.
 
-The model has BLOCKS blocks of LLaMA-7B's shape with random weights in fp32. SCALE shrinks their width (1: 4096 and 11008).
+The model has `blocks` blocks of LLaMA-7B's shape with random weights in fp32. `scale` shrinks their width (1: 4096 and 11008).
 """
 
-import json
-import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 
+from analysis.benchmarks.command import given, main
 from nla.machine.cache import Cache
 from nla.machine.peak_memory import PeakMemory
 from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import from_architecture
 from nla.models.select import linear_specs, select_linears
 from nla.statistics.blocks import GROUP, chain
-from nla.statistics.collect import collect
+from nla.statistics.collect import collect, stripes
 from nla.statistics.store import StatisticsStore
 
 WINDOW = 512
 
 
-def measure(scale: float, blocks: int, cache: Cache) -> dict[str, int]:
-    """Bytes: the peak without the weights; the Gram matrices and the layer inputs of one block; all Gram matrices."""
+def statistics_memory(scale: float = 1.0, blocks: int = 1) -> pd.DataFrame:
+    """One row of bytes: the peak without the weights; the Gram matrices and the layer inputs of one block; 32 blocks' matrices.
+
+    All but the peak are counted. `gram_flops` are the operations of one block's Gram matrices relative to the whole products.
+    """
     width, inner = int(4096 * scale), int(11008 * scale)
     architecture = {
         "model_type": "llama",
@@ -36,22 +42,31 @@ def measure(scale: float, blocks: int, cache: Cache) -> dict[str, int]:
     model = LanguageModel(from_architecture(architecture).eval(), None)
     layers = [spec.name for spec in select_linears(linear_specs(model.module), r"\blayers\.", None)]
     tokens = torch.randint(256, (GROUP // WINDOW, 1, WINDOW))
-    with PeakMemory(torch.device("cpu")) as memory:
-        collect(model, layers, frozenset({"gram"}), [Sample(t, t) for t in tokens], 0, StatisticsStore(cache, "x"), False)
-    gram = 4 * (3 * width**2 + inner**2)
-    return {
-        "peak_bytes": memory.peak_bytes,
-        "gram_bytes": gram,
-        "group_bytes": 4 * GROUP * (3 * width + inner),
-        "all_gram_bytes": blocks * gram,
+    with tempfile.TemporaryDirectory() as folder, PeakMemory(torch.device("cpu")) as memory:
+        store = StatisticsStore(Cache(Path(folder)), "x")
+        collect(model, layers, frozenset({"gram"}), [Sample(t, t) for t in tokens], 0, store, False)
+    sizes = (width, width, width, inner)  # inputs of the block's layers: of q, k and v; of o; of gate and up; of down
+    entries = sum(size**2 for size in sizes)
+    figures = {
         "blocks": len(chain(model, layers)),
+        "peak_bytes": memory.peak_bytes,
+        "gram_bytes": 4 * entries,
+        "group_bytes": 4 * GROUP * sum(sizes),
+        "gram_32_blocks_bytes": 32 * 4 * entries,
+        "gram_flops": sum(added(size) for size in sizes) / entries,
     }
+    return pd.DataFrame([figures])
+
+
+def added(size: int) -> int:
+    """Entries of a Gram matrix (size, size) that are added up."""
+    return sum((stripe.stop - stripe.start) * (size - stripe.start) for stripe in stripes(size))
+
+
+def chosen(arguments: list[str]) -> dict[str, Any]:
+    """The arguments of statistics_memory() for a command line, and `table`."""
+    return given(arguments, "scale", "blocks")
 
 
 if __name__ == "__main__":
-    import tempfile
-    from pathlib import Path
-
-    scale, blocks = float(sys.argv[1]) if sys.argv[1:] else 1.0, int(sys.argv[2]) if sys.argv[2:] else 1
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(scale, blocks, Cache(Path(folder)))))
+    main(statistics_memory, chosen, {"gram_flops": 2})
