@@ -13,7 +13,7 @@ PAPERS_NAMES = {
 
 def method_name(row: pd.Series) -> str:
     """Name of a run's method, such as `SVD-LLM` or `NLA piecewise`, and its settings that differ from the defaults."""
-    name = PAPERS_NAMES.get(row["method"]) or f"NLA {row['kernel']}"
+    name = f"NLA {row['kernel']}" if row["method"] == "nla" else PAPERS_NAMES.get(row["method"], row["method"])
     return name + (f" ({row['changed']})" if row["changed"] else "")
 
 
