@@ -173,5 +173,7 @@ if __name__ == "__main__":  # python -m analysis.plots: the README's figure, fro
 
     table = refined_table(runs_frame(load_records([IN_GIT])), "smollm2_135m", "language_modelling.sotu.perplexity")
     names = table.index.get_level_values("method")
-    closest = table[names.str.contains("calibration=")].rename(lambda name: name.partition(" (")[0].removeprefix("NLA "), level="method")
+    closest = table[names.str.contains("calibration=")].rename(
+        lambda name: name.partition(" (")[0].removeprefix("NLA "), level="method"
+    )
     refined(closest).savefig(IN_GIT.parent / "refined.png", dpi=110)

@@ -72,3 +72,5 @@ def test_terms_that_pivot_rows_would_not_keep_stay_as_they_are(monkeypatch):
     swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": wide})  # rank 6 of 8 by 3 angles a row
     (line,) = pivot(module)
     assert module[0].term is wide and "would take" in line
+    swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": wide.zero(normal(8, 8).float())})
+    assert pivot(module) == ["0: kept, because the matrix is zero"]

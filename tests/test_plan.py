@@ -18,11 +18,11 @@ from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.matrix.spectrum import Spectrum
 from nla.matrix.triplets import triplet_size
-from nla.methods.kernel_method import triplet_terms
 from nla.methods.svd import SVD
 from nla.methods.svd_llm import SVDLLM
 from nla.models.select import LinearSpec
 from nla.storage.base import Float
+from nla.terms.triplet_terms import triplet_terms
 from tests.conftest import configuration
 
 SPECS = [LinearSpec("block.q_proj", 24, 16), LinearSpec("block.k_proj", 24, 16), LinearSpec("block.v_proj", 24, 16)]
@@ -144,13 +144,16 @@ def hybrid(*overrides: str):
 
 
 @settings(max_examples=60, deadline=None)
-@given(m=st.integers(1, 60), n=st.integers(1, 60), spare=st.integers(0, 4000), share=st.floats(0.01, 0.99))
-def test_a_hybrid_has_both_terms_and_stays_within_its_bits(m, n, spare, share):
+@given(m=st.integers(1, 60), n=st.integers(1, 60), spare=st.integers(-200, 4000), share=st.floats(0.01, 0.99))
+def test_a_hybrid_has_both_terms_within_its_bits_or_none(m, n, spare, share):
     method = hybrid(f"method.linear_share={share}")
-    bits = method.least_bits([(m, n)], torch.float32) + 32 * spare
+    bits = max(0, method.least_bits([(m, n)], torch.float32) + 32 * spare)
     planned = method.plan_matrix(m, n, bits, torch.float32)
-    assert [term.h >= 1 for term in triplet_terms(planned)] == [True, True]
-    assert planned.bits() <= bits < planned.bits() + 32 * triplet_size(m, n, 1)
+    assert [term.h >= 1 for term in triplet_terms(planned)] == [spare >= 0, spare >= 0]
+    if spare >= 0:
+        assert planned.bits() <= bits < planned.bits() + 32 * triplet_size(m, n, 1)
+    else:
+        assert planned.count() == planned.bits() == 0
 
 
 def test_a_hybrid_ends_below_svd_llm_and_below_its_start():

@@ -236,6 +236,13 @@ ERRORS = [
     (["method=asvd", "calibration=digits"], "calibration=digits holds images"),
     (["retrain.steps=3", "retrain.processes=2", "select.include=layers.0.mlp.up"], "have 1 matrices to share"),
     (["retrain.steps=3", "retrain.lr=0"], "retrain.lr=0 must be above 0"),
+    (["retrain.steps=4", "method=gptq", "bits=4", "budget=adaptive"], "masks triplets of 32-bit numbers, not int"),
+    (["retrain.steps=4", "method=nla_angles", "bits=4", "budget=adaptive"], "not phase angle5 h="),
+    (
+        ["retrain.steps=4", "method=svd_llm_int4", "bits=4", "retrain=u_then_v"],
+        "retrain.train=A names no part of factors rank=",
+    ),
+    (["method=gptq", "bits=4", "refine=block", "refine.train=A+B"], r"refine\.train=A\+B names no part of int3"),
 ]
 
 

@@ -9,6 +9,7 @@ from nla.methods.base import Method
 from nla.models.base import Inventory
 from nla.refine.settings import Refinement
 from nla.retrain.settings import Retraining
+from nla.terms.triplet_terms import triplet_terms
 
 
 def check_samples(values: dict[str, Any], inventory: Inventory) -> None:
@@ -18,7 +19,7 @@ def check_samples(values: dict[str, Any], inventory: Inventory) -> None:
         raise UserError(f"statistics.length={length} is longer than the {inventory.limit} tokens the model can read")
 
 
-def check_refinement(refinement: Refinement | None, method: Method, dtype: str) -> None:
+def check_refinement(refinement: Refinement | None, method: Method, plan: Plan, dtype: str) -> None:
     """Raise UserError if blocks compressed by this method cannot be refined."""
     if refinement is None:
         return
@@ -26,6 +27,7 @@ def check_refinement(refinement: Refinement | None, method: Method, dtype: str) 
         raise UserError("refine=block trains one block at a time, but this method's blocks share factors; use refine=none")
     if dtype == "float16":
         raise UserError("dtype=float16 cannot be refined: small gradients vanish in it; use dtype=bfloat16 or float32")
+    check_parts("refine.train", refinement.parts, plan)
 
 
 def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:
@@ -34,6 +36,8 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
         return
     if inventory.reads == "text" and retraining.length > inventory.limit:
         raise UserError(f"retrain.length={retraining.length} is longer than the {inventory.limit} tokens the model can read")
+    for stage in retraining.train if not retraining.linear_term else []:
+        check_parts("retrain.train", stage, plan)
     count = len(plan.matrices)
     if retraining.processes > count:
         raise UserError(f"retrain.processes={retraining.processes} have {count} matrices to share; allowed: 1 to {count}")
@@ -47,7 +51,20 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
         )
 
 
-def check_sharing(method: Method, budget: Budget) -> None:
-    """Raise UserError if the budget would mask triplets whose factors other matrices share."""
-    if method.shares_factors and budget.tightens:
+def check_parts(setting: str, parts: list[str], plan: Plan) -> None:
+    """Raise UserError if only parts of triplets are to be trained, and no planned term has triplets."""
+    if set(parts) <= {"A", "B", "mu"} and not any(triplet_terms(matrix.term) for matrix in plan.matrices):
+        raise UserError(
+            f"{setting}={'+'.join(parts)} names no part of {plan.matrices[0].term.describe()}; use {setting}=triplets"
+        )
+
+
+def check_masks(method: Method, budget: Budget, plan: Plan, width: int) -> None:
+    """Raise UserError if the budget would mask triplets, and they are shared or stored in fewer bits than `width` a number."""
+    if not budget.tightens:
+        return
+    if method.shares_factors:
         raise UserError("budget=adaptive masks single triplets, which this method shares between matrices; use budget=uniform")
+    for term in (matrix.term for matrix in plan.matrices):
+        if term.bits() != width * term.count():
+            raise UserError(f"budget=adaptive masks triplets of {width}-bit numbers, not {term.describe()}; use budget=uniform")

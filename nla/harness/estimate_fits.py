@@ -12,9 +12,9 @@ from nla.machine.threads import ordered_map
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.methods.base import MatrixMethod
-from nla.methods.kernel_method import triplet_terms
 from nla.solvers.gradient import PRODUCTS
 from nla.solvers.squared_error import squared_error
+from nla.terms.triplet_terms import triplet_terms
 
 LARGEST = 512  # side of the largest matrix that is measured
 TOKENS = 512  # tokens for which a forward pass is counted, to get its cost per token

@@ -11,7 +11,8 @@ from nla.budget.plan import PlannedMatrix
 from nla.compressed.layer import LAYERS
 from nla.harness.request import PreparedRun
 from nla.matrix.triplets import triplet_size
-from nla.terms.kernel_term import KernelTerm
+from nla.terms.coded import CodedTerm
+from nla.terms.triplet_terms import triplet_terms
 
 FP32, MOMENTS = 4, 8  # bytes of a number, and of the two averages that AdamW (or importance) keeps for it
 
@@ -86,12 +87,12 @@ def mean_kept(prepared: PreparedRun) -> float:
 def moved(matrix: PlannedMatrix, parts: set[str], linear_term: int) -> int:
     """Number of parameters of one matrix that retraining changes, given these parts of `retrain.train`."""
     m, n = matrix.spec.out_features, matrix.spec.in_features
-    terms = [part for part in matrix.term.modules() if isinstance(part, KernelTerm)]
-    sizes = {"A": m * linear_term, "B": n * linear_term, "mu": linear_term}
-    for part in sizes:
-        sizes[part] += sum(getattr(term, part).numel() for term in terms)
+    terms = triplet_terms(matrix.term)
+    count = sum(term.h * term.r for term in terms)
+    sizes = {"A": m * (linear_term + count), "B": n * (linear_term + count), "mu": linear_term + sum(t.h for t in terms)}
     if parts & {"triplets", "everything"}:
-        return sum(p.numel() for p in matrix.term.parameters()) + linear_term * triplet_size(m, n, 1)
+        codes = sum((m + n) * term.h * term.r for term in terms if isinstance(term, CodedTerm))  # trained unrounded
+        return sum(p.numel() for p in matrix.term.parameters()) + codes + linear_term * triplet_size(m, n, 1)
     if "linear_term" in parts:
         return linear_term * triplet_size(m, n, 1)
     return sum(size for part, size in sizes.items() if part in parts)

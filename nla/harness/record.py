@@ -120,10 +120,18 @@ class RunRecord(Strict):
         return run_name(self.config, self.signature)
 
     def write(self, folder: Path) -> None:
-        """Write `fits.csv` and `record.json`."""
+        """Write `fits.csv` and `record.json`.
+
+        A record that says `done` is written after its fits, and any other before, so that a stop between the two files never
+        leaves a finished record without its fits.
+        """
         self.seal = seal_of(self.model_dump(mode="json", by_alias=True), self.fits)
-        write_atomically(folder / "fits.csv", fits_text(self.fits).encode())
-        write_atomically(folder / "record.json", self.model_dump_json(indent=2, by_alias=True).encode() + b"\n")
+        files = {
+            "fits.csv": fits_text(self.fits).encode(),
+            "record.json": self.model_dump_json(indent=2, by_alias=True).encode() + b"\n",
+        }
+        for name in files if self.status == "done" else reversed(files):
+            write_atomically(folder / name, files[name])
 
 
 def seal_of(values: dict[str, Any], fits: list[FitRecord]) -> str:

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 
 from nla.budget.base import Budget, Target
 from nla.budget.plan import Plan, make_plan
-from nla.harness.checks import check_refinement, check_retraining, check_samples, check_sharing
+from nla.harness.checks import check_masks, check_refinement, check_retraining, check_samples
 from nla.harness.track import Tracker
 from nla.machine.cache import Cache
 from nla.machine.device import find_device, has_matrix_units
@@ -135,15 +135,15 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     used |= {"prompt": inventory.reads == "text", "refine": refinement is not None}
     retraining: Retraining = build("retrain", values["retrain"] | {"data": sets["retrain"]})
     budget.check_retraining(retraining.steps, retraining.train)
-    check_sharing(method, budget)
     target = target_of(values)
     shares = without_linear_term(budget.allocate(chosen, target), chosen, retraining.linear_term, target.width)
     plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
+    check_masks(method, budget, plan, target.width)
     for task in tasks:
         task.check(inventory)
     if used["statistics"]:
         check_samples(values, inventory)
-    check_refinement(refinement, method, values["dtype"])
+    check_refinement(refinement, method, plan, values["dtype"])
     check_retraining(retraining, inventory, plan, values)
     return PreparedRun(
         settings=settings,

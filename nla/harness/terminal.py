@@ -62,6 +62,13 @@ def kept_in_the_end(prepared: PreparedRun) -> int:
     return min(kept, prepared.final_numbers) if prepared.budget.tightens else kept
 
 
+def bytes_in_the_end(prepared: PreparedRun) -> float:
+    """Bytes of the whole model when the run ends."""
+    plan, size = prepared.plan, DTYPES[prepared.values["dtype"]].itemsize
+    kept_bits = plan.kept_bits * kept_in_the_end(prepared) / sum(plan.kept.values())
+    return (prepared.inventory.parameters - plan.selected) * size + kept_bits / 8
+
+
 def show_plan(prepared: PreparedRun) -> None:
     """Log the plan of a dry run: matrices by kind, their sizes and costs, and the expected time on this machine."""
     kinds: dict[tuple, list[PlannedMatrix]] = defaultdict(list)
@@ -79,10 +86,9 @@ def show_plan(prepared: PreparedRun) -> None:
     cost = estimate(prepared)
     step = cost.step / cost.step_rate if cost.step_rate else 0.0
     starts = cost.starts / cost.start_rate if cost.start_rate else 0.0
-    kept_bits = prepared.plan.kept_bits * kept_in_the_end(prepared) / sum(kept.values())
-    before, saved = prepared.inventory.parameters * size, prepared.plan.selected * size - kept_bits / 8
+    before, after = prepared.inventory.parameters * size, bytes_in_the_end(prepared)
     rows = [
-        ["bytes of the model", f"{before / 1e9:.2f} GB -> {(before - saved) / 1e9:.2f} GB ({prepared.values['dtype']})"],
+        ["bytes of the model", f"{before / 1e9:.2f} GB -> {after / 1e9:.2f} GB ({prepared.values['dtype']})"],
         ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
         ["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"],
     ]

@@ -6,9 +6,7 @@ from collections import Counter
 from statistics import median
 
 from nla.harness.record import RefineRecord, RunRecord
-from nla.solvers.base import Status
-
-REPAIRED = {"gram": "Gram matrices (diagonal raised)", "fisher": "Fisher information (zero)"}  # by code in a fit's status
+from nla.solvers.base import REPAIRS, Status
 
 
 def told_of_continuations(record: RunRecord) -> str:
@@ -28,7 +26,7 @@ def told_of_endings(record: RunRecord) -> str:
     hints = {Status.STEP_LIMIT.code: " (solver.steps=... goes on)"}
     line = "ended: " + ", ".join(f"{count} {code}{hints.get(code, '')}" for code, count in endings.most_common())
     if repairs:
-        line += "; repaired: " + ", ".join(f"{count} {REPAIRED.get(name, name)}" for name, count in repairs.most_common())
+        line += "; repaired: " + ", ".join(f"{count} {REPAIRS.get(name, name)}" for name, count in repairs.most_common())
     return textwrap.fill(line, 80, subsequent_indent=8 * " ")
 
 

@@ -30,7 +30,7 @@ class FactoredKernel(Kernel):
         return self.factors(t)
 
     def mixed_start(self, objective: Objective, h: int, r: int, generator: torch.Generator) -> Triplets:
-        """A start for triplets that are rounded to a few bits. The default is the warm start.
+        """A start for triplets that get scales, and may be rounded to a few bits. The default is the warm start.
 
         If one triplet carried most of the matrix, as the first of a truncated SVD often does, its rounding error would be
         larger than all others together.

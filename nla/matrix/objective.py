@@ -52,7 +52,7 @@ class Objective:
     """A weight W (out, in), and the norm ||(W' - W) S|| in which it is approximated.
 
     Args:
-        weight: fp32, finite, with a root mean square of 1.
+        weight: fp32, finite; of a fit, with a root mean square of 1.
         factor: S, or None for the plain Frobenius norm.
     """
 

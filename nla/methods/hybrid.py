@@ -12,12 +12,12 @@ from nla.matrix.objective import Norms, Objective
 from nla.matrix.triplets import triplet_size
 from nla.methods.base import MatrixMethod, Shape
 from nla.methods.fallback import no_worse, require_fallback
-from nla.methods.kernel_method import size, triplet_terms
 from nla.solvers.base import Solution, Start
 from nla.solvers.gradient import GradientFit
 from nla.storage.base import Coded, Storage
 from nla.terms.base import Sum, Term
 from nla.terms.kernel_term import KernelTerm
+from nla.terms.triplet_terms import size, triplet_terms
 
 
 class Hybrid(MatrixMethod):
@@ -63,9 +63,10 @@ class Hybrid(MatrixMethod):
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Sum:
         one = triplet_size(out_features, in_features, 1) * 8 * dtype.itemsize
         spare = bits - self.storage.least_bits(out_features, in_features, dtype)  # after one triplet of the kernel
-        h = max(int(min(self.linear_share * bits, spare)) // one, 1)
+        h = max(int(min(self.linear_share * bits, spare)) // one, 1) if spare >= one else 0  # a hybrid has both terms or none
         linear = KernelTerm.empty(self.linear, out_features, in_features, h, 1, dtype)
-        return Sum([linear, self.storage.plan(self.kernel, out_features, in_features, max(bits - h * one, 0), dtype)])
+        left = bits - h * one if h else 0
+        return Sum([linear, self.storage.plan(self.kernel, out_features, in_features, left, dtype)])
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         linear = sum(triplet_size(m, n, 1) for m, n in shapes) * 8 * dtype.itemsize
@@ -87,7 +88,8 @@ class Hybrid(MatrixMethod):
         return no_worse(self.fallback, solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:
-        return sum(leaf.kernel.warm_start_flops(*size(leaf)) for leaf in triplet_terms(term))
+        leaves = triplet_terms(term) if self.solver.start == "warm" else []
+        return sum(leaf.kernel.warm_start_flops(*size(leaf)) for leaf in leaves)
 
     def step_flops(self, term: Term) -> int:
         leaves = triplet_terms(term)

@@ -10,11 +10,11 @@ from nla.machine.errors import UserError, require_choice
 from nla.matrix.objective import Norms, Objective
 from nla.methods.base import MatrixMethod, Shape, require_correction
 from nla.methods.fallback import no_worse, require_fallback
-from nla.methods.kernel_method import size
 from nla.solvers.base import Solution, Start
 from nla.solvers.gradient import GradientFit
 from nla.storage.base import Storage
 from nla.terms.base import Term
+from nla.terms.triplet_terms import size
 
 
 class NLA(MatrixMethod):
@@ -25,8 +25,8 @@ class NLA(MatrixMethod):
         loss: `weight` (the paper's, ||W' - W||^2) or `activation` (||(W' - W) X^T||^2 over the calibration tokens X).
         sequential: X are inputs that passed through the compressed earlier blocks.
         correction: fraction of the errors of these blocks that is corrected, see `Norms.outputs`.
-        fallback: `linear`: a matrix whose fit has a larger error than linear factors with as many parameters gets those. None:
-            it keeps the fit.
+        fallback: `linear`: a matrix whose fit has a larger error than linear factors with as many bits gets those. None: it
+            is not compared.
 
     Raises:
         UserError: a value is not known, `sequential` is set although the loss has no inputs, or the kernel's triplets cannot be

@@ -29,7 +29,7 @@ def svd_with(storage: Storage) -> MatrixMethod:
     """Truncated SVD whose factors are stored so: in the model's type, or as codes.
 
     Raises:
-        UserError: the storage is for angles.
+        UserError: the storage is neither `float` nor a grid of a fixed width.
     """
     if isinstance(storage, Float):
         return SVD()

@@ -1,18 +1,21 @@
 """Truncated SVD, the simplest baseline. FWSVD, ASVD and SVD-LLM are truncated SVD in weighted norms."""
 
+from collections.abc import Sequence
+
 import torch
 
 from nla.kernels.linear import Linear
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import spectrum_flops
 from nla.matrix.triplets import Triplets
-from nla.methods.kernel_method import KernelMethod
+from nla.methods.base import MatrixMethod, Shape
 from nla.solvers.base import Start
+from nla.storage.base import Float
 from nla.terms.base import Term
 from nla.terms.kernel_term import KernelTerm
 
 
-class SVD(KernelMethod):
+class SVD(MatrixMethod):
     """W' = U_R U_R^T W, where U_R are the first R left singular vectors of W S. S is the identity here.
 
     No matrix of rank R has a smaller ||(W' - W) S||. The term is the linear kernel with h = R triplets of r = 1; mu are the
@@ -20,7 +23,13 @@ class SVD(KernelMethod):
     """
 
     def __init__(self) -> None:
-        self.kernel = Linear(r=1)
+        self.kernel, self.storage = Linear(r=1), Float()
+
+    def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> KernelTerm:
+        return self.storage.plan(self.kernel, out_features, in_features, bits, dtype)
+
+    def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
+        return sum(self.storage.least_bits(m, n, dtype) for m, n in shapes)
 
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         assert isinstance(planned, KernelTerm)

@@ -69,7 +69,7 @@ def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True
     The learning rates are multiples of the recipe's.
 
     Args:
-        parts: names of `nla.retrain.settings.TENSORS`.
+        parts: names of `nla.retrain.settings.PARTS`.
         own_rates: train triplets at their kernel's own rate (`Kernel.training_rate`).
 
     Raises:

@@ -47,6 +47,9 @@ def pivot(model: nn.Module) -> list[str]:
         if factors is None:
             lines.append(f"{name}: kept, because its kernel has no thin factors")
             continue
+        if not before:
+            lines.append(f"{name}: kept, because the matrix is zero")
+            continue
         dtype = next(layer.term.parameters()).dtype
         term = pivoted(*factors)
         stored, matrix = term.as_stored(dtype), factors[0] @ factors[1].T

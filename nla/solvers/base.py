@@ -11,7 +11,7 @@ class Status(str, Enum):
 
     OPTIMAL = "at the global optimum of this kernel at this size, known in closed form"
     CONVERGED = "converged: the error fell by less than the tolerance within the patience"
-    STEP_LIMIT = "step limit reached while the error was still falling; solver.steps=... goes on"
+    STEP_LIMIT = "all steps were taken; solver.steps=... goes on"
     LINEAR = "linear factors of the same size have a smaller error than the fit, and were taken instead"
     ROUNDED = "rounded to few bits; the global optimum at this size is not known"
     ZERO = "the matrix is zero and needs no triplets"
@@ -21,9 +21,9 @@ class Status(str, Enum):
         return self.name.lower()
 
 
-REPAIRS = {  # code beside a status, and its meaning
-    "gram": "the Gram matrix of the inputs was not positive definite; a multiple of the identity was added",
-    "fisher": "the Fisher information is zero; all inputs count alike",
+REPAIRS = {  # code beside a status, and what was repaired
+    "gram": "Gram matrices (diagonal raised)",  # not positive definite
+    "fisher": "Fisher information (zero)",  # all inputs count alike then
 }
 
 

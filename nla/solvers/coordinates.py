@@ -77,7 +77,8 @@ class Coordinates:
         diagonal = self.gram.diagonal()
         for j in diagonal.argsort(descending=True, stable=True).tolist():
             weight, scale, row, codes = diagonal[j], self.columns[j], right[j], self.b[j]
-            here, moved = slope[j].clone(), torch.zeros_like(row)
+            here = slope[j].clone()  # (c w,), half the negative gradient of this row of R
+            moved = torch.zeros_like(row)  # (c, w), how far the row has moved
             for attempt in range(TRIES):
                 free = here.view(count, w) + weight * torch.einsum("cx,cxy->cy", row, blocks)  # without the column itself
                 costs = weight * scale * scale * curvature - 2 * scale * (free @ self.g.T)  # (c, values)
@@ -98,8 +99,9 @@ class Coordinates:
         r, h = self.term.r, len(self.mu)
         left, right = self.f[self.a] * self.rows[:, None, None], self.right()
         by_triplet = [p.unflatten(1, (h, r)).flatten(2) for p in (left, right)]  # (out, h, r w), (in, h, r w)
-        a, b = (p.flatten(1) for p in by_triplet)
+        a, b = (p.flatten(1) for p in by_triplet)  # (out, h r w), (in, h r w): W' = sum_l mu_l a_l b_l^T
         seen = self.gram @ b
+        # (h, h): the products <a_l b_l^T, a_k b_k^T> in the norm of S, summed over the r w columns of each triplet
         normal = ((a.T @ a) * (b.T @ seen)).view(h, -1, h, a.shape[1] // h).sum((1, 3))
         self.mu = solved(normal, ((self.weighted @ b) * a).view(len(a), h, -1).sum((0, 2)))
         matrix = (self.f[self.a] * self.mu.repeat_interleave(r)[:, None]).flatten(1) @ right.flatten(1).T

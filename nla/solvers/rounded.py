@@ -25,7 +25,8 @@ def descend_rounded(solver: GradientFit, rounds: int, term: RoundedTerm, objecti
     Raises:
         NonFiniteError: the loss is NaN or infinite.
     """
-    losses = descend_factored(solver, Start(term), objective, measured).losses
+    # coordinate descent may need more memory than the steps before it
+    losses = descend_factored(solver, Start(term), objective, ExitStack() if rounds else measured).losses
     found, errors = improved(term, objective, rounds, torch.Generator().manual_seed(0))
     losses += [(solver.steps + i, error) for i, error in enumerate(errors, 1)]
     return Solution(found, losses, solver.steps, Status.ROUNDED, None)

@@ -45,6 +45,7 @@ def squared_error_alone(
 def of_factors(
     kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective, products: torch.dtype
 ) -> tuple[Tensor, list[Triplets]]:
+    """||(W' - W) S||^2 and its gradients, where W' is the sum of kernels that all have thin factors."""
     # Three thin products take 6 * out * in * k operations: E = L (S^T R)^T - W S, dL = 2 E S^T R, dR = 2 S E^T L. A weighted
     # norm adds two products with S, 4 * in^2 * k. Autograd does only the elementwise part, from triplets to L and R.
     triplets = [t.map(lambda p: p.detach().requires_grad_()) for t in triplets]
@@ -71,6 +72,7 @@ def difference(left: Tensor, right: Tensor, objective: Objective, products: torc
 
 @torch.no_grad()
 def of_tiles(kernels: Sequence[Kernel], triplets: Sequence[Triplets], objective: Objective) -> tuple[Tensor, list[Triplets]]:
+    """||(W' - W) S||^2 and its gradients, panel by panel of rows of W', for any kernels."""
     thin = [i for i, kernel in enumerate(kernels) if isinstance(kernel, FactoredKernel)]
     tiled = [i for i in range(len(kernels)) if i not in thin]
     found = {i: triplets[i].map(torch.zeros_like) for i in tiled}

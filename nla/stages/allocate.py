@@ -56,7 +56,11 @@ class View:
 
     def fit(self, name: str, bits: int) -> Fit | None:
         spec, method, values = self.specs[name], self.prepared.method, self.prepared.values
-        (term,) = method.plan([(spec.out_features, spec.in_features)], bits, DTYPES[values["dtype"]])
+        shape, dtype = (spec.out_features, spec.in_features), DTYPES[values["dtype"]]
+        (term,) = method.plan([shape], bits, dtype)
+        while term.count() and term.bits() < bits:  # the run asks for the bits that the term takes, and gets the same term
+            bits = term.bits()
+            (term,) = method.plan([shape], bits, dtype)
         if term.count() == 0:
             return None
         group = PlannedGroup((PlannedMatrix(spec, term, bits),))

