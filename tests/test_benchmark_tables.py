@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from analysis.benchmarks import forward
+from analysis.benchmarks import forward, retrain_step
 from analysis.benchmarks.command import main
 from analysis.benchmarks.table import Table, read_table, read_tables
 from analysis.claims import Claim, Claims, report, without_command
@@ -131,3 +131,14 @@ def test_a_figure_is_that_of_a_row_of_a_table_that_a_command_beside_it_makes():
 )
 def test_what_is_wrong_with_a_figure_of_a_table_is_said(text, other, said):
     assert said in told(text, **other)
+
+
+def test_the_benchmark_of_the_retraining_step_has_a_row_per_kernel_and_budget(monkeypatch):
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(retrain_step, "ARCHITECTURE", retrain_step.ARCHITECTURE | small | {"num_key_value_heads": 1})
+    monkeypatch.setattr(retrain_step, "LENGTH", 16)
+    table = retrain_step.retrain_step(**retrain_step.chosen(["steps=3"]))
+    assert list(zip(table["kernel"], table["adaptive"], strict=True)) == [(k.name, a) for k, a in retrain_step.CASES]
+    assert (table["q25"] <= table["ratio"]).all() and (table["ratio"] <= table["q75"]).all() and (table["q25"] > 0).all()
+    with pytest.raises(UserError, match="steps=2 must be at least 3"):
+        retrain_step.chosen(["steps=2"])

@@ -114,7 +114,7 @@ def compare(steps: int, kernel: Kernel, adaptive: bool, cache: Cache) -> dict[st
     names = list(terms)
     masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
     kept = sum(t.count() for t in masters)
-    tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score").tightening(masters, kept * 2 // 3, steps)
+    tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score", "loss").tightening(masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
     masks = tightening if adaptive else None
     clock = Clock(
