@@ -7,9 +7,10 @@ from hydra.utils import instantiate
 from analysis.benchmarks.table import read_tables
 from nla.machine.cache import Cache
 from nla.machine.errors import NonFiniteError, UserError
+from nla.machine.peak_memory import PeakMemory
 from nla.models.select import linear_specs, select_linears
 from nla.statistics.blocks import chain
-from nla.statistics.collect import collect
+from nla.statistics.collect import collect, mirror
 from nla.statistics.fisher import fisher
 from nla.statistics.store import StatisticsStore
 from tasks.data.base import training_set
@@ -213,3 +214,11 @@ def test_collecting_holds_the_gram_matrices_of_one_block_and_one_group_of_inputs
     for figures in found:
         assert figures["gram_bytes"] < figures["peak_bytes"] < figures["gram_bytes"] + 2 * figures["group_bytes"]
     assert found[1]["blocks"] == 3 and found[1]["peak_bytes"] < 1.1 * found[0]["peak_bytes"]
+
+
+def test_the_lower_triangle_of_a_gram_matrix_is_filled_in_place():
+    gram = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
+    whole = gram.triu() + gram.triu(1).T
+    with PeakMemory(torch.device("cpu")) as memory:
+        mirror(gram)
+    assert torch.equal(gram, whole) and memory.peak_bytes < gram.nbytes / 2

@@ -98,15 +98,21 @@ class StatisticsStream:
             with Inputs(self.module, block.layers) as inputs:
                 dense_groups = self.dense.groups() if self.dense and "cross" in missing else repeat(None)
                 for group, dense_group in zip(self.stream.groups(), dense_groups, strict=False):
-                    outputs, caught = run(self.stream, block, inputs, group)
-                    self.outputs += outputs
-                    moments.add(caught)
-                    if self.dense and dense_group:
-                        outputs, dense_caught = run(self.dense, block, inputs, dense_group)
-                        self.dense_outputs += outputs
-                        moments.add_cross(dense_caught, caught)
+                    self.measure_group(block, inputs, moments, group, dense_group)
             self.rows = moments.store(self.store)
             self.store.store_sources(inputs.source)
+
+    def measure_group(
+        self, block: Block, inputs: Inputs, moments: "Moments", group: list[Tensor], dense_group: list[Tensor] | None
+    ) -> None:
+        """Run states through the block, and the dense model's states of the same tokens, and add the inputs to the sums."""
+        outputs, caught = run(self.stream, block, inputs, group)
+        self.outputs += outputs
+        moments.add(caught)
+        if self.dense and dense_group:
+            outputs, dense_caught = run(self.dense, block, inputs, dense_group)
+            self.dense_outputs += outputs
+            moments.add_cross(dense_caught, caught)
 
     def advance_dense(self, block: Block) -> None:
         """Pass all samples of the dense model through the block, whose layers are still the dense ones."""
@@ -173,10 +179,19 @@ class Moments:
         for name, total in self.magnitude.items():
             store.store("magnitude", name, total / self.rows[name])
         for name, gram in self.gram.items():
-            store.store("gram", name, gram.triu_().add_(gram.triu(1).T))
+            mirror(gram)
+            store.store("gram", name, gram)
         for name, cross in self.cross.items():
             store.store("cross", name, cross)
         return max(self.rows.values())
+
+
+def mirror(gram: Tensor) -> None:
+    """Copy the upper triangle of a matrix to the lower one, in place."""
+    for stripe in stripes(len(gram)):
+        corner = gram[stripe, stripe]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        gram[stripe.stop :, stripe] = gram[stripe, stripe.stop :].T
 
 
 def stripes(size: int) -> list[slice]:
