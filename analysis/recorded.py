@@ -23,7 +23,7 @@ AGGREGATES: dict[str, Callable[[list[float]], float]] = {
     "first": lambda values: values[0], "last": lambda values: values[-1], "below 1": lambda values: sum(v < 1 for v in values),
 }  # fmt: skip
 Aggregate = Literal["mean", "std", "min", "max", "sum", "median", "count", "first", "last", "below 1"]
-UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "MB": 1e6, "GB": 1e9, "%": 1e-2, "ms": 1e-3, "minutes": 60.0}
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "MB": 1e6, "GB": 1e9, "%": 1e-2, "ms": 1e-3, "minutes": 60.0}
 Run = tuple[dict[str, str], RunRecord]  # the settings as typed, and the record
 
 
