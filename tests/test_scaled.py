@@ -18,6 +18,7 @@ from nla.matrix.objective import Objective, whitening
 from nla.matrix.triplets import triplet_size
 from nla.solvers.base import Start
 from nla.solvers.factored import descend_factored
+from nla.solvers.triplets import descend_triplets
 from nla.terms.base import Sum
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.scaled import Scaled
@@ -89,7 +90,7 @@ def test_fused_and_plain_optimisers_fit_a_sum_alike(storage):
         first = solver.begin(Linear(), objective, 3, 1, torch.Generator().manual_seed(0)).term
         second = KernelTerm(Phase(), Phase().mixed_start(objective, 4, 1, torch.Generator().manual_seed(0)))
         if storage == "float":
-            solution = solver.descend(Start(Sum([first, second])), objective, ExitStack())
+            solution = descend_triplets(solver, Start(Sum([first, second])), objective, ExitStack())
         else:
             both = Sum([first, Scaled(second, torch.ones(24), torch.ones(20))])
             solution = descend_factored(solver, Start(both), objective, ExitStack())

@@ -18,6 +18,7 @@ from nla.matrix.objective import Factor, Objective, whitening
 from nla.matrix.spectrum import Spectrum
 from nla.solvers.base import Status
 from nla.solvers.gradient import GradientFit
+from nla.solvers.triplets import descend_triplets
 from tests.conftest import configuration, make_kernel
 
 
@@ -31,7 +32,7 @@ def fit(kernel, weight, h, r=1, seed=0, factor=None, **changes):
     scale = float(weight.square().mean().sqrt())
     unit, generator = weight / scale, torch.Generator().manual_seed(seed)
     solver, objective = make_solver(**changes), Objective(unit, factor)
-    solution = solver.descend(solver.begin(kernel, objective, h, r, generator), objective, ExitStack())
+    solution = descend_triplets(solver, solver.begin(kernel, objective, h, r, generator), objective, ExitStack())
     triplets = solution.term.scaled(scale).triplets.map(torch.Tensor.detach)
     return SimpleNamespace(**vars(solution), triplets=triplets)
 

@@ -18,6 +18,7 @@ from nla.solvers.base import Solution, Start
 from nla.solvers.factored import descend_factored
 from nla.solvers.gradient import GradientFit
 from nla.solvers.rounded import descend_rounded
+from nla.solvers.triplets import descend_triplets
 from nla.terms.base import Term
 from nla.terms.coded import CodedTerm, coded_size
 from nla.terms.kernel_term import KernelTerm
@@ -71,7 +72,7 @@ class Float(Storage):
         return solver.begin(kernel, objective, planned.h, planned.r, generator)
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
-        return solver.descend(start, objective, memory)
+        return descend_triplets(solver, start, objective, memory)
 
 
 class FloatAndScales(Storage):
