@@ -54,9 +54,8 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
 def check_parts(setting: str, parts: list[str], plan: Plan) -> None:
     """Raise UserError if only parts of triplets are to be trained, and no planned term has triplets."""
     if set(parts) <= {"A", "B", "mu"} and not any(triplet_terms(matrix.term) for matrix in plan.matrices):
-        raise UserError(
-            f"{setting}={'+'.join(parts)} names no part of {plan.matrices[0].term.describe()}; use {setting}=triplets"
-        )
+        term = plan.matrices[0].term.describe()
+        raise UserError(f"{setting}={'+'.join(parts)} names no part of {term}; name triplets instead")
 
 
 def check_masks(method: Method, budget: Budget, plan: Plan, width: int) -> None:
