@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from analysis.settings import PRESETS
+from nla.harness import record
 from nla.harness.fits_table import FitRecord, parse_terms, read_fits
 from nla.harness.record import RunRecord, read_record, run_name, seal_of
 from nla.harness.request import resolve
@@ -44,6 +45,24 @@ def test_a_record_stays_valid_when_later_versions_have_more_fields(run_here, tmp
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="was changed after the run"):
         read_record(path.parent)
+
+
+def test_a_stop_between_the_two_files_of_a_run_that_begins_again_leaves_no_finished_record_without_fits(
+    run_here, tmp_path, monkeypatch
+):
+    run_here(*TINY, "method=svd")
+    begun = read_record(only_folder(tmp_path)).model_copy(update={"status": "running", "fits": []})
+    written = []
+
+    def stopped(path, contents):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path.write_bytes(contents))
+
+    monkeypatch.setattr(record, "write_atomically", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        begun.write(only_folder(tmp_path))
+    assert read_record(only_folder(tmp_path)).status == "running"
 
 
 def test_terms_are_read_back_from_their_text():

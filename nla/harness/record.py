@@ -122,15 +122,16 @@ class RunRecord(Strict):
     def write(self, folder: Path) -> None:
         """Write `fits.csv` and `record.json`.
 
-        A record that says `done` is written after its fits, and any other before, so that a stop between the two files never
-        leaves a finished record without its fits.
+        The fits are written first, since no record is read without them. When a finished run begins again, its record is: a
+        stop between the two files must not leave a finished record without its fits.
         """
         self.seal = seal_of(self.model_dump(mode="json", by_alias=True), self.fits)
         files = {
             "fits.csv": fits_text(self.fits).encode(),
             "record.json": self.model_dump_json(indent=2, by_alias=True).encode() + b"\n",
         }
-        for name in files if self.status == "done" else reversed(files):
+        again = self.status != "done" and (folder / "record.json").exists()
+        for name in reversed(files) if again else files:
             write_atomically(folder / name, files[name])
 
 
