@@ -1,13 +1,17 @@
 """One yaml a data set: what is measured on and what is learnt from are two splits of it."""
 
+from pydoc_data import topics
+
 import pytest
 from hydra.utils import instantiate
 
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
+from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from tasks.data import SETS
 from tasks.data.base import Data
+from tasks.data.manual import PythonTopics
 from tests.conftest import CONF, configuration, options
 
 SAMPLED = ["method=asvd", "track=none"]
@@ -24,11 +28,22 @@ def test_a_set_is_described_once_and_has_the_two_splits_that_its_kind_has(name):
     assert cfg.data == cfg.calibration == cfg.statistics.data
     (data,) = (value for value in instantiate(cfg.data, _convert_="all").values() if isinstance(value, Data))
     assert data.name == name and name.removesuffix("_since_1960") in SETS[data.kind].replace(",", "").split()
-    if data.kind == "questions":
-        with pytest.raises(UserError, match=f"calibration={name} has no training split; choose calibration="):
+    if "train" not in data.splits:
+        with pytest.raises(UserError, match=f"calibration={name} has no training split; choose another of "):
             data.training()
     else:
         assert (data.split, data.training().split) == ("test", "train") and type(data.training()) is type(data)
+
+
+def test_python_topics_are_the_long_topics_of_pythons_help_in_alphabetical_order(monkeypatch, tmp_path):
+    monkeypatch.setattr(topics, "topics", {"b": "b" * 5, "a": "a" * 6, "c": "c" * 4})
+    found = PythonTopics("python_topics", least=5)
+    assert found.documents() == ["a" * 6, "b" * 5] and found.joined() == "aaaaaa\n\nbbbbb"
+    before = found.identity(Cache(tmp_path))
+    topics.topics["b"] = "another text"  # another version of Python
+    assert found.identity(Cache(tmp_path)) != before
+    with pytest.raises(UserError, match=r"data\.text\.least=13 leaves no topic; the longest has 12 characters"):
+        PythonTopics("python_topics", least=13).check()
 
 
 def test_text_is_learnt_from_the_calibration_set_and_its_own_path(tmp_path):

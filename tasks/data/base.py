@@ -40,7 +40,7 @@ class Data(ABC):
             UserError: the data set has no training split.
         """
         if "train" not in self.splits:
-            raise UserError(f"calibration={self.name} has no training split; choose calibration={SETS[self.kind]}")
+            raise UserError(f"calibration={self.name} has no training split; choose another of {SETS[self.kind]}")
         other = copy(self)
         other.split = "train"
         for name in vars(self):
