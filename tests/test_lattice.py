@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla.codes import block_ldlq as block_ldlq_module
-from nla.codes.block_ldlq import block_ldlq, feedback, rounded_at
+from nla.codes.block_ldlq import RoundedToLattice, block_ldlq, feedback, rounded_at, swept
 from nla.codes.hadamard import random_signs, rotated, rotated_back
 from nla.codes.lattice_format import ONE, TWO, WIDTHS, LatticeFormat
 from nla.machine.errors import UserError
@@ -137,6 +137,42 @@ def test_feedback_lowers_the_weighted_error_of_plain_rounding_on_correlated_inpu
     found = rounded.scale * form.values(rounded.codes).flatten(1)
     losses = [float((((W - weight).double() @ H) * (W - weight)).sum()) for W in (found, plain)]
     assert losses[0] < 0.7 * losses[1]
+
+
+def loss(weight: torch.Tensor, H: torch.Tensor, rounded: RoundedToLattice, form: LatticeFormat) -> float:
+    """tr(E H E^T) of the error E, in fp64."""
+    E = (rounded.scale * form.values(rounded.codes).flatten(1) - weight).double()
+    return float(((E @ H.double()) * E).sum())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from(WIDTHS), st.integers(1, 40), st.integers(0, 99))
+def test_no_sweep_raises_the_weighted_error_of_any_rounding(m, count, width, tokens, seed):
+    weight, form = normal(m, 8 * count, seed=seed), LatticeFormat(width)
+    H = correlated(8 * count, tokens)  # of few tokens: singular
+    codes = torch.randint(0, 256, (m, count, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    before = RoundedToLattice(codes, 0.7)
+    after = swept(weight, H, before, form)
+    assert loss(weight, H, after, form) <= loss(weight, H, before, form) * (1 + 1e-5)
+
+
+def test_a_sweep_over_one_vector_finds_the_nearest_point_and_the_best_scale(monkeypatch):
+    monkeypatch.setattr(block_ldlq_module, "SWEEPS", 1)
+    weight, form = normal(64, 8), LatticeFormat(1)
+    after = swept(weight, torch.eye(8), RoundedToLattice(torch.zeros(64, 1, 1, dtype=torch.uint8), 1.5), form)
+    assert torch.equal(after.codes[:, 0], form.nearest(weight / 1.5))
+    points = form.values(after.codes).flatten()
+    assert after.scale == pytest.approx(
+        float(torch.linalg.lstsq(points[:, None], weight.flatten()[:, None]).solution), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sweeps_lower_the_weighted_error_that_feedback_leaves(width, monkeypatch):
+    weight, H, form = normal(32, 64), correlated(64).double(), LatticeFormat(width)
+    after = loss(weight, H, block_ldlq(weight, H, form), form)
+    monkeypatch.setattr(block_ldlq_module, "SWEEPS", 0)
+    assert after < 0.97 * loss(weight, H, block_ldlq(weight, H, form), form)
 
 
 @pytest.mark.parametrize("m, n", [(5, 7), (24, 8), (13, 33)])

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch.nn.functional import pad
 
-from nla.codes.block_ldlq import MULTIPLES, block_ldlq
+from nla.codes.block_ldlq import MULTIPLES, SWEEPS, block_ldlq
 from nla.codes.hadamard import rotated, rotation_flops
 from nla.codes.lattice_format import BLOCK, WIDTHS, LatticeFormat, blocks
 from nla.matrix.objective import Norms, Objective
@@ -63,4 +63,4 @@ class QuIP(MatrixMethod):
         m, n = term.out_features, BLOCK * blocks(term.in_features)
         rotate = (m + n) * rotation_flops(n) + n * rotation_flops(m)
         each = m * n * (SEARCH_FLOPS + 3 * n)  # search, feedback and error
-        return rotate + 3 * n**3 + len(MULTIPLES) * each
+        return rotate + 3 * n**3 + (len(MULTIPLES) + SWEEPS) * each
