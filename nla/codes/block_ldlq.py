@@ -5,23 +5,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nla.codes.lattice_format import BLOCK, LatticeFormat
+from nla.codes.lattice_format import BLOCK, RowFormat
 from nla.kernels.tiled import slices
 
 DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it, as in QuIP#
 CHUNK = 128  # inputs between two uses of all earlier errors
-MULTIPLES = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2)  # of the best scale for Gaussian numbers; feedback widens what is rounded
+MULTIPLES = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2)  # of the size of the weight; feedback widens what is rounded
 SWEEPS = 10  # the default of the authors' code
 
 
 class RoundedToLattice(NamedTuple):
-    """scale * values of the codes: uint8 (rows, blocks, width), of `LatticeFormat`."""
+    """scale * values of the codes: uint8 (rows, bytes), of `RowFormat`."""
 
     codes: Tensor
     scale: float
 
 
-def block_ldlq(weight: Tensor, hessian: Tensor, form: LatticeFormat) -> RoundedToLattice:
+def block_ldlq(weight: Tensor, hessian: Tensor, form: RowFormat) -> RoundedToLattice:
     """The rounding W' of a weight W (rows, n) that makes tr((W' - W) H (W' - W)^T) small.
 
     Source: Tseng et al., "QuIP#", ICML 2024, section 4.1, and the sweeps of the authors' code. Of several scales, that with
@@ -33,7 +33,7 @@ def block_ldlq(weight: Tensor, hessian: Tensor, form: LatticeFormat) -> RoundedT
     """
     H = hessian.to(weight.dtype)
     A = feedback(hessian).to(weight.dtype)
-    size = float(weight.double().square().mean().sqrt()) * form.gaussian_scale
+    size = float(weight.double().square().mean().sqrt())
     found, least = None, torch.inf
     for multiple in MULTIPLES:
         rounded, error = rounded_at(weight, A, size * multiple, form)
@@ -44,7 +44,7 @@ def block_ldlq(weight: Tensor, hessian: Tensor, form: LatticeFormat) -> RoundedT
     return swept(weight, H, found, form)
 
 
-def rounded_at(weight: Tensor, A: Tensor, scale: float, form: LatticeFormat) -> tuple[RoundedToLattice, Tensor]:
+def rounded_at(weight: Tensor, A: Tensor, scale: float, form: RowFormat) -> tuple[RoundedToLattice, Tensor]:
     """The rounding with this scale, and its error E = W' - W (rows, n).
 
     Block k becomes W'_k = Q(W_k - sum_{j < k} E_j A_jk), where Q is rounding to the nearest vector. Then E (I + A) = N is what
@@ -57,12 +57,13 @@ def rounded_at(weight: Tensor, A: Tensor, scale: float, form: LatticeFormat) -> 
         for block in slices(targets.shape[1], BLOCK):
             here = slice(chunk.start + block.start, chunk.start + block.stop)
             done = slice(chunk.start, here.start)
-            codes.append(form.nearest((targets[:, block] - E[:, done] @ A[done, here]) / scale))
-            E[:, here] = scale * form.values(codes[-1]) - weight[:, here]
-    return RoundedToLattice(torch.stack(codes, 1), scale), E
+            vector, _ = form.vector(here.start // BLOCK)
+            codes.append(vector.nearest((targets[:, block] - E[:, done] @ A[done, here]) / scale))
+            E[:, here] = scale * vector.values(codes[-1]) - weight[:, here]
+    return RoundedToLattice(torch.cat(codes, 1), scale), E
 
 
-def swept(weight: Tensor, hessian: Tensor, rounded: RoundedToLattice, form: LatticeFormat) -> RoundedToLattice:
+def swept(weight: Tensor, hessian: Tensor, rounded: RoundedToLattice, form: RowFormat) -> RoundedToLattice:
     """The rounding after `SWEEPS` passes of descent. No step raises tr((scale Q - W) H (scale Q - W)^T), Q the lattice points.
 
     A pass visits all vectors k. G = (Q - W / scale) H is half the gradient. The vector becomes the point nearest to its optimum
@@ -70,17 +71,18 @@ def swept(weight: Tensor, hessian: Tensor, rounded: RoundedToLattice, form: Latt
     After each pass, the scale becomes the best one.
     """
     scale, codes = rounded.scale, rounded.codes.clone()
-    Q = form.values(codes).flatten(1)
+    Q = form.values(codes)
     target, product = weight @ hessian, Q @ hessian  # (rows, n)
     damping = DAMPING * hessian.diagonal().mean() * torch.eye(BLOCK).to(hessian)
     for _ in range(SWEEPS):
         for number, block in enumerate(slices(weight.shape[1], BLOCK)):
+            vector, place = form.vector(number)
             own, G = hessian[block, block], product[:, block] - target[:, block] / scale
             best = Q[:, block] - torch.linalg.solve(own + damping, G, left=False)
-            tried = form.nearest(best)
-            step = form.values(tried) - Q[:, block]
+            tried = vector.nearest(best)
+            step = vector.values(tried) - Q[:, block]
             lower = (step * (step @ own + 2 * G)).sum(1, keepdim=True) < 0
-            codes[:, number] = torch.where(lower, tried, codes[:, number])
+            codes[:, place] = torch.where(lower, tried, codes[:, place])
             step = torch.where(lower, step, 0.0)
             Q[:, block] += step
             product += step @ hessian[block]

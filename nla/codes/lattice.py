@@ -10,7 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")  # tables are made here, although transformers imports this while it builds a model on the meta device
+# Tables are made on the CPU in fp32, although transformers may import this while it builds a bf16 model on the meta device.
+CPU, FP32 = torch.device("cpu"), torch.float32
 SHIFT = 0.25  # added to, or subtracted from, all eight numbers of an entry of E8P
 
 
@@ -39,8 +40,8 @@ class E8Shell(LatticeCodebook):
         whole = [v for v in product((-1.0, 0.0, 1.0), repeat=8) if sum(map(abs, v)) == 2]
         half = [v for v in product((-0.5, 0.5), repeat=8) if sum(v) % 2 == 0]
         with CPU:
-            twice = 2 * torch.eye(8)
-            self.entries = torch.cat((torch.tensor(whole), torch.tensor(half), twice, -twice))
+            twice = 2 * torch.eye(8, dtype=FP32)
+            self.entries = torch.cat((torch.tensor(whole, dtype=FP32), torch.tensor(half, dtype=FP32), twice, -twice))
 
     def nearest(self, x: Tensor) -> Tensor:
         entries = on_device(self, x.device).to(x.dtype)
@@ -135,7 +136,7 @@ def sizes_of_e8p() -> Tensor:
         norm = sum(size * size for size in p)
         if norm <= 10 or (norm == 12 and max(p) == 1.5 and len(found[12]) < 29):
             found[int(norm)].append(p)
-    return torch.tensor([p for same in found.values() for p in same])
+    return torch.tensor([p for same in found.values() for p in same], dtype=FP32)
 
 
 def number_of(sizes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vectors of eight numbers in 1 to 4 bits a number: entries of lattice codebooks, and their codes as bytes."""
+"""Rows of vectors of eight numbers in 1 to 4 bits a number: entries of lattice codebooks, and their codes as bytes."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,22 +20,19 @@ class Stage:
     factor: float
 
 
+# For each width, the factors with the smallest mean |nearest(x) - x|^2 for Gaussian numbers x of variance 1, found on a grid.
 TWO, ONE = E8P(), E8Shell()
 STAGES = {
     0: (),  # the vector of zeros
-    1: (Stage(ONE, 1.0),),
-    2: (Stage(TWO, 1.0),),
-    3: (Stage(TWO, 1.0), Stage(ONE, 0.49)),
-    4: (Stage(TWO, 1.0), Stage(TWO, 0.26)),
+    1: (Stage(ONE, 1.64),),
+    2: (Stage(TWO, 0.96),),
+    3: (Stage(TWO, 1.02), Stage(ONE, 1.02 * 0.49)),
+    4: (Stage(TWO, 1.12), Stage(TWO, 1.12 * 0.26)),
 }
-
-# The scale s with the smallest mean of (s nearest(x / s) - x)^2 for Gaussian numbers x of variance 1, found on a grid together
-# with the factors of the second stages.
-GAUSSIAN_SCALE = {1: 1.64, 2: 0.96, 3: 1.02, 4: 1.12}
 
 
 @dataclass(frozen=True)
-class LatticeFormat:
+class VectorFormat:
     """The sum of one entry for each stage (residual quantisation, QuIP#).
 
     Attributes:
@@ -47,11 +44,6 @@ class LatticeFormat:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         return STAGES[self.width]
-
-    @property
-    def gaussian_scale(self) -> float:
-        """The best scale for Gaussian numbers of variance 1."""
-        return GAUSSIAN_SCALE[self.width]
 
     def nearest(self, x: Tensor) -> Tensor:
         """The codes of vectors (k, 8): uint8 (k, width). Each stage takes the entry nearest to what is left."""
@@ -71,6 +63,42 @@ class LatticeFormat:
             x = x + stage.factor * on_device(stage.codebook, codes.device)[code]
             first += stage.codebook.width
         return x
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A row of vectors. The last ones take one bit a number more than the first ones, so that a row has any number of bytes.
+
+    Attributes:
+        vectors: number of vectors, at least 1.
+        size: bytes of a row, at most 4 vectors; 0: all vectors are zeros.
+    """
+
+    vectors: int
+    size: int
+
+    @cached_property
+    def parts(self) -> list[tuple[VectorFormat, int]]:
+        """The format and the number of the narrow vectors, then of the wide ones. One of the two may be missing."""
+        width, wide = divmod(self.size, self.vectors)
+        counts = {width: self.vectors - wide, width + 1: wide}
+        return [(VectorFormat(bits), count) for bits, count in counts.items() if count]
+
+    def vector(self, number: int) -> tuple[VectorFormat, slice]:
+        """The format of a vector, and its bytes in a row."""
+        width, wide = divmod(self.size, self.vectors)
+        further = max(0, number - (self.vectors - wide))  # wide vectors before it
+        begin, form = number * width + further, VectorFormat(width + (number >= self.vectors - wide))
+        return form, slice(begin, begin + form.width)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The rows (rows, 8 vectors), fp32, of codes (rows, size)."""
+        found, first = [], 0
+        for form, count in self.parts:
+            part = codes[:, first : first + count * form.width].unflatten(1, (count, form.width))
+            found.append(form.values(part).flatten(1))
+            first += count * form.width
+        return torch.cat(found, 1)
 
 
 def blocks(in_features: int) -> int:

@@ -8,19 +8,22 @@ from torch.nn.functional import pad
 
 from nla.codes.block_ldlq import MULTIPLES, SWEEPS, block_ldlq
 from nla.codes.hadamard import rotated, rotation_flops
-from nla.codes.lattice_format import BLOCK, WIDTHS, LatticeFormat, blocks
+from nla.codes.lattice_format import BLOCK, WIDTHS, RowFormat, blocks
 from nla.matrix.objective import Norms, Objective
 from nla.methods.base import MatrixMethod, Shape
 from nla.methods.grid_method import nothing, relative_error
 from nla.solvers.base import Solution, Start, Status
 from nla.terms.base import Term
-from nla.terms.lattice_term import LatticeTerm, lattice_bits, rotations
+from nla.terms.lattice_term import LatticeTerm, largest_size, lattice_bits, rotations
 
 SEARCH_FLOPS = 100  # operations for each weight and scale of the search for the nearest lattice point
 
 
 class QuIP(MatrixMethod):
-    """The weight in 1, 2, 3 or 4 bits, the most that fit, rounded in the norm of the layer's outputs. Without fine-tuning.
+    """The weight in 1 to 4 bits, the most that fit, rounded in the norm of the layer's outputs. Without fine-tuning.
+
+    The paper has whole numbers of bits. Between them, the vectors that are rounded last take one bit more than the others: no
+    later vector can make up for their errors.
 
     Args:
         sequential: each block is rounded for inputs that passed through the compressed earlier blocks.
@@ -35,13 +38,11 @@ class QuIP(MatrixMethod):
         return norms.outputs
 
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
-        fitting = [width for width in WIDTHS if lattice_bits(out_features, in_features, width, dtype) <= bits]
-        if not fitting:
-            return nothing(out_features, in_features, dtype)
-        return LatticeTerm.empty(out_features, in_features, max(fitting), dtype)
+        size = largest_size(out_features, in_features, bits, dtype)
+        return LatticeTerm.empty(out_features, in_features, size, dtype) if size else nothing(out_features, in_features, dtype)
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
-        return sum(lattice_bits(m, n, min(WIDTHS), dtype) for m, n in shapes)
+        return sum(lattice_bits(m, blocks(n) * min(WIDTHS), dtype) for m, n in shapes)
 
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         assert isinstance(planned, LatticeTerm) and objective.wide_root is not None
@@ -51,7 +52,7 @@ class QuIP(MatrixMethod):
         left, right = rotations(int(seed), m, n, weight.device)
         W = rotated(rotated(pad(weight, (0, filling)), right).T, left).T.contiguous()  # U W V^T
         root = rotated(pad(objective.wide_root.T, (0, filling)), right)  # (V S)^T
-        rounded = block_ldlq(W, root.T @ root, LatticeFormat(planned.width))
+        rounded = block_ldlq(W, root.T @ root, RowFormat(blocks(n), planned.size))
         scale = torch.tensor(rounded.scale, dtype=weight.dtype, device=weight.device)
         return Start(LatticeTerm(rounded.codes, scale, seed.to(weight.device), n))
 

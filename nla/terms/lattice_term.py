@@ -1,4 +1,4 @@
-"""A matrix in 1 to 4 bits a number: codes of lattice points, between two random rotations (QuIP#)."""
+"""A matrix in 1 to 4 bits a number, on average: codes of lattice points, between two random rotations (QuIP#)."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from nla.codes.hadamard import random_signs, rotated, rotated_back, rotation_flops
-from nla.codes.lattice_format import BLOCK, LatticeFormat, blocks
+from nla.codes.lattice_format import BLOCK, WIDTHS, RowFormat, blocks
 from nla.kernels.tiled import PANEL, slices, widen
 from nla.terms.base import Stored, Term, class_path
 
@@ -23,7 +23,7 @@ class LatticeTerm(Term):
     with zeros to a multiple of eight numbers, which is what V rotates. Source: Tseng et al., "QuIP#", ICML 2024.
 
     Args:
-        codes: uint8 (out, blocks, width). The width is that of the format, and 0 if the matrix is zero.
+        codes: uint8 (out, bytes), see `RowFormat`. No bytes: the matrix is zero.
         scale: ().
         seed: int64 (), of the signs of U and V.
         in_features: inputs, which blocks do not tell.
@@ -40,14 +40,15 @@ class LatticeTerm(Term):
         self.out_features, self.in_features = len(codes), in_features
 
     @classmethod
-    def empty(cls, out_features: int, in_features: int, width: int, dtype: torch.dtype) -> "LatticeTerm":  # type: ignore[override]
-        codes = torch.empty(out_features, blocks(in_features), width, dtype=torch.uint8, device="meta")
+    def empty(cls, out_features: int, in_features: int, size: int, dtype: torch.dtype) -> "LatticeTerm":  # type: ignore[override]
+        codes = torch.empty(out_features, size, dtype=torch.uint8, device="meta")
         scale, seed = (torch.empty((), dtype=kind, device="meta") for kind in (dtype, torch.int64))
         return cls(codes, scale, seed, in_features)
 
     @property
-    def width(self) -> int:
-        return self.codes.shape[2]
+    def size(self) -> int:
+        """Bytes of a row."""
+        return self.codes.shape[1]
 
     @property
     def filling(self) -> int:
@@ -60,7 +61,7 @@ class LatticeTerm(Term):
 
     def rows(self, panel: slice, dtype: torch.dtype) -> Tensor:
         """The rows Q[panel] (rows, 8 blocks)."""
-        return LatticeFormat(self.width).values(self.codes[panel]).flatten(1).to(dtype)
+        return RowFormat(blocks(self.in_features), self.size).values(self.codes[panel]).to(dtype)
 
     def product(self, x: Tensor, panel: slice) -> Tensor:
         """x @ Q[panel].T: (..., 8 blocks) -> (..., rows)"""
@@ -84,7 +85,7 @@ class LatticeTerm(Term):
         return (W[:, : self.in_features] * scale).to(self.scale.dtype)
 
     def stored(self) -> list[Stored]:
-        if not self.width:
+        if not self.size:
             return []  # the matrix is zero
         return [
             Stored(self.codes, self.out_features * self.in_features, 8 * self.codes.numel()),
@@ -97,12 +98,12 @@ class LatticeTerm(Term):
             "class": class_path(self),
             "out_features": self.out_features,
             "in_features": self.in_features,
-            "width": self.width,
+            "size": self.size,
             "dtype": str(self.scale.dtype).removeprefix("torch."),
         }
 
     def describe(self) -> str:
-        return f"e8 bits={self.width}"
+        return f"e8 bits={self.size / blocks(self.in_features):.3g}"
 
     def forward_flops(self, tokens: int) -> int:
         m, n = self.out_features, BLOCK * blocks(self.in_features)
@@ -124,7 +125,7 @@ class LatticeTerm(Term):
         return UnpackedLattice(self)
 
     def zero(self, like: Tensor) -> "LatticeTerm":
-        codes = torch.zeros(self.out_features, blocks(self.in_features), 0, dtype=torch.uint8, device=like.device)
+        codes = torch.zeros(self.out_features, 0, dtype=torch.uint8, device=like.device)
         seed = torch.zeros((), dtype=torch.int64, device=like.device)
         return LatticeTerm(codes, like.new_zeros(()), seed, self.in_features)
 
@@ -134,6 +135,12 @@ def rotations(seed: int, out_features: int, in_features: int, device: torch.devi
     return [signs.to(device) for signs in random_signs(seed, out_features, BLOCK * blocks(in_features))]
 
 
-def lattice_bits(out_features: int, in_features: int, width: int, dtype: torch.dtype) -> int:
-    """Bits of a term of this width: codes, the scale in this type, and the seed."""
-    return 8 * out_features * blocks(in_features) * width + 8 * dtype.itemsize + SEED_BITS
+def lattice_bits(out_features: int, size: int, dtype: torch.dtype) -> int:
+    """Bits of a term with rows of `size` bytes: codes, the scale in this type, and the seed."""
+    return 8 * out_features * size + 8 * dtype.itemsize + SEED_BITS
+
+
+def largest_size(out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> int:
+    """Bytes of a row of the largest term with so many bits: 1 to 4 for each vector, or 0 if one is too much."""
+    vectors, size = blocks(in_features), (bits - lattice_bits(out_features, 0, dtype)) // (8 * out_features)
+    return min(size, max(WIDTHS) * vectors) if size >= min(WIDTHS) * vectors else 0
