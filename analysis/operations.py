@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 
 from nla.harness.record import FitRecord
+from nla.kernels.harmonic import Harmonic
 from nla.kernels.linear import Linear
 from nla.kernels.phase import Phase
 from nla.kernels.piecewise import Piecewise
 
-KERNELS = {kernel.name: kernel for kernel in (Linear(), Piecewise(), Phase())}  # whose products have their rank
+# Kernels whose products have their rank, which does not depend on their settings.
+KERNELS = {kernel.name: kernel for kernel in (Linear(), Piecewise(), Phase(), Harmonic(order=2, weight=1.0))}
 DENSE = ("int", "nf4", "e8")  # how names of terms begin whose matrix is multiplied as a whole
 
 

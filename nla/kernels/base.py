@@ -42,9 +42,11 @@ class Kernel(ABC):
 
     Attributes:
         training_rate: learning rate of retraining, relative to the root mean square of a tensor's numbers.
+        fitting_rate: learning rate of fits, relative to the solver's.
     """
 
     training_rate = TRAINING_RATE
+    fitting_rate = 1.0
 
     def __init__(self, r: int = 1, min_h: int = 1) -> None:
         require_integer("kernel.r", r, 1)

@@ -11,7 +11,13 @@ from nla.matrix.triplets import Triplets
 
 
 class FactoredKernel(Kernel):
-    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin factors L and R. apply() needs no (out, in) matrix."""
+    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin factors L and R. apply() needs no (out, in) matrix.
+
+    Attributes:
+        coarse: a kernel whose triplets are fitted first, as the start of a fit with scales; None: there is none.
+    """
+
+    coarse: "FactoredKernel | None" = None
 
     @abstractmethod
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
@@ -36,6 +42,10 @@ class FactoredKernel(Kernel):
         larger than all others together.
         """
         return self.warm_start(objective, h, r, generator)[0]
+
+    def finer(self, t: Triplets, rest: Objective, generator: torch.Generator) -> Triplets:
+        """The start of a fit from triplets of `coarse`, and from what these leave of the matrix."""
+        raise NotImplementedError
 
     def rank_bound(self, h: int, r: int) -> int:
         return self.columns(h, r)

@@ -88,8 +88,7 @@ class Hybrid(MatrixMethod):
         return no_worse(self.fallback, solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:
-        leaves = triplet_terms(term) if self.solver.start == "warm" else []
-        return sum(leaf.kernel.warm_start_flops(*size(leaf)) for leaf in leaves)
+        return sum(self.storage.start_flops(leaf.kernel, self.solver, *size(leaf)) for leaf in triplet_terms(term))
 
     def step_flops(self, term: Term) -> int:
         leaves = triplet_terms(term)

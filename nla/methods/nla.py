@@ -71,7 +71,7 @@ class NLA(MatrixMethod):
         return no_worse(self.fallback, solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:
-        return self.kernel.warm_start_flops(*size(term)) if self.solver.start == "warm" else 0
+        return self.storage.start_flops(self.kernel, self.solver, *size(term))
 
     def step_flops(self, term: Term) -> int:
         weighting = self.kernel.weighting_flops(*size(term)) if self.needs else 0

@@ -38,7 +38,8 @@ def descend_factored(solver: GradientFit, start: Start, objective: Objective, me
         found = torch.autograd.grad((left, right), numbers, (d_left, d_right)) if gradients else ()
         return float(loss) / objective.energy, [g.div(objective.energy) for g in found]
 
-    descent = solver.descend(numbers, evaluate, lambda step, smallest, best: None, measured)
+    slower = min((part.kernel.fitting_rate for part in start.term.modules() if isinstance(part, KernelTerm)), default=1.0)
+    descent = solver.descend(numbers, evaluate, lambda step, smallest, best: None, measured, slower)
     return Solution(start.term, descent.losses, descent.steps, descent.status, start.optimum)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,9 @@ class GradientFit:
         triplets, optimum = kernel.warm_start(objective, h, r, generator)
         return Start(KernelTerm(kernel, triplets), optimum)
 
-    def descend(self, numbers: Sequence[Tensor], evaluate: Evaluate, ended: Ended, measured: ExitStack) -> Descent:
+    def descend(
+        self, numbers: Sequence[Tensor], evaluate: Evaluate, ended: Ended, measured: ExitStack, slower: float = 1.0
+    ) -> Descent:
         """Change the numbers in place until `ended` or the last step. They end as the best iterate, never worse than the start.
 
         Args:
@@ -91,12 +94,14 @@ class GradientFit:
             evaluate: whether gradients are needed -> the loss of the numbers as they are, and its gradients.
             ended: (step, smallest loss, numbers that have it) -> how the fit ended, or None if it goes on.
             measured: context that measures peak memory. It is closed once memory cannot rise any more, to save time.
+            slower: factor of the learning rate.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite (a smaller solver.lr helps).
         """
         sizes = [max(float(p.detach().square().mean().sqrt()), 1e-12) for p in numbers]
-        groups = [{"params": [p], "lr": self.lr * size} for p, size in zip(numbers, sizes, strict=True)]
+        lr = self.lr * slower
+        groups = [{"params": [p], "lr": lr * size} for p, size in zip(numbers, sizes, strict=True)]
         optimiser = self.optimiser(groups)
         best, smallest, losses, status = list(numbers), math.inf, list[tuple[int, float]](), None
         for step in range(self.steps + 1):
@@ -113,13 +118,19 @@ class GradientFit:
             if status or step == self.steps:
                 break
             for group, p, g, size in zip(optimiser.param_groups, numbers, gradients, sizes, strict=True):
-                group["lr"] = self.lr * size * self.rate(step)
+                group["lr"] = lr * size * self.rate(step)
                 p.grad = g.contiguous()
             optimiser.step()
         with torch.no_grad():
             for p, kept in zip(numbers, best, strict=True):
                 p.copy_(kept)
         return Descent(losses, step, status or Status.STEP_LIMIT)
+
+    def with_steps(self, steps: int) -> "GradientFit":
+        """The same settings with another number of steps."""
+        other = copy(self)
+        other.steps = steps
+        return other
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a fraction of lr."""

@@ -37,7 +37,7 @@ def descend_triplets(solver: GradientFit, start: Start, objective: Objective, me
         loss, found = squared_error(kernels, moved, objective, solver.products)
         return float(loss) / objective.energy, [p.div_(objective.energy) for t in found for p in t.tensors]
 
-    descent = solver.descend(numbers, evaluate, ending, measured)
+    descent = solver.descend(numbers, evaluate, ending, measured, min(kernel.fitting_rate for kernel in kernels))
     return Solution(sum_of(kernels, moved), descent.losses, descent.steps, descent.status, start.optimum)
 
 

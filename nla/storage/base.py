@@ -51,6 +51,10 @@ class Storage(ABC):
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         """The fit from this start. `memory` is as in `MatrixMethod.find`."""
 
+    def start_flops(self, kernel: Kernel, solver: GradientFit, out_features: int, in_features: int, h: int, r: int) -> int:
+        """Floating-point operations of start(), to first order."""
+        return kernel.warm_start_flops(out_features, in_features, h, r) if solver.start == "warm" else 0
+
 
 class Float(Storage):
     """All numbers in the model's type."""
@@ -75,6 +79,9 @@ class Float(Storage):
         return descend_triplets(solver, start, objective, memory)
 
 
+COARSE = 2  # a coarse kernel is fitted in the solver's steps divided by this
+
+
 class FloatAndScales(Storage):
     """All numbers in the model's type, and a scale of every row and column beside them. The kernel must have thin factors."""
 
@@ -96,9 +103,25 @@ class FloatAndScales(Storage):
     def start(
         self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
     ) -> Start:
+        """With a coarse kernel: its fit in half the steps, and the finer start that follows from it."""
         assert isinstance(planned, Scaled) and isinstance(planned.inner, KernelTerm) and isinstance(kernel, FactoredKernel)
-        triplets = first_triplets(solver, kernel, objective, planned.inner.h, planned.inner.r, generator)
-        return Start(Scaled(KernelTerm(kernel, triplets), *ones(objective)))
+        first = kernel.coarse or kernel
+        triplets = first_triplets(solver, first, objective, planned.inner.h, planned.inner.r, generator)
+        start = Start(Scaled(KernelTerm(first, triplets), *ones(objective)))
+        if kernel.coarse is None:
+            return start
+        found = self.fit(solver.with_steps(solver.steps // COARSE), start, objective, ExitStack()).term
+        assert isinstance(found, Scaled) and isinstance(found.inner, KernelTerm)
+        rest = Objective(objective.weight - found.dense().detach(), objective.factor)
+        finer = kernel.finer(found.inner.triplets.map(torch.detach), rest, generator)
+        return Start(Scaled(KernelTerm(kernel, finer), found.rows, found.columns))
+
+    def start_flops(self, kernel: Kernel, solver: GradientFit, out_features: int, in_features: int, h: int, r: int) -> int:
+        size, flops = (out_features, in_features, h, r), super().start_flops(kernel, solver, out_features, in_features, h, r)
+        first = kernel.coarse if isinstance(kernel, FactoredKernel) else None
+        if first is None:
+            return flops
+        return flops + solver.steps // COARSE * (first.fit_flops(*size) + first.weighting_flops(*size))
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         return descend_factored(solver, start, objective, memory)
