@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import get_class
+from hydra.utils import instantiate
 
 from analysis.composed import CONF, composed, leaves
 from nla.harness.fits_table import parse_terms
@@ -210,8 +210,7 @@ def nearest_retraining(config: dict[str, Any]) -> tuple[str, list[Pair]]:
 
 def own_rate(method: dict[str, Any]) -> float:
     """The learning rate of retraining that the method's kernel brings with it."""
-    kernel: Any = get_class(method["kernel"]["_target_"]) if "kernel" in method else Kernel
-    return kernel.training_rate
+    return instantiate(method["kernel"]).training_rate if "kernel" in method else Kernel.training_rate
 
 
 def named_budget(budget: dict[str, Any]) -> list[str]:

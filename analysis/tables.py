@@ -13,7 +13,11 @@ PAPERS_NAMES = {
 
 def method_name(row: pd.Series) -> str:
     """Name of a run's method, such as `SVD-LLM` or `NLA piecewise`, and its settings that differ from the defaults."""
-    name = f"NLA {row['kernel']}" if row["method"] == "nla" else PAPERS_NAMES.get(row["method"], row["method"])
+    name = PAPERS_NAMES.get(row["method"], row["method"])
+    if row["method"] == "nla":
+        name = f"NLA {row['kernel']}"
+    elif row["method"] == "hybrid":
+        name += " " + "+".join(kernel for kernel in row["kernel"].split("+") if kernel != "linear")
     return name + (f" ({row['changed']})" if row["changed"] else "")
 
 
