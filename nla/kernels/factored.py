@@ -11,13 +11,7 @@ from nla.matrix.triplets import Triplets
 
 
 class FactoredKernel(Kernel):
-    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin factors L and R. apply() needs no (out, in) matrix.
-
-    Attributes:
-        coarse: a kernel whose triplets are fitted first, as the start of a fit with scales; None: there is none.
-    """
-
-    coarse: "FactoredKernel | None" = None
+    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin factors L and R. apply() needs no (out, in) matrix."""
 
     @abstractmethod
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
@@ -43,10 +37,6 @@ class FactoredKernel(Kernel):
         """
         return self.warm_start(objective, h, r, generator)[0]
 
-    def finer(self, t: Triplets, rest: Objective, generator: torch.Generator) -> Triplets:
-        """The start of a fit from triplets of `coarse`, and from what these leave of the matrix."""
-        raise NotImplementedError
-
     def rank_bound(self, h: int, r: int) -> int:
         return self.columns(h, r)
 
@@ -69,3 +59,17 @@ class FactoredKernel(Kernel):
 
     def weighting_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return 4 * in_features * in_features * self.columns(h, r)
+
+
+class CoarseToFine(FactoredKernel):
+    """A kernel whose fit with scales begins with a fit of a simpler kernel.
+
+    Attributes:
+        coarse: the simpler kernel. Its triplets have the same shapes.
+    """
+
+    coarse: FactoredKernel
+
+    @abstractmethod
+    def finer(self, t: Triplets, rest: Objective, generator: torch.Generator) -> Triplets:
+        """The start of the fit: from fitted triplets of `coarse`, and from what these leave of the matrix."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nla.kernels.angles import AngleKernel, angles_of_pairs
+from nla.kernels.factored import CoarseToFine
 from nla.kernels.phase import Phase
 from nla.kernels.tiled import widen
 from nla.machine.errors import require_integer, require_positive
@@ -12,7 +13,7 @@ from nla.matrix.spectrum import mixed_factors
 from nla.matrix.triplets import Triplets
 
 
-class Harmonic(AngleKernel):
+class Harmonic(AngleKernel, CoarseToFine):
     """W'[i, j] = sum_l mu_l sum_k [cos(x) + weight cos(order x)], x = A_ilk - B_jlk. The rank is at most 4*h*r.
 
     One turn of the fine angle, order a, changes the coarse angle, a, by 2 pi / order only. So the two are nearly free of each

@@ -10,7 +10,7 @@ from torch import Tensor
 from nla.codes.codebook import codebook_of
 from nla.codes.packed import packed_width
 from nla.kernels.base import Kernel, random_like
-from nla.kernels.factored import FactoredKernel
+from nla.kernels.factored import CoarseToFine, FactoredKernel
 from nla.machine.errors import UserError, require_choice, require_integer
 from nla.matrix.objective import Objective
 from nla.matrix.triplets import Triplets, triplet_size
@@ -103,12 +103,12 @@ class FloatAndScales(Storage):
     def start(
         self, kernel: Kernel, solver: GradientFit, objective: Objective, planned: Term, generator: torch.Generator
     ) -> Start:
-        """With a coarse kernel: its fit in half the steps, and the finer start that follows from it."""
+        """Of a kernel that begins coarse: the finer start that follows from a fit of its coarse kernel."""
         assert isinstance(planned, Scaled) and isinstance(planned.inner, KernelTerm) and isinstance(kernel, FactoredKernel)
-        first = kernel.coarse or kernel
+        first = kernel.coarse if isinstance(kernel, CoarseToFine) else kernel
         triplets = first_triplets(solver, first, objective, planned.inner.h, planned.inner.r, generator)
         start = Start(Scaled(KernelTerm(first, triplets), *ones(objective)))
-        if kernel.coarse is None:
+        if not isinstance(kernel, CoarseToFine):
             return start
         found = self.fit(solver.with_steps(solver.steps // COARSE), start, objective, ExitStack()).term
         assert isinstance(found, Scaled) and isinstance(found.inner, KernelTerm)
@@ -118,10 +118,9 @@ class FloatAndScales(Storage):
 
     def start_flops(self, kernel: Kernel, solver: GradientFit, out_features: int, in_features: int, h: int, r: int) -> int:
         size, flops = (out_features, in_features, h, r), super().start_flops(kernel, solver, out_features, in_features, h, r)
-        first = kernel.coarse if isinstance(kernel, FactoredKernel) else None
-        if first is None:
+        if not isinstance(kernel, CoarseToFine):
             return flops
-        return flops + solver.steps // COARSE * (first.fit_flops(*size) + first.weighting_flops(*size))
+        return flops + solver.steps // COARSE * (kernel.coarse.fit_flops(*size) + kernel.coarse.weighting_flops(*size))
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
         return descend_factored(solver, start, objective, memory)
