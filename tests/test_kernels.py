@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from nla.kernels.base import Kernel
 from nla.kernels.spline import Spline
@@ -237,6 +238,19 @@ def test_piecewise_needs_at_most_15_percent_of_the_reconstructing_forms_memory()
         return memory.peak_bytes - results
 
     assert extra(lambda: kernel.apply(t, x)) <= 0.15 * extra(lambda: x @ kernel.dense(t).T)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 400])
+@pytest.mark.parametrize("h", [2, 30])
+@pytest.mark.parametrize("name", ["linear", "phase", "harmonic"])
+def test_thin_factors_take_as_many_operations_as_they_say_and_no_more_than_both_ways(name, h, tokens):
+    kernel, m, n = ALL[name], 40, 24
+    t, x = draw_triplets(kernel, m, n, h, 1), torch.ones(tokens, n, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        kernel.apply(t, x)
+    rank = kernel.columns(h, 1)
+    assert counter.get_total_flops() == kernel.forward_flops(m, n, h, 1, tokens)
+    assert counter.get_total_flops() == min(2 * tokens * rank * (m + n), 2 * m * n * (rank + tokens))
 
 
 def test_a_warm_start_is_finite_for_any_matrix(kernel):

@@ -4,6 +4,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from nla.kernels.base import Kernel
 from nla.matrix.objective import Objective
@@ -11,7 +12,11 @@ from nla.matrix.triplets import Triplets
 
 
 class FactoredKernel(Kernel):
-    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with thin factors L and R. apply() needs no (out, in) matrix."""
+    """A kernel whose matrix is L(A, mu) @ R(B, mu).T with factors L and R.
+
+    apply() multiplies by one factor after the other, or by the product of both, whichever takes fewer operations. Of a few
+    tokens, or if the factors are thin, that is the first, which needs no (out, in) matrix.
+    """
 
     @abstractmethod
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
@@ -46,10 +51,11 @@ class FactoredKernel(Kernel):
 
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         left, right = self.factors(t)
-        return (x @ right) @ left.T
+        one_by_one, product = apply_flops(t.out_features, t.in_features, left.shape[1], x[..., 0].numel())
+        return (x @ right) @ left.T if one_by_one <= product else linear(x, left @ right.T)
 
     def forward_flops(self, out_features: int, in_features: int, h: int, r: int, tokens: int) -> int:
-        return 2 * tokens * (out_features + in_features) * self.columns(h, r)
+        return min(apply_flops(out_features, in_features, self.columns(h, r), tokens))
 
     def dense_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return 2 * out_features * in_features * self.columns(h, r)
@@ -59,6 +65,12 @@ class FactoredKernel(Kernel):
 
     def weighting_flops(self, out_features: int, in_features: int, h: int, r: int) -> int:
         return 4 * in_features * in_features * self.columns(h, r)
+
+
+def apply_flops(out_features: int, in_features: int, columns: int, tokens: int) -> tuple[int, int]:
+    """Operations of `tokens` rows times factors of so many columns: one after the other, and times their product."""
+    size = out_features * in_features
+    return 2 * tokens * (out_features + in_features) * columns, 2 * size * (columns + tokens)
 
 
 class CoarseToFine(FactoredKernel):
