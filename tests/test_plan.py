@@ -164,6 +164,6 @@ def test_a_hybrid_ends_below_svd_llm_and_below_its_start():
     (fit,) = hybrid("solver.steps=150").compress([weight], bits, known, torch.Generator().manual_seed(0))
     (linear,) = SVDLLM(False, 0.0, Float()).compress([weight], bits, known, torch.Generator())
     assert fit.weighted_error < 0.9 * linear.weighted_error and fit.losses[-1][1] < 0.9 * fit.losses[0][1]
-    assert fit.n_params <= 1500 and [t.kernel.name for t in triplet_terms(fit.term)] == ["linear", "phase"]
+    assert fit.n_params <= 1500 and [t.kernel.name for t in triplet_terms(fit.term)] == ["linear", "harmonic"]
     with pytest.raises(Exception, match=r"method\.linear_share=1\.5"):
         hybrid("method.linear_share=1.5")
