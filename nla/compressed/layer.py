@@ -10,7 +10,7 @@ from nla.terms.base import Term
 class CompressedLinear(nn.Module):
     """y = x W'^T + bias, where W' is the matrix of a term and the bias is that of the dense layer.
 
-    The forward pass is the term's own, from its triplets, without the matrix W' (of the paper's kernel: algorithm 1).
+    The forward pass is the term's own, from its triplets. Of the paper's kernel, that is algorithm 1, without the matrix W'.
     """
 
     def __init__(self, term: Term, bias: nn.Parameter | None) -> None:
