@@ -27,6 +27,7 @@ def descend_factored(solver: GradientFit, start: Start, objective: Objective, me
     Raises:
         NonFiniteError: the loss is NaN or infinite.
     """
+    energy = objective.energy or 1.0  # 0: what linear factors leave of a matrix of their rank
     numbers = list(start.term.parameters())
     for p in numbers:
         p.data = p.data.contiguous()
@@ -36,7 +37,7 @@ def descend_factored(solver: GradientFit, start: Start, objective: Objective, me
             left, right = factors(start.term)
         loss, d_left, d_right = of_product(left.detach(), right.detach(), objective, solver.products)
         found = torch.autograd.grad((left, right), numbers, (d_left, d_right)) if gradients else ()
-        return float(loss) / objective.energy, [g.div(objective.energy) for g in found]
+        return float(loss) / energy, [g.div(energy) for g in found]
 
     slower = min((part.kernel.fitting_rate for part in start.term.modules() if isinstance(part, KernelTerm)), default=1.0)
     descent = solver.descend(numbers, evaluate, lambda step, smallest, best: None, measured, slower)

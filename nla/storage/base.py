@@ -110,8 +110,6 @@ class FloatAndScales(Storage):
         start = Start(Scaled(KernelTerm(first, triplets), *ones(objective)))
         if not isinstance(kernel, CoarseToFine):
             return start
-        if not objective.energy:  # a hybrid's linear factors are exact, and there is nothing to fit
-            return Start(Scaled(KernelTerm(kernel, triplets), *ones(objective)))
         found = self.fit(solver.with_steps(solver.steps // COARSE), start, objective, ExitStack()).term
         assert isinstance(found, Scaled) and isinstance(found.inner, KernelTerm)
         rest = Objective(objective.weight - found.dense().detach(), objective.factor)
