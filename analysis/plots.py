@@ -123,6 +123,27 @@ def refined(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def error_by_cost(table: pd.DataFrame) -> Figure:
+    """Weighted error by the seconds (left) and the operations (right) of the fits: a line for each method, a point for each
+    number of steps.
+
+    Args:
+        table: of `analysis.tables.error_by_steps`, of one ratio and the same matrices.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axis, cost in zip(figure.subplots(1, 2, sharey=True), ("seconds", "operations"), strict=True):
+        for method, line in table.reset_index().sort_values("steps").groupby("method", sort=True):
+            label = str(method) if cost == "seconds" else None
+            axis.plot(line[cost], line["to_svd_llm"], marker="o", markersize=3, linewidth=1, label=label)
+        axis.axhline(1, color="k", linestyle="--", linewidth=1, label="SVD-LLM" if cost == "seconds" else None)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{cost} of all fits", fontsize=9)
+    figure.axes[0].set_ylabel("weighted error, over SVD-LLM's", fontsize=9)
+    figure.axes[0].set_ylim(0, None)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
+    return figure
+
+
 def by_cost(table: pd.DataFrame, cost: str, label: str, ticks: list[float]) -> Figure:
     """Perplexity by the bits or the operations per weight, both in logarithmic scale: a line for each method, with standard
     errors.

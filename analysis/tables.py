@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 WHOLE = ["layers", "blocks"]  # selections of all linear layers in the blocks of a model
+OF_EVERY_ROW = ("steps=", "max_windows=", "windows=", "calibration=", "storage=scaled", "loss=activation")  # of error_by_steps
 PAPERS_NAMES = {
     "svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "pela": "PELA", "rtn": "RTN", "gptq": "GPTQ",
     "quip": "QuIP#", "caldera": "CALDERA", "eora": "EoRA", "lq_lora": "LQ-LoRA", "svdquant": "SVDQuant",
@@ -70,6 +71,28 @@ def by_bits(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
 def stored_as(storage: str) -> str:
     """A word on how factors are stored, for the name of a method; nothing for numbers of the model's type."""
     return "" if storage == "float" else f", {storage}"
+
+
+def error_by_steps(fits: pd.DataFrame, model: str, select: str) -> pd.DataFrame:
+    """Weighted error of fits with few and with many steps, over SVD-LLM's with as many parameters: mean over the matrices.
+
+    `seconds` and `operations` are sums over the matrices. `matrices` counts them; `steps` is the largest number of a fit.
+    """
+    rows = of_layers(fits, model, select)
+    rows = rows[rows["steps"] > 0]
+    kept = rows["changed"].str.split().map(lambda pairs: [p for p in pairs if not p.startswith(OF_EVERY_ROW)])
+    named = rows.assign(changed=kept.map(" ".join))
+    names = [method_name(row) for _, row in named.iterrows()]
+    rows = rows.assign(name=names, to_svd_llm=rows["weighted_error"] / rows["svd_llm_error"])
+    table = rows.groupby(["ratio", "name", "signature"]).agg(
+        matrices=("weighted_error", "size"),
+        steps=("steps", "max"),
+        to_svd_llm=("to_svd_llm", "mean"),
+        seconds=("seconds", "sum"),
+        operations=("flops", "sum"),
+    )
+    table = table.reset_index("signature", drop=True).set_index("steps", append=True)
+    return table.rename_axis(index=["removed", "method", "steps"]).sort_index()
 
 
 def refined(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:

@@ -259,6 +259,34 @@ def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_what
         assert drawn == {"GPTQ": [2.28 / share], "phase, angles": [2.04 / share]}
 
 
+def test_fits_in_few_and_in_many_steps_stand_in_one_line_a_method():
+    usual = {"model": "m", "select": "s", "retrain_steps": 0, "tasks": "language_modelling", "ratio": 0.5}
+
+    def fit(method, kernel, steps, changed, weighted, seconds):
+        figures = {"weighted_error": weighted, "svd_llm_error": 0.4, "seconds": seconds, "flops": 10 * steps}
+        row = {"method": method, "kernel": kernel, "changed": changed, "signature": f"{method} {changed}"}
+        return usual | row | figures | {"steps": steps}
+
+    fits = pd.DataFrame(
+        [
+            fit("hybrid", "linear+harmonic", 50, "steps=50 windows=256 storage=scaled", 0.2, 1.0),
+            fit("hybrid", "linear+harmonic", 50, "steps=50 windows=256 storage=scaled", 0.1, 2.0),
+            fit("hybrid", "linear+harmonic", 200, "windows=256 storage=scaled", 0.04, 8.0),
+            fit("hybrid", "linear+harmonic", 200, "lr=0.4 windows=256 storage=scaled", 0.08, 8.0),
+            fit("svd_llm", "linear", 0, "windows=256", 0.4, 0.1),
+        ]
+    )
+    table = tables.error_by_steps(fits, "m", "s")
+    named = [("hybrid harmonic", 50), ("hybrid harmonic", 200), ("hybrid harmonic (lr=0.4)", 200)]
+    assert table.index.tolist() == [(0.5, *row) for row in named]
+    few = table.loc[(0.5, "hybrid harmonic", 50)]
+    assert few["to_svd_llm"] == pytest.approx((0.5 + 0.25) / 2) and few["seconds"] == 3 and few["matrices"] == 2
+    left, right = plots.error_by_cost(table.loc[0.5]).axes
+    drawn = {line.get_label(): list(line.get_xdata()) for line in left.get_lines()}
+    assert drawn["hybrid harmonic"] == [3.0, 8.0] and drawn["hybrid harmonic (lr=0.4)"] == [8.0]
+    assert list(right.get_lines()[0].get_xdata()) == [1000, 2000]
+
+
 def test_a_storage_and_the_solver_that_it_chooses_are_named_as_typed(run_here):
     asked = ["model=tiny_llama", "track=none", "bits=6", "task.window=64", "task.max_windows=1", "statistics.windows=8"]
     found = typed_settings(run_here(*asked, "statistics.length=32", "method=nla_angles", "storage.rounds=1", "solver.lr=0.2"))

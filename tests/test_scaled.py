@@ -13,12 +13,15 @@ from nla.compressed.contents import matrix_terms
 from nla.kernels.linear import Linear
 from nla.kernels.phase import Phase
 from nla.kernels.piecewise import Piecewise
+from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Objective, whitening
 from nla.matrix.triplets import triplet_size
 from nla.solvers.base import Start
 from nla.solvers.factored import descend_factored
+from nla.solvers.squared_error import of_product
 from nla.solvers.triplets import descend_triplets
+from nla.storage.base import FloatAndScales
 from nla.terms.base import Sum
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.scaled import Scaled
@@ -60,6 +63,26 @@ def test_scales_are_counted_stored_and_restored():
     torch.testing.assert_close(term.scaled(-2.0).dense(), -2 * term.dense())
     zero = term.zero(torch.zeros(1))
     assert zero.count() == 0 and zero.dense().shape == (7, 5) and not zero.dense().any()
+
+
+def test_a_preconditioned_gradient_is_the_plain_one_divided_by_the_damped_gram_matrix():
+    m, n, k, damping = 7, 5, 3, 0.5
+    inputs = normal(50, n, seed=2) * torch.tensor([9.0, 1.0, 1.0, 0.1, 0.01])
+    objective, left, right = Objective(normal(m, n), whitening(inputs.T @ inputs)), normal(m, k, seed=3), normal(n, k, seed=4)
+    gram = inputs.T @ inputs * (n / inputs.square().sum())  # with a mean diagonal of 1
+    right.requires_grad_()
+    difference = left @ right.T - objective.weight
+    (plain,) = torch.autograd.grad(((difference @ gram) * difference).sum(), right)
+    expected = torch.linalg.solve(gram + damping * torch.eye(n), plain)
+    found = of_product(left, right.detach(), objective, torch.float32, objective.preconditioned(damping))
+    torch.testing.assert_close(found[2], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[1], 2 * difference.detach() @ gram @ right.detach(), rtol=1e-3, atol=1e-4)
+    assert Objective(normal(m, n)).preconditioned(damping) is None  # the plain norm has nothing to divide by
+
+
+def test_a_damping_that_is_not_positive_is_refused_by_its_name():
+    with pytest.raises(UserError, match=r"storage\.damping=0.*must be"):
+        FloatAndScales(0)
 
 
 def method(*asked: str):

@@ -115,6 +115,18 @@ class Objective:
         """S d (in, k): the gradient with respect to a right factor, given d, that with respect to weigh(right factor)."""
         return d if self.root is None else self.root.to(d.dtype) @ d
 
+    def preconditioned(self, damping: float) -> Tensor | None:
+        """(G + damping I)^-1 S (in, in), fp32, where G = S S^T has a mean diagonal of 1; None for the plain norm.
+
+        In place of S in `weigh_back`, it turns the gradient with respect to a right factor into a damped Newton step for fixed
+        left factors, up to their Gram matrix. A few large directions of the inputs no longer decide the step of all columns.
+        """
+        if self.wide_root is None:
+            return None
+        S = self.wide_root
+        found: Tensor = torch.linalg.solve(S @ S.T + damping * torch.eye(len(S)).to(S), S).to(self.weight.dtype)
+        return found
+
     def squared(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """||E S||^2 and its gradient (rows, in) with respect to E, where E (rows, in) are rows of W' - W."""
         through = error if self.gram is None else error @ self.gram

@@ -17,25 +17,29 @@ from nla.terms.rounded import RoundedTerm
 from nla.terms.scaled import Scaled
 
 
-def descend_factored(solver: GradientFit, start: Start, objective: Objective, measured: ExitStack) -> Solution:
+def descend_factored(
+    solver: GradientFit, start: Start, objective: Objective, measured: ExitStack, damping: float | None = None
+) -> Solution:
     """Minimise ||(W' - W) S||^2 / ||W S||^2 over all numbers of the start's term W', in as many steps as the solver has.
 
     Args:
         start: its numbers are changed.
         measured: as in `GradientFit.descend`.
+        damping: of `Objective.preconditioned`; None: plain gradients.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
     """
     energy = objective.energy or 1.0  # 0: what linear factors leave of a matrix of their rank
+    back = None if damping is None else objective.preconditioned(damping)
     numbers = list(start.term.parameters())
     for p in numbers:
         p.data = p.data.contiguous()
 
     def evaluate(gradients: bool) -> tuple[float, Sequence[Tensor]]:
         with torch.set_grad_enabled(gradients):
-            left, right = factors(start.term)
-        loss, d_left, d_right = of_product(left.detach(), right.detach(), objective, solver.products)
+            left, right = joined(start.term, solver.products)
+        loss, d_left, d_right = of_product(left.detach(), right.detach(), objective, solver.products, back)
         found = torch.autograd.grad((left, right), numbers, (d_left, d_right)) if gradients else ()
         return float(loss) / energy, [g.div(energy) for g in found]
 
@@ -44,11 +48,15 @@ def descend_factored(solver: GradientFit, start: Start, objective: Objective, me
     return Solution(start.term, descent.losses, descent.steps, descent.status, start.optimum)
 
 
+def joined(term: Term, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of a term, or of a sum of terms side by side, in a type. Numbers are rounded before they are copied."""
+    summands = term.summands if isinstance(term, Sum) else [term]
+    lefts, rights = zip(*([f.to(dtype) for f in factors(summand)] for summand in summands), strict=True)
+    return torch.cat(lefts, 1), torch.cat(rights, 1)
+
+
 def factors(term: Term) -> tuple[Tensor, Tensor]:
     """L (out, k) and R (in, k) with dense() = L R^T, differentiable. All kernels of the term must have thin factors."""
-    if isinstance(term, Sum):
-        lefts, rights = zip(*(factors(summand) for summand in term.summands), strict=True)
-        return torch.cat(lefts, 1), torch.cat(rights, 1)
     if isinstance(term, Scaled):
         left, right = factors(term.inner)
         return left * term.rows[:, None], right * term.columns[:, None]

@@ -11,7 +11,7 @@ from nla.codes.codebook import codebook_of
 from nla.codes.packed import packed_width
 from nla.kernels.base import Kernel, random_like
 from nla.kernels.factored import CoarseToFine, FactoredKernel
-from nla.machine.errors import UserError, require_choice, require_integer
+from nla.machine.errors import UserError, require_choice, require_integer, require_positive
 from nla.matrix.objective import Objective
 from nla.matrix.triplets import Triplets, triplet_size
 from nla.solvers.base import Solution, Start
@@ -83,9 +83,21 @@ COARSE = 2  # a coarse kernel is fitted in the solver's steps divided by this
 
 
 class FloatAndScales(Storage):
-    """All numbers in the model's type, and a scale of every row and column beside them. The kernel must have thin factors."""
+    """All numbers in the model's type, and a scale of every row and column beside them. The kernel must have thin factors.
+
+    Args:
+        damping: of the preconditioned gradients of the fit, see `Objective.preconditioned`; None: plain gradients.
+
+    Raises:
+        UserError: damping is not positive.
+    """
 
     triplets = Float()
+
+    def __init__(self, damping: float | None) -> None:
+        if damping is not None:
+            require_positive("storage.damping", damping)
+        self.damping = damping
 
     def check(self, kernel: Kernel) -> None:
         if not isinstance(kernel, FactoredKernel):
@@ -123,7 +135,7 @@ class FloatAndScales(Storage):
         return flops + solver.steps // COARSE * (kernel.coarse.fit_flops(*size) + kernel.coarse.weighting_flops(*size))
 
     def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
-        return descend_factored(solver, start, objective, memory)
+        return descend_factored(solver, start, objective, memory, self.damping)
 
 
 DAMPING = 0.02  # of the fits with few bits, see `Objective.damped`
