@@ -56,6 +56,15 @@ def test_refinement_lowers_the_error_of_the_blocks_outputs_on_samples_that_it_di
     assert record.refinement.error_after == pytest.approx(sum(line["after"] for line in lines) / 2)
 
 
+def test_the_slowest_fits_of_a_block_begin_first_and_the_record_has_the_models_order(run_here, tmp_path):
+    record = run_here(*LLAMA)
+    (path,) = (tmp_path / "runs").glob("*/losses.jsonl")
+    fitted = [json.loads(line)["name"].rpartition(".")[2] for line in path.read_text().splitlines()]
+    assert fitted[0] == "down_proj" and set(fitted[5:7]) == {"k_proj", "v_proj"} and fitted[7:] == fitted[:7]
+    names = [fit.name for fit in record.fits]
+    assert [name.rpartition(".")[2] for name in names[:2]] == ["q_proj", "k_proj"] and names[-1].endswith("1.mlp.down_proj")
+
+
 def test_a_swin_is_refined_stage_by_stage(run_here, tmp_path):
     arguments = ["model=tiny_swin", "method=svd", "refine=block", "statistics.windows=300", "task.max_images=16", "track=none"]
     record = run_here(*arguments)

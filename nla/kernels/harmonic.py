@@ -7,7 +7,6 @@ from nla.kernels.angles import AngleKernel, angles_of_pairs
 from nla.kernels.factored import CoarseToFine
 from nla.kernels.phase import Phase
 from nla.kernels.tiled import widen
-from nla.kernels.waves import waves
 from nla.machine.errors import require_integer, require_positive
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import mixed_factors
@@ -46,9 +45,10 @@ class Harmonic(AngleKernel, CoarseToFine):
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
         """Computed in fp32 at least: order a, rounded to bf16, would be wrong by many degrees."""
         A, B, mu = (widen(p) for p in (t.A.flatten(1), t.B.flatten(1), t.mu.repeat_interleave(t.r)))
-        left, right = (waves(angles, (1, self.order)) for angles in (A, B))
-        mu = torch.cat((mu, mu, self.weight * mu, self.weight * mu))
-        return (left * mu).to(t.A.dtype), right.to(t.B.dtype)
+        fine_A, fine_B, fine_mu = self.order * A, self.order * B, self.weight * mu
+        left = (mu * A.cos(), mu * A.sin(), fine_mu * fine_A.cos(), fine_mu * fine_A.sin())
+        right = (B.cos(), B.sin(), fine_B.cos(), fine_B.sin())
+        return torch.cat(left, 1).to(t.A.dtype), torch.cat(right, 1).to(t.B.dtype)
 
     def features(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         fine = self.order * numbers

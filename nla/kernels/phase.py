@@ -5,7 +5,6 @@ from torch import Tensor
 
 from nla.kernels.angles import AngleKernel, angles_of_pairs
 from nla.kernels.base import random_like
-from nla.kernels.waves import waves
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import mixed_factors
 from nla.matrix.triplets import Triplets
@@ -24,8 +23,8 @@ class Phase(AngleKernel):
         return (a - b).cos().sum(-1)
 
     def factors(self, t: Triplets) -> tuple[Tensor, Tensor]:
-        left, right = (waves(angles.flatten(1), (1,)) for angles in (t.A, t.B))
-        return left * t.mu.repeat_interleave(t.r).repeat(2), right
+        A, B, mu = t.A.flatten(1), t.B.flatten(1), t.mu.repeat_interleave(t.r)
+        return torch.cat((A.cos() * mu, A.sin() * mu), 1), torch.cat((B.cos(), B.sin()), 1)
 
     def features(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.stack((numbers.cos(), numbers.sin()), 1)

@@ -31,6 +31,8 @@ def fit(prepared: PreparedRun, record: RunRecord, model: Model, calibration: Cal
                     write_line(lines, {"name": name, "losses": result.losses})
                     prepared.tracker.fit(entry, result.losses)
         finally:
+            order = prepared.plan.layers
+            record.fits.sort(key=lambda entry: order.index(entry.name))
             prepared.tracker.fitted(record)
     record.peak_bytes["fit"] = max(f.peak_bytes for f in record.fits)
     if refined:

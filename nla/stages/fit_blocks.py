@@ -1,9 +1,10 @@
 """Fit the matrices block by block, for methods and refinements that read what the compressed earlier blocks produce."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+from nla.budget.plan import PlannedGroup
 from nla.compressed.surgery import swap
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
@@ -40,7 +41,7 @@ def fit_block_by_block(
         if method.correction or (refinement and block in refinement.missing):
             stream.advance_dense(block)
         found = NamedFits()
-        groups = plan.of_layers(block.layers).groups
+        groups = slowest_first(plan.of_layers(block.layers).groups)
         for fits in fit_groups(model.module, groups, method, settings, seed, kinds, store, bar):
             found |= fits
             yield fits
@@ -49,6 +50,15 @@ def fit_block_by_block(
             refined.append(refinement.refine(block))
         if method.sequential or (refinement and block in refinement.before_missing):
             stream.advance(block, swapped=True)
+
+
+def slowest_first(groups: Iterable[PlannedGroup]) -> list[PlannedGroup]:
+    """A block's groups in falling order of their time: the block waits for its last fit, while other workers are idle."""
+
+    def time(group: PlannedGroup) -> int:
+        return sum(matrix.bits * matrix.spec.in_features for matrix in group.matrices)  # weighted products grow with `in`
+
+    return sorted(groups, key=time, reverse=True)
 
 
 class BlockRefinement:
