@@ -74,7 +74,8 @@ def stored_as(storage: str) -> str:
 
 
 def error_by_steps(fits: pd.DataFrame, model: str, select: str) -> pd.DataFrame:
-    """Weighted error of fits with few and with many steps, over SVD-LLM's with as many parameters: mean over the matrices.
+    """Weighted error of fits with few and with many steps, mean over the matrices, and its ratio to SVD-LLM's with as many
+    parameters.
 
     `seconds` and `operations` are sums over the matrices. `matrices` counts them; `steps` is the largest number of a fit.
     """
@@ -83,14 +84,19 @@ def error_by_steps(fits: pd.DataFrame, model: str, select: str) -> pd.DataFrame:
     kept = rows["changed"].str.split().map(lambda pairs: [p for p in pairs if not p.startswith(OF_EVERY_ROW)])
     named = rows.assign(changed=kept.map(" ".join))
     names = [method_name(row) for _, row in named.iterrows()]
-    rows = rows.assign(name=names, to_svd_llm=rows["weighted_error"] / rows["svd_llm_error"])
-    table = rows.groupby(["ratio", "name", "signature"]).agg(
-        matrices=("weighted_error", "size"),
-        steps=("steps", "max"),
-        to_svd_llm=("to_svd_llm", "mean"),
-        seconds=("seconds", "sum"),
-        operations=("flops", "sum"),
+    table = (
+        rows.assign(name=names)
+        .groupby(["ratio", "name", "signature"])
+        .agg(
+            matrices=("weighted_error", "size"),
+            steps=("steps", "max"),
+            weighted_error=("weighted_error", "mean"),
+            svd_llm_error=("svd_llm_error", "mean"),
+            seconds=("seconds", "sum"),
+            operations=("flops", "sum"),
+        )
     )
+    table.insert(2, "to_svd_llm", table["weighted_error"] / table["svd_llm_error"])
     table = table.reset_index("signature", drop=True).set_index("steps", append=True)
     return table.rename_axis(index=["removed", "method", "steps"]).sort_index()
 
