@@ -289,6 +289,7 @@ def test_fits_in_few_and_in_many_steps_stand_in_one_line_a_method():
 
 def test_a_storage_and_the_solver_that_it_chooses_are_named_as_typed(run_here):
     asked = ["model=tiny_llama", "track=none", "bits=6", "task.window=64", "task.max_windows=1", "statistics.windows=8"]
+    asked += ["select.include=up_proj"]
     found = typed_settings(run_here(*asked, "statistics.length=32", "method=nla_angles", "storage.rounds=1", "solver.lr=0.2"))
     named = ("method", "method.loss", "kernel", "storage", "storage.rounds", "solver.lr", "bits")
     assert [found[key] for key in named] == ["nla", "activation", "phase", "angles", "1", "0.2", "6.0"]

@@ -131,6 +131,9 @@ def test_a_run_refines_retrains_drops_triplets_saves_and_loads_scaled_terms(run_
     asked = [
         *asked,
         "method.fallback=null",
+        "select.include='q_proj|up_proj'",
+        "statistics.windows=8",
+        "statistics.length=64",
         "solver.steps=5",
         "refine=block",
         "refine.epochs=1",
