@@ -192,7 +192,7 @@ def test_the_width_of_codes_follows_the_bits_per_weight():
 
 
 REFUSED = {
-    "method=nla kernel=linear storage=angle3": "storage=angle3 is for angles, and kernel=linear has none; use kernel=phase",
+    "method=nla kernel=linear storage=angle3": "storage=angle3 holds one angle a number, unlike kernel=linear",
     "method=nla kernel=gaussian storage=int4": "storage=int4 needs a kernel with thin factors, unlike kernel=gaussian",
     "method=nla kernel=phase storage=int4": "storage=int4 needs triplets that can be scaled",
     "method=nla kernel=phase storage=angle3 storage.width=9": "storage.width=9 is not known; allowed: 1, 2,",

@@ -222,6 +222,8 @@ ERRORS = [
     (["budget=adaptive", "retrain.steps=10", "schedule.t_i=0.48", "schedule.t_f=0.5"], "leave no step to tighten"),
     (["budget=adaptive", "retrain.steps=5", "schedule.t_i=0.1", "schedule.t_f=0.9"], "their sum must be below 1"),
     (["retrain.steps=5", "dtype=float16"], "dtype=float16 cannot be retrained"),
+    (["method=fwsvd", "dtype=float16"], "dtype=float16 cannot hold the gradients"),
+    (["method=svd", "budget=marginal", "dtype=float16"], "dtype=float16 cannot hold the gradients"),
     (["budget=adaptive", "retrain.steps=10", "retrain=u_then_v"], "trained together"),
     (["retrain.steps=10", "retrain.batch=5", "retrain.micro=2"], "retrain.batch=5 must be a multiple of retrain.micro=2"),
     (["retrain.steps=10", "retrain.train=[weights]"], "retrain.train=weights is not known"),

@@ -93,7 +93,7 @@ class Angles(Codebook):
 
     def scaled(self, kernel: Kernel, triplets: Triplets) -> Triplets:
         if not isinstance(kernel, Phase):
-            raise UserError(f"storage={self.name} is for angles, and kernel={kernel.name} has none; use kernel=phase")
+            raise UserError(f"storage={self.name} holds one angle a number, unlike kernel={kernel.name}; use kernel=phase")
         return triplets
 
 

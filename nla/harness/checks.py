@@ -19,6 +19,15 @@ def check_samples(values: dict[str, Any], inventory: Inventory) -> None:
         raise UserError(f"statistics.length={length} is longer than the {inventory.limit} tokens the model can read")
 
 
+def check_gradients(method: Method, budget: Budget, dtype: str) -> None:
+    """Raise UserError if the statistics need gradients that the type is too narrow for."""
+    if "fisher" in method.needs | budget.needs and dtype == "float16":
+        raise UserError(
+            "dtype=float16 cannot hold the gradients that this method or budget reads: small ones vanish in it; use "
+            "dtype=bfloat16 or float32"
+        )
+
+
 def check_refinement(refinement: Refinement | None, method: Method, plan: Plan, dtype: str) -> None:
     """Raise UserError if blocks compressed by this method cannot be refined."""
     if refinement is None:

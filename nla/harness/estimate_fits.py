@@ -70,8 +70,8 @@ def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, 
 
     start_flops = method.start_flops(term)
     start_rate = start_flops * rate(start, 2, device) if start_flops else 0.0
-    if not method.steps:
-        return start_rate, 0.0
+    if "solver" not in prepared.values["method"]:  # a further step is like the start
+        return start_rate, start_rate
     products = PRODUCTS[prepared.values["method"]["solver"]["products"]]
     objective = method.objective(Norms(weight, statistics))
     leaves = triplet_terms(term)

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 
 from nla.budget.base import Budget, Target
 from nla.budget.plan import Plan, make_plan
-from nla.harness.checks import check_masks, check_refinement, check_retraining, check_samples
+from nla.harness.checks import check_gradients, check_masks, check_refinement, check_retraining, check_samples
 from nla.harness.track import Tracker
 from nla.machine.cache import Cache
 from nla.machine.device import find_device, has_matrix_units
@@ -143,6 +143,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         task.check(inventory)
     if used["statistics"]:
         check_samples(values, inventory)
+    check_gradients(method, budget, values["dtype"])
     check_refinement(refinement, method, plan, values["dtype"])
     check_retraining(retraining, inventory, plan, values)
     return PreparedRun(

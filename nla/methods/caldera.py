@@ -43,4 +43,4 @@ class Caldera(GridPlusLowRank):
             rest = weight - factors.dense().detach()
 
     def start_flops(self, term: Term) -> int:
-        return self.iterations * (super().start_flops(term) + gptq_flops(term.out_features, term.in_features))
+        return super().start_flops(term) + gptq_flops(term.out_features, term.in_features)

@@ -37,14 +37,14 @@ class Fit:
         status: how the fit ended, as codes (`nla.solvers.base` explains them).
         losses: (step, error) during the fit, in the norm that the method minimises.
         relative_error: error of the term as stored.
-        svd_error: error of truncated SVD with as many bits, in numbers of the model's type.
+        svd_error: error of truncated SVD with the bits that the matrix may take, in numbers of the model's type.
         floor: smallest error of any matrix of the term's largest rank (Eckart-Young); 0 if its rank is not bounded.
         optimum: smallest error that the kernel can reach at this size in the method's norm; None if unknown.
         weighted_error: ||(W' - W) X^T||^2 / ||W X^T||^2 over the calibration tokens X; None without a Gram matrix. If errors of
             earlier blocks are corrected, the target T of `Norms.outputs` takes the place of W.
-        svd_llm_error: weighted error of SVD-LLM with as many bits, the smallest of its rank.
+        svd_llm_error: weighted error of SVD-LLM with the same bits, the smallest of its rank.
         weighted_floor: floor of the weighted error.
-        steps: steps of gradient descent.
+        steps: of gradient descent, or pairs of a grid and linear factors after the first. Steps of a start are not counted.
         flops: floating-point operations of the start and all steps, counted from shapes.
         seconds: wall time on one processor thread (or the GPU).
         peak_bytes: peak memory in bytes, see PeakMemory.

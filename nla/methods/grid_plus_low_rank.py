@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nla.codes.grid_format import GridFormat, fitting, least_grid_bits
-from nla.codes.rounding import Rounded
+from nla.codes.rounding import Rounded, rounded_to_nearest
 from nla.machine.errors import require_integer
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import spectrum_flops
@@ -55,6 +55,21 @@ class GridPlusLowRank(MatrixMethod):
         """Linear factors of the size of `low` for a matrix (out, in), fp32, with a small error in the objective's norm."""
         return self.factors.start(Objective(matrix, objective.factor), low, torch.Generator()).term
 
+    def factors_first(
+        self, objective: Objective, form: GridFormat, low: Term, importance: Tensor | None = None
+    ) -> Iterator[tuple[Rounded, Term]]:
+        """Pairs by alternation: linear factors for W - Q, at first with Q = 0, and a grid for what they leave.
+
+        Args:
+            importance: of the inputs (in,) for the rounding, see `rounded_to_nearest`.
+        """
+        weight = rest = objective.weight
+        while True:
+            factors = self.low_rank(rest, objective, low)
+            rounded = rounded_to_nearest(weight - factors.dense().detach(), form, importance)
+            yield rounded, factors
+            rest = weight - rounded.dense(form)
+
     def levels(self, form: GridFormat) -> GridFormat:
         """The format with the levels of the method, which takes no more bits. The default is the format itself."""
         return form
@@ -93,7 +108,16 @@ class GridPlusLowRank(MatrixMethod):
                 best = term
             elif step - lowest[0] >= self.patience:
                 break
-        return Solution(best, losses, 0, Status.ROUNDED, None)
+        return Solution(best, losses, len(losses) - 1, Status.ROUNDED, None)
+
+    @property
+    def steps(self) -> int:
+        """Pairs after the first one."""
+        return self.iterations - 1
 
     def start_flops(self, term: Term) -> int:
+        """Operations of one pair."""
         return RTN_FLOPS * term.out_features * term.in_features + spectrum_flops(term.out_features, term.in_features)
+
+    def step_flops(self, term: Term) -> int:
+        return self.start_flops(term)

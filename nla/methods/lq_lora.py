@@ -1,9 +1,9 @@
-"""LQ-LoRA: a grid and linear factors, each fitted to what the other leaves (Guo et al., 2024)."""
+"""LQ-LoRA: linear factors and a grid, each fitted to what the other leaves (Guo et al., 2024)."""
 
 from collections.abc import Iterator
 
 from nla.codes.grid_format import GridFormat
-from nla.codes.rounding import Rounded, rounded_to_nearest
+from nla.codes.rounding import Rounded
 from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
@@ -11,7 +11,7 @@ from nla.terms.base import Term
 
 
 class LQLoRA(GridPlusLowRank):
-    """Q = W - L R^T rounded to nearest, then L R^T = the best matrix of its rank for W - Q, until the error rises.
+    """L R^T = the best matrix of its rank for W - Q (at first Q = 0), then Q = W - L R^T rounded, until the error rises.
 
     Args:
         loss: `weight` (||W' - W||^2) or `inputs` (each input counts by its mean square over the calibration tokens).
@@ -41,10 +41,5 @@ class LQLoRA(GridPlusLowRank):
         return GridFormat(4, form.group, self.kind) if form.width == 4 else form
 
     def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
-        weight, importance = objective.weight, None if objective.factor is None else objective.factor.S.square()
-        rest = weight
-        while True:
-            rounded = rounded_to_nearest(rest, form, importance)
-            factors = self.low_rank(weight - rounded.dense(form), objective, low)
-            yield rounded, factors
-            rest = weight - factors.dense().detach()
+        importance = None if objective.factor is None else objective.factor.S.square()
+        return self.factors_first(objective, form, low, importance)

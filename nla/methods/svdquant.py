@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from nla.codes.grid_format import GridFormat
-from nla.codes.rounding import Rounded, rounded_to_nearest
+from nla.codes.rounding import Rounded
 from nla.matrix.objective import Norms, Objective
 from nla.methods.grid_plus_low_rank import GridPlusLowRank
 from nla.terms.base import Term
@@ -28,9 +28,4 @@ class SVDQuant(GridPlusLowRank):
         return norms.outputs
 
     def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
-        weight = rest = objective.weight
-        while True:
-            factors = self.low_rank(rest, Objective(weight), low)
-            rounded = rounded_to_nearest(weight - factors.dense().detach(), form)
-            yield rounded, factors
-            rest = weight - rounded.dense(form)
+        return self.factors_first(Objective(objective.weight), form, low)
