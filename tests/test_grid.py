@@ -9,7 +9,7 @@ from nla.codes.feedback import BLOCK, Hessian, blocks, feedback, gptq, static_gr
 from nla.codes.grid_format import WIDTHS, GridFormat, fitting, formats, least_grid_bits
 from nla.codes.levels import NormalFloat
 from nla.codes.packed import packed, packed_width, unpacked
-from nla.codes.rounding import best_lattice, rounded_to_nearest
+from nla.codes.rounding import best_scaling, rounded_to_nearest
 from nla.terms import grid as grid_module
 from nla.terms.grid import Grid, grid_of
 from nla.terms.state import empty_term, pack, unpack
@@ -143,9 +143,9 @@ def test_gptq_with_a_multiple_of_the_identity_is_round_to_nearest(form):
     weight = normal(16, 96)
     hessian = Hessian(3.7 * torch.eye(96, dtype=torch.float64))
     found, nearest = gptq(weight, hessian, form), rounded_to_nearest(weight, form)
-    assert torch.equal(found.codes, nearest.codes) and torch.equal(found.lattice.scales, nearest.lattice.scales)
+    assert torch.equal(found.codes, nearest.codes) and torch.equal(found.scaling.scales, nearest.scaling.scales)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    fed = static_groups(weight, form, nearest.lattice, order, hessian.own)
+    fed = static_groups(weight, form, nearest.scaling, order, hessian.own)
     assert torch.equal(fed.codes, nearest.codes)
 
 
@@ -169,10 +169,10 @@ def test_feedback_is_the_factor_of_the_inverse_of_the_damped_hessian():
 
 def test_feedback_in_blocks_is_feedback_input_by_input(monkeypatch):
     weight, U, form = normal(8, 300), feedback(correlated(300)).float(), GridFormat(4, 32)
-    lattice, order = best_lattice(weight, form), torch.arange(300)
-    found = static_groups(weight, form, lattice, order, U)
+    scaling, order = best_scaling(weight, form), torch.arange(300)
+    found = static_groups(weight, form, scaling, order, U)
     monkeypatch.setattr("nla.codes.feedback.BLOCK", 1)
-    assert (static_groups(weight, form, lattice, order, U).codes == found.codes).float().mean() > 0.99
+    assert (static_groups(weight, form, scaling, order, U).codes == found.codes).float().mean() > 0.99
 
 
 @settings(deadline=None)

@@ -97,7 +97,7 @@ class Angles(Codebook):
         return triplets
 
 
-class Levels(Codebook):
+class EvenLevels(Codebook):
     """2^width levels at distances of 1 around zero: for two bits -1.5, -0.5, 0.5, 1.5. mu gives each triplet its scale."""
 
     @property
@@ -124,7 +124,7 @@ class Levels(Codebook):
         return found
 
 
-CODEBOOKS = {"angle": Angles, "int": Levels}
+CODEBOOKS = {"angle": Angles, "int": EvenLevels}
 
 
 def codebook_of(kind: str, width: int) -> Codebook:

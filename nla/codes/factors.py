@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nla.codes.feedback import feedback
 from nla.codes.grid_format import GridFormat
-from nla.codes.rounding import Lattice, Rounded, rounded_to_nearest
+from nla.codes.rounding import Rounded, Scaling, rounded_to_nearest
 
 RIDGE = 1e-10  # fraction of the mean of a diagonal that makes normal equations solvable if columns depend on each other
 
@@ -31,7 +31,7 @@ def rounded_left(left: Tensor, curvature: Tensor, form: GridFormat) -> Rounded:
     """L^T (k, out) on a grid whose groups run along the columns of L, which are rounded one after another.
 
     The error of each column is made up for by those after it. Columns are rounded by falling diagonal of the Hessian, and
-    have the best lattice for what they are when they are reached.
+    have the best scaling for what they are when they are reached.
 
     Args:
         left: (out, k), fp64.
@@ -46,8 +46,8 @@ def rounded_left(left: Tensor, curvature: Tensor, form: GridFormat) -> Rounded:
         passed = (rest[j] - found[j].dense(form)[0].double()) / U[j, j]
         rest[j + 1 :].addr_(U[j, j + 1 :], passed, alpha=-1)
     back = order.argsort()
-    scales, zeros = (torch.cat([getattr(r.lattice, part) for r in found])[back] for part in Lattice._fields)
-    return Rounded(torch.cat([r.codes for r in found])[back], Lattice(scales, zeros))
+    scales, zeros = (torch.cat([getattr(r.scaling, part) for r in found])[back] for part in Scaling._fields)
+    return Rounded(torch.cat([r.codes for r in found])[back], Scaling(scales, zeros))
 
 
 def ridged(matrix: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nla.codes.grid_format import GridFormat
-from nla.codes.rounding import Lattice, Rounded, best_lattice, nearest_codes, rounded_to_nearest
+from nla.codes.rounding import Rounded, Scaling, best_scaling, nearest_codes, rounded_to_nearest
 from nla.kernels.tiled import slices
 
 BLOCK = 128  # inputs between two updates of all later ones
@@ -48,9 +48,9 @@ class Hessian:
 def gptq(weight: Tensor, hessian: Hessian, form: GridFormat) -> Rounded:
     """The rounding of a weight (out, in), fp32, with the smallest weighted error of four, chosen for each row.
 
-    Source: Frantar et al., "GPTQ", ICLR 2023. Rows are independent, and no order is stored. Static groups have the lattice
+    Source: Frantar et al., "GPTQ", ICLR 2023. Rows are independent, and no order is stored. Static groups have the scaling
     of the original weight and take the inputs by importance or in their own order. Dynamic groups take them in their own
-    order, and have the lattice of the weights that are left when they are reached. The fourth is RTN.
+    order, and have the scaling of the weights that are left when they are reached. The fourth is RTN.
     """
     if not hessian.importance.any():
         return rounded_to_nearest(weight, form)
@@ -58,8 +58,8 @@ def gptq(weight: Tensor, hessian: Hessian, form: GridFormat) -> Rounded:
     own = torch.arange(weight.shape[1], device=weight.device)
     found = [
         nearest,
-        static_groups(weight, form, nearest.lattice, hessian.order, hessian.ordered),
-        static_groups(weight, form, nearest.lattice, own, hessian.own),
+        static_groups(weight, form, nearest.scaling, hessian.order, hessian.ordered),
+        static_groups(weight, form, nearest.scaling, own, hessian.own),
         dynamic_groups(weight, form, hessian),
     ]
     return best_rows(found, [hessian.errors(weight - rounded.dense(form)) for rounded in found])
@@ -71,33 +71,33 @@ def best_rows(found: list[Rounded], errors: list[Tensor]) -> Rounded:
     rows = torch.arange(len(best), device=best.device)
     codes, scales, zeros = (
         torch.stack(parts)[best, rows]
-        for parts in zip(*((r.codes, r.lattice.scales, r.lattice.zeros) for r in found), strict=True)
+        for parts in zip(*((r.codes, r.scaling.scales, r.scaling.zeros) for r in found), strict=True)
     )
-    return Rounded(codes, Lattice(scales, zeros))
+    return Rounded(codes, Scaling(scales, zeros))
 
 
-def static_groups(weight: Tensor, form: GridFormat, lattice: Lattice, order: Tensor, U: Tensor) -> Rounded:
-    """Error feedback with this lattice; the inputs are rounded in this order (in,). U: of feedback() in this order, fp32."""
-    scales, zeros = (part.T.contiguous() for part in lattice.of_inputs(order, form.group))
+def static_groups(weight: Tensor, form: GridFormat, scaling: Scaling, order: Tensor, U: Tensor) -> Rounded:
+    """Error feedback with this scaling; the inputs are rounded in this order (in,). U: of feedback() in this order, fp32."""
+    scales, zeros = (part.T.contiguous() for part in scaling.of_inputs(order, form.group))
     left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
     for block in slices(len(left), BLOCK):
         codes[block] = rounded_block(left, block, U, scales[block], zeros[block], form)
-    return Rounded(codes[order.argsort()].T.contiguous(), lattice)
+    return Rounded(codes[order.argsort()].T.contiguous(), scaling)
 
 
 def dynamic_groups(weight: Tensor, form: GridFormat, hessian: Hessian) -> Rounded:
-    """Error feedback in the order of the inputs, with the best lattice of each group when it is reached."""
+    """Error feedback in the order of the inputs, with the best scaling of each group when it is reached."""
     left = weight.T.contiguous()
-    codes, lattices = torch.empty_like(left), []
+    codes, scalings = torch.empty_like(left), []
     for block in blocks(len(left), form.group):
         if block.start % form.group == 0:  # never inside a block, so that all weights of the group are up to date
             group = slice(block.start, block.start + form.group)
             counts = hessian.importance[group]
-            lattices.append(best_lattice(left[group].T.contiguous(), form, counts if counts.any() else None))
-        scales, zeros = (part.T.expand(block.stop - block.start, -1) for part in lattices[-1])
+            scalings.append(best_scaling(left[group].T.contiguous(), form, counts if counts.any() else None))
+        scales, zeros = (part.T.expand(block.stop - block.start, -1) for part in scalings[-1])
         codes[block] = rounded_block(left, block, hessian.own, scales, zeros, form)
-    return Rounded(codes.T.contiguous(), Lattice(*(torch.cat(part, 1) for part in zip(*lattices, strict=True))))
+    return Rounded(codes.T.contiguous(), Scaling(*(torch.cat(part, 1) for part in zip(*scalings, strict=True))))
 
 
 def blocks(n: int, group: int) -> Iterator[slice]:
@@ -118,7 +118,7 @@ def rounded_block(left: Tensor, block: slice, U: Tensor, scales: Tensor, zeros: 
     """
     codes, passed = torch.empty_like(left[block]), torch.empty_like(left[block])
     for i, j in enumerate(range(block.start, block.stop)):
-        codes[i] = nearest_codes(left[j], Lattice(scales[i], zeros[i]), form)
+        codes[i] = nearest_codes(left[j], Scaling(scales[i], zeros[i]), form)
         passed[i] = (left[j] - scales[i] * form.levels.values(codes[i], zeros[i])) / U[j, j]
         left[j + 1 : block.stop].addr_(U[j, j + 1 : block.stop], passed[i], alpha=-1)
     left[block.stop :].addmm_(U[block, block.stop :].T, passed, alpha=-1)

@@ -13,35 +13,35 @@ STARTS = 38  # about how many scales are tried for a group at once
 ROUNDS = 3  # of codes for the scale, then the best scale for the codes; neither raises the error
 
 
-class Lattice(NamedTuple):
+class Scaling(NamedTuple):
     """Scales and zero points of the groups of a matrix, each (out, groups), fp32."""
 
     scales: Tensor
     zeros: Tensor
 
-    def of_inputs(self, inputs: Tensor, group: int) -> "Lattice":
+    def of_inputs(self, inputs: Tensor, group: int) -> "Scaling":
         """Scales and zero points of these inputs (k,): each (out, k)"""
-        return Lattice(*(part[:, inputs // group] for part in self))
+        return Scaling(*(part[:, inputs // group] for part in self))
 
 
 class Rounded(NamedTuple):
-    """A matrix on a grid: codes (out, in) and the lattice of its groups, all fp32."""
+    """A matrix on a grid: codes (out, in) and the scaling of its groups, fp32."""
 
     codes: Tensor
-    lattice: Lattice
+    scaling: Scaling
 
     def dense(self, form: GridFormat) -> Tensor:
         """The matrix (out, in), fp32."""
-        wide = self.lattice.of_inputs(torch.arange(self.codes.shape[1], device=self.codes.device), form.group)
+        wide = self.scaling.of_inputs(torch.arange(self.codes.shape[1], device=self.codes.device), form.group)
         return wide.scales * form.levels.values(self.codes, wide.zeros)
 
 
-def nearest_codes(weight: Tensor, lattice: Lattice, form: GridFormat) -> Tensor:
-    """The codes of the levels nearest to the weights, fp32; the lattice is of single weights: all (out, k)."""
-    return form.levels.nearest(weight / torch.where(lattice.scales > 0, lattice.scales, 1.0), lattice.zeros)
+def nearest_codes(weight: Tensor, scaling: Scaling, form: GridFormat) -> Tensor:
+    """The codes of the levels nearest to the weights, fp32; the scaling has one column for each weight: all (out, k)."""
+    return form.levels.nearest(weight / torch.where(scaling.scales > 0, scaling.scales, 1.0), scaling.zeros)
 
 
-def best_lattice(weight: Tensor, form: GridFormat, importance: Tensor | None = None) -> Lattice:
+def best_scaling(weight: Tensor, form: GridFormat, importance: Tensor | None = None) -> Scaling:
     """Scales and zero points with a small squared error of the nearest codes.
 
     Args:
@@ -54,7 +54,7 @@ def best_lattice(weight: Tensor, form: GridFormat, importance: Tensor | None = N
     groups = pad(weight, missing).view(m, -1, form.group)
     counts = pad(counts, missing).view(-1, form.group)
     parts = [best_of_rows(groups[rows], form, counts) for rows in slices(m, TILE["cpu"] // (STARTS * n))]
-    return Lattice(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return Scaling(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def best_of_rows(groups: Tensor, form: GridFormat, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def best_of_rows(groups: Tensor, form: GridFormat, counts: Tensor) -> tuple[Tens
 
 
 def rounded_to_nearest(weight: Tensor, form: GridFormat, importance: Tensor | None = None) -> Rounded:
-    """RTN of a weight (out, in), fp32; `importance` as in best_lattice."""
-    lattice = best_lattice(weight, form, importance)
-    wide = lattice.of_inputs(torch.arange(weight.shape[1], device=weight.device), form.group)
-    return Rounded(nearest_codes(weight, wide, form), lattice)
+    """RTN of a weight (out, in), fp32; `importance` as in best_scaling."""
+    scaling = best_scaling(weight, form, importance)
+    wide = scaling.of_inputs(torch.arange(weight.shape[1], device=weight.device), form.group)
+    return Rounded(nearest_codes(weight, wide, form), scaling)

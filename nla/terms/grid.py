@@ -137,7 +137,7 @@ def grid(codes: Tensor, zeros: Tensor, scales: Tensor, form: GridFormat) -> Grid
 
 def grid_of(rounded: Rounded, form: GridFormat) -> Grid:
     """The term of a rounded matrix."""
-    return grid(rounded.codes, rounded.lattice.zeros, rounded.lattice.scales, form)
+    return grid(rounded.codes, rounded.scaling.zeros, rounded.scaling.scales, form)
 
 
 def zero_grid(out_features: int, in_features: int, like: Tensor) -> Grid:
