@@ -7,12 +7,11 @@ import torch
 
 from nla.models.base import LanguageModel
 from tests import forked
-from tests.test_saved import TEXTS, saved
+from tests.test_saved import saved
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_lm_eval_finds_the_likelihoods_of_the_model_in_memory(name, tmp_path):
-    model, folder = saved(name, tmp_path)
+def test_lm_eval_finds_the_likelihoods_of_the_model_in_memory(tmp_path):
+    model, folder = saved("tiny_llama", tmp_path)
     (tmp_path / "questions.jsonl").write_text(json.dumps({"q": "Bees make", "c": ["honey", "wool"], "a": 0}) + "\n")
     (tmp_path / "own.yaml").write_text(
         "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: " + str(tmp_path / "questions.jsonl") + "\n"

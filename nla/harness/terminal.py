@@ -160,11 +160,11 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
         bits.model_bytes_after / 1e6,
         bits.model_bytes_before / 1e6,
     )
-    fitted = " of the fits" if record.refinement or record.retraining else ""
+    if record.refinement or record.retraining:
+        log.info("errors of the fits, before training:")
     equal = "with as many parameters" if p.ratio > 0 else "in as many bits"
     log.info(
-        "mean relative error%s %.4f; SVD %s %.4f; floor %.4f",
-        fitted,
+        "mean relative error %.4f; SVD %s %.4f; floor %.4f",
         mean(record, "relative_error"),
         equal,
         *(mean(record, key) for key in ("svd_error", "floor")),
