@@ -162,19 +162,14 @@ def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     )
     if record.refinement or record.retraining:
         log.info("errors of the fits, before training:")
-    equal = "with as many parameters" if p.ratio > 0 else "in as many bits"
     log.info(
-        "mean relative error %.4f; SVD %s %.4f; floor %.4f",
-        mean(record, "relative_error"),
-        equal,
-        *(mean(record, key) for key in ("svd_error", "floor")),
+        "mean relative error %.4f; SVD in as many bits %.4f; floor %.4f",
+        *(mean(record, key) for key in ("relative_error", "svd_error", "floor")),
     )
     if record.fits[0].weighted_error is not None:
         log.info(
-            "weighted by the inputs: %.4f; SVD-LLM %s %.4f;\n        floor %.4f",
-            mean(record, "weighted_error"),
-            equal,
-            *(mean(record, key) for key in ("svd_llm_error", "weighted_floor")),
+            "weighted by the inputs: %.4f; SVD-LLM in as many bits %.4f;\n        floor %.4f",
+            *(mean(record, key) for key in ("weighted_error", "svd_llm_error", "weighted_floor")),
         )
     if record.refinement:
         log.info("%s", told_of_refinement(record.refinement))
