@@ -117,14 +117,16 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
         if linear_specs(model.module) != prepared.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
         require_finite(model.module)
+        dense = state_of(prepared, model)
+        calibration = sample(prepared, model, dense)
+        if prepared.training_data is not None:  # a text that is too short is refused now
+            prepared.training_data.samples(model, 1, prepared.retraining.length, 0)
     before, dense_bits = count_parameters(model.module), count_bits(model.module)
-    dense = state_of(prepared, model)
 
     with timed(record, "dense"):
         continue_prompt(prepared, record, model, "dense", dense)
         evaluate(prepared, record, model, "dense", dense)
     with timed(record, "statistics"):
-        calibration = sample(prepared, model, dense)
         if prepared.dense_needs:
             record.peak_bytes["statistics"] = measure_inputs(prepared, model, calibration)
     with timed(record, "allocate"):

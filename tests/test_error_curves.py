@@ -23,12 +23,14 @@ def shares(errors=SIZES, fishers=(1.0, 1.0, 1.0), candidates=(0.5, 1.0, 2.0)):
     weights = [torch.ones(12, 8)] * 3  # of equal size, so that errors can be compared
     known = with_norms(weights, fishers)
 
+    def size(name, bits):
+        return max((size for size in errors[name] if size <= bits), default=0)
+
     def fit(name, bits):
-        taken = max((size for size in errors[name] if size <= bits), default=None)
-        return None if taken is None else SimpleNamespace(bits=taken, weighted_error=errors[name][taken])
+        return SimpleNamespace(weighted_error=errors[name][bits])
 
     budget = instantiate(configuration("budget=error_curves", f"budget.candidates={list(candidates)}").budget, _convert_="all")
-    return budget.look(SPECS, TARGET, SimpleNamespace(norms=known.norms, fit=fit))
+    return budget.look(SPECS, TARGET, SimpleNamespace(norms=known.norms, size=size, fit=fit))
 
 
 @pytest.mark.parametrize("fishers", [(1.0, 1.0, 1.0), (1.0, 9.0, 0.1)])

@@ -134,6 +134,8 @@ def test_too_few_bits_name_the_matrix_and_how_many_would_do():
     specs, target = [LinearSpec("fc", 40, 30)], Target(1.0, 32, "bits=1.0")
     with pytest.raises(UserError, match=r"bits=1\.0 leaves fc \(40x30\) 37 parameters.*of 71; use bits=1\.894 at least"):
         make_plan(specs, target, Uniform().allocate(specs, target), SVD(), torch.float32)
+    with pytest.raises(UserError, match=r"leaves fc .* 30 parameters.*less than its even share; use budget=uniform"):
+        make_plan(specs, Target(4.0, 32, "bits=4.0"), {"fc": 960}, SVD(), torch.float32)
     enough = Target(1.894, 32, "bits=1.894")
     assert make_plan(specs, enough, Uniform().allocate(specs, enough), SVD(), torch.float32).kept == {"fc": 71}
 

@@ -131,12 +131,3 @@ def test_a_failed_run_keeps_what_there_is_and_goes_on_in_its_folder(run_here, tm
     assert len(record["fits"]) == 14 and record["command"] is None
     run_here(*FAST)
     assert only_record(tmp_path)["status"] == "done"
-
-
-def test_a_finished_run_answers_from_its_record(cli, tmp_path):
-    cli(*FAST)
-    path = next((tmp_path / "runs").glob("*/record.json"))
-    before = path.read_bytes(), path.stat().st_mtime_ns
-    again = cli(*FAST, "track=none")
-    assert "from the record" in again.stdout
-    assert (path.read_bytes(), path.stat().st_mtime_ns) == before

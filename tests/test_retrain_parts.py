@@ -242,9 +242,14 @@ ERRORS = [
     (["retrain.steps=4", "method=nla_angles", "bits=4", "budget=adaptive"], "not phase angle5 h="),
     (
         ["retrain.steps=4", "method=svd_llm_int4", "bits=4", "retrain=u_then_v"],
-        "retrain.train=A names no part of factors rank=",
+        "retrain.train=A names no part of the model or of factors rank=",
     ),
-    (["method=gptq", "bits=4", "refine=block", "refine.train=A+B"], r"refine\.train=A\+B names no part of int3"),
+    (["retrain.steps=4", "retrain.train=[biases]"], r"retrain\.train=biases names no part of the model or of piecewise"),
+    (["refine=block", "method=svd", "refine.train=biases"], r"refine\.train=biases names no part of the model or of linear"),
+    (
+        ["method=gptq", "bits=4", "refine=block", "refine.train=A+B"],
+        "names no part of the model or of int3",
+    ),
 ]
 
 

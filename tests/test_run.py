@@ -211,8 +211,6 @@ def test_a_request_that_cannot_be_met_says_what_is_allowed_before_any_work(run_h
 
 REFUSED = [
     (["ratio=1.5"], ["error: ratio=1.5"]),
-    (["select.include=blocks"], ["error: select.include=blocks"]),
-    (["model=llama7b"], ["error: model huggyllama/llama-7b"]),
     (["kernel=foo"], ["piecewise", "phase"]),
     (["rato=0.5"], ["rato is not a setting", "did you mean ratio?", "select"]),
     (["solver.step=5"], ["did you mean solver.steps?", "solver.lr"]),
@@ -244,6 +242,15 @@ def test_text_shorter_than_a_window_fails_with_its_length_and_a_failed_record(ru
     assert only_record(tmp_path)["status"] == "failed"
 
 
+def test_text_for_retraining_that_is_shorter_than_a_sample_is_refused_before_anything_is_measured(run_here, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words\n")
+    short = ["calibration=wikitext2", f"calibration.path={tmp_path / 'short.txt'}", "retrain.steps=2", "retrain.length=64"]
+    with pytest.raises(UserError, match=r"shorter than one sample of 64 tokens.*retrain\.length"):
+        run_here(*TINY, *short)
+    record = only_record(tmp_path)
+    assert record["status"] == "failed" and not record["metrics"]
+
+
 def test_another_architecture_with_the_same_weights_is_measured_again(run_here, tmp_path):
     """The number of heads does not change the shape of a weight, so only the configuration shows the difference."""
     for heads in (4, 2):
@@ -269,11 +276,6 @@ def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog
     for text in ("matrix", "shape", "FLOP/s measured", "a step of all fits", "bytes of the model", "Nothing was fitted"):
         assert text in caplog.text
     assert max(len(line) for message in caplog.messages for line in message.splitlines()) <= 80
-    assert not records(tmp_path)
-
-
-def test_a_dry_run_from_the_command_line(cli, tmp_path):
-    assert "Nothing was fitted" in cli("dry_run=true", "method=svd").stdout
     assert not records(tmp_path)
 
 

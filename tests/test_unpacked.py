@@ -31,3 +31,15 @@ def test_a_term_in_training_has_the_same_matrix_and_gradients_and_leads_back(met
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
     again = trained.packed()
     assert type(again) is type(stored) and again.dense().equal(stored.dense()) and again.config() == stored.config()
+
+
+@pytest.mark.parametrize("method", ["gptq", "lq_lora"])
+def test_scales_of_a_grid_take_16_bits_after_a_training_in_fp32_too(method):
+    stored = term(method, torch.float32)
+    trained, bits = stored.trainable(), stored.bits()
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.mul_(1.001)
+    again = trained.packed()
+    assert again.bits() == bits
+    torch.testing.assert_close(again.dense(), trained.dense(), rtol=1e-2, atol=1e-2)

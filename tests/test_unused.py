@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.conftest import TINY, only_record, records
+from nla.harness.settings import check_settings
+from nla.pipeline import run
+from tests.conftest import TINY, configuration, only_record, records
 
 UNUSED = {
     "kernel=phase": "method=svd",
@@ -45,6 +47,7 @@ USED = [
 
 
 @pytest.mark.parametrize("arguments", USED, ids=" ".join)
-def test_a_setting_that_is_used_is_not_mentioned(cli, arguments):
-    result = cli(*arguments, "dry_run=true")
-    assert "not used" not in result.stdout and "Nothing was fitted" in result.stdout
+def test_a_setting_that_is_used_is_not_mentioned(tmp_path, caplog, arguments):
+    caplog.set_level("INFO")
+    run(check_settings(configuration(*arguments, "dry_run=true", f"outputs_dir={tmp_path}")), arguments=arguments)
+    assert "not used" not in caplog.text and "Nothing was fitted" in caplog.text

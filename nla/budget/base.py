@@ -35,8 +35,11 @@ class ModelView(Protocol):
     def norms(self, name: str) -> Norms:
         """A matrix, its singular values, and the statistics of its inputs that the budget `needs`."""
 
-    def fit(self, name: str, bits: int) -> Fit | None:
-        """The method's fit of one matrix in `bits` bits, with its errors; None if that is less than the smallest term."""
+    def size(self, name: str, bits: int) -> int:
+        """The bits of the largest term of one matrix within `bits`; 0 if that is less than the smallest term."""
+
+    def fit(self, name: str, bits: int) -> Fit:
+        """The method's fit of one matrix in `bits` bits, with its errors."""
 
     def loss(self, name: str, bits: int) -> float:
         """The model's mean loss (nats) on calibration samples if only this matrix is compressed, to `bits` bits."""

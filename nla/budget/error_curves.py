@@ -59,10 +59,11 @@ class ErrorCurves(Budget):
         weight = (gradient_of_outputs(norms) / len(norms.weight)) ** self.emphasis * norms.outputs.spectrum.energy
         points: dict[int, float] = {}
         for candidate in self.candidates:
-            fit = view.fit(spec.name, int(candidate * target.bits * spec.n_params))
-            if fit is not None:
-                assert fit.weighted_error is not None
-                points[fit.bits] = min(points.get(fit.bits, math.inf), weight * fit.weighted_error)
+            bits = view.size(spec.name, int(candidate * target.bits * spec.n_params))
+            if bits:
+                error = view.fit(spec.name, bits).weighted_error
+                assert error is not None
+                points[bits] = weight * error
         if min(points, default=math.inf) > target.bits * spec.n_params:
             raise UserError(
                 f"budget.candidates={self.candidates} of {target.asked} buy nothing for {spec.name} up to its uniform share; "

@@ -103,7 +103,9 @@ def why_starved(per_weight: float, least: int, matrix: PlannedMatrix, target: Ta
     Args:
         per_weight, least: bits that the smallest terms of the matrix's group take, per weight and altogether.
     """
-    if target.asked.startswith("ratio"):
+    if least <= int(target.bits * matrix.spec.n_params):
+        remedy = "it has less than its even share; use budget=uniform, or a smaller retrain.linear_term"
+    elif target.asked.startswith("ratio"):
         most = math.floor(1000 * (1 - per_weight / target.width)) / 1000
         remedy = f"use ratio={most} at most" if most > 0 else "exclude it with select.exclude"
     else:

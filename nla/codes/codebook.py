@@ -89,7 +89,7 @@ class Angles(Codebook):
         return codes * self.step
 
     def snapped(self, numbers: Tensor) -> Tensor:
-        return (numbers / self.step).round_().mul_(self.step)
+        return (numbers.float() / self.step).round_().mul_(self.step).to(numbers.dtype)
 
     def scaled(self, kernel: Kernel, triplets: Triplets) -> Triplets:
         if not isinstance(kernel, Phase):
@@ -112,7 +112,7 @@ class EvenLevels(Codebook):
 
     def snapped(self, numbers: Tensor) -> Tensor:
         most = (2**self.width - 1) / 2
-        return (numbers + most).round_().clamp_(0, 2 * most).sub_(most)
+        return (numbers.float() + most).round_().clamp_(0, 2 * most).sub_(most).to(numbers.dtype)
 
     def scaled(self, kernel: Kernel, triplets: Triplets) -> Triplets:
         found = kernel.with_size(triplets, 1 / STEPS[self.width])

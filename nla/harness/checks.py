@@ -28,7 +28,7 @@ def check_gradients(method: Method, budget: Budget, dtype: str) -> None:
         )
 
 
-def check_refinement(refinement: Refinement | None, method: Method, plan: Plan, dtype: str) -> None:
+def check_refinement(refinement: Refinement | None, inventory: Inventory, method: Method, plan: Plan, dtype: str) -> None:
     """Raise UserError if blocks compressed by this method cannot be refined."""
     if refinement is None:
         return
@@ -36,7 +36,7 @@ def check_refinement(refinement: Refinement | None, method: Method, plan: Plan, 
         raise UserError("refine=block trains one block at a time, but this method's blocks share factors; use refine=none")
     if dtype == "float16":
         raise UserError("dtype=float16 cannot be refined: small gradients vanish in it; use dtype=bfloat16 or float32")
-    check_parts("refine.train", refinement.parts, plan)
+    check_parts("refine.train", refinement.parts, plan, inventory)
 
 
 def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
     if inventory.reads == "text" and retraining.length > inventory.limit:
         raise UserError(f"retrain.length={retraining.length} is longer than the {inventory.limit} tokens the model can read")
     for stage in retraining.train if not retraining.linear_term else []:
-        check_parts("retrain.train", stage, plan)
+        check_parts("retrain.train", stage, plan, inventory)
     count = len(plan.matrices)
     if retraining.processes > count:
         raise UserError(f"retrain.processes={retraining.processes} have {count} matrices to share; allowed: 1 to {count}")
@@ -60,11 +60,14 @@ def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, v
         )
 
 
-def check_parts(setting: str, parts: list[str], plan: Plan) -> None:
-    """Raise UserError if only parts of triplets are to be trained, and no planned term has triplets."""
-    if set(parts) <= {"A", "B", "mu"} and not any(triplet_terms(matrix.term) for matrix in plan.matrices):
+def check_parts(setting: str, parts: list[str], plan: Plan, inventory: Inventory) -> None:
+    """Raise UserError if the compressed model has no parameter of these parts."""
+    has = {"triplets", "everything", *inventory.parts}
+    if any(triplet_terms(matrix.term) for matrix in plan.matrices):
+        has |= {"A", "B", "mu"}
+    if not has & set(parts):
         term = plan.matrices[0].term.describe()
-        raise UserError(f"{setting}={'+'.join(parts)} names no part of {term}; name triplets instead")
+        raise UserError(f"{setting}={'+'.join(parts)} names no part of the model or of {term}; name triplets instead")
 
 
 def check_masks(method: Method, budget: Budget, plan: Plan, width: int) -> None:

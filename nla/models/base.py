@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError
 from nla.machine.provenance import code_digest, computing_packages
-from nla.models.select import LinearSpec, linear_specs
+from nla.models.select import LinearSpec, linear_specs, part_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_MODULES = 10_000  # a second's work; 750 layers of LLaMA have as many
@@ -87,12 +87,14 @@ class Inventory:
     Attributes:
         linears: all linear layers.
         parameters: number of parameters.
+        parts: which of the parts `norms` and `biases` of `retrain.train` there are.
         reads: kind of the inputs.
         limit: length of the longest text that the model can read (tokens), or number of classes.
     """
 
     linears: list[LinearSpec]
     parameters: int
+    parts: list[str]
     reads: Literal["text", "images"]
     limit: int
 
@@ -167,10 +169,13 @@ class ModelSource(ABC):
             empty = [spec.name for spec in linear_specs(model) if not spec.n_params]
             if empty:
                 raise UserError(f"the model's configuration gives {empty[0]} a size of 0; correct its widths")
+            parts = {part_of(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)}
             known = {
                 "linears": [astuple(spec) for spec in linear_specs(model)],
                 "parameters": sum(p.numel() for p in model.parameters()),
+                "parts": sorted(filter(None, parts)),
                 "limit": limit,
             }
             cache.remember("inventories", key, known)
-        return Inventory([LinearSpec(*row) for row in known["linears"]], known["parameters"], self.reads, known["limit"])
+        linears = [LinearSpec(*row) for row in known["linears"]]
+        return Inventory(linears, known["parameters"], known["parts"], self.reads, known["limit"])

@@ -33,6 +33,17 @@ def linear_specs(model: nn.Module) -> list[LinearSpec]:
     ]
 
 
+def part_of(holder: nn.Module, parameter: str) -> str | None:
+    """The part of `retrain.train` that a module's parameter belongs to, if it is not of a compressed term.
+
+    Args:
+        parameter: its name in the module.
+    """
+    if "norm" in type(holder).__name__.lower():
+        return "norms"
+    return "biases" if parameter == "bias" else None
+
+
 def select_linears(specs: list[LinearSpec], include: str, exclude: str | None) -> list[LinearSpec]:
     """The layers whose names match `include` and not `exclude` (regular expressions that are searched in the names).
 

@@ -123,7 +123,7 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     It is relative at every position, because a few positions (such as a text's first token) have outputs that are hundreds of
     times as large as those of all others.
     """
-    target = target.float()
+    target = target.to(output.device).float()  # a block may be on another GPU than the model's inputs
     difference = (output.float() - target).square().sum(-1)
     return (difference / target.square().sum(-1).clamp_min(SMALLEST)).mean()
 

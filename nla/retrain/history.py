@@ -23,7 +23,7 @@ class History(Observer):
 
     A row has: step (number of steps done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. A step
     that chooses the kept triplets again adds importance (IMPORTANCE_QUANTILES of their scores) and matrices ({matrix: kept
-    parameters}). A checkpoint adds watched (nats) and, for text, watched_perplexity. A GPU adds vram_bytes, the peak memory.
+    parameters}). A checkpoint adds watched (nats) and, for text, watched_perplexity. GPUs add vram_bytes, their peak memory.
 
     Args:
         constraints: applied to the gradients and to every step.
@@ -84,8 +84,8 @@ class History(Observer):
             if self.ranking is not None:
                 row["importance"] = torch.quantile(self.ranking.float(), torch.tensor(IMPORTANCE_QUANTILES)).tolist()
                 row["matrices"] = by_matrix(self.matrices.values(), kept)
-        if torch.cuda.is_available():
-            row["vram_bytes"] = torch.cuda.max_memory_allocated()
+        if vram := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))):
+            row["vram_bytes"] = vram
         row["seconds"] = time.perf_counter() - self.since
         if self.watch and (self.recipe.checkpoints(done) or done == self.recipe.end):
             row |= self.watch()

@@ -46,10 +46,10 @@ class Distillation:
         if self.settings.logits:
             loss = loss + self.settings.logits * softened_divergence(logits, wanted, self.settings.temperature)
         if self.settings.features:
-            parts = [relative_difference(a, b) for a, b in zip(seen, shown, strict=True)]
+            parts = [relative_difference(a, b).to(loss.device) for a, b in zip(seen, shown, strict=True)]
             loss = loss + self.settings.features * torch.stack(parts).mean()
         if self.settings.perturbation:
-            loss = loss + self.settings.perturbation * self.largest_changes().square().mean()
+            loss = loss + self.settings.perturbation * self.largest_changes(loss.device).square().mean()
         return loss
 
     def close(self) -> None:
@@ -64,11 +64,11 @@ class Distillation:
             return model.logits(sample.inputs), []
         return features.of(lambda: model.logits(sample.inputs))
 
-    def largest_changes(self) -> Tensor:
-        """max|W' - W| of each compressed matrix: (matrices,)"""
+    def largest_changes(self, device: torch.device) -> Tensor:
+        """max|W' - W| of each compressed matrix: (matrices,). A model may be spread over several GPUs."""
         return torch.stack(
             [
-                (layer.term.dense() - self.weights[name]).abs().amax().float()
+                (layer.term.dense() - self.weights[name]).abs().amax().float().to(device)
                 for name, layer in self.compressed.items()
                 if isinstance(layer, CompressedLinear)
             ]

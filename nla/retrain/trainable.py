@@ -12,6 +12,7 @@ from nla.kernels.base import TRAINING_RATE
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
 from nla.matrix.triplets import Triplets
+from nla.models.select import part_of
 from nla.terms.base import Sum, Term
 from nla.terms.kernel_term import TENSORS, KernelTerm
 from nla.terms.rounded import RoundedTerm
@@ -86,10 +87,8 @@ def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True
             chosen = kind in wanted or "triplets" in wanted or (isinstance(term, AddedTerm) and "linear_term" in wanted)
             if own_rates and isinstance(term, KernelTerm | RoundedTerm):
                 rate = term.kernel.training_rate / TRAINING_RATE
-        elif "norm" in type(holder).__name__.lower():
-            chosen = "norms" in wanted
         else:
-            chosen = kind == "bias" and "biases" in wanted
+            chosen = part_of(holder, kind) in wanted
         if chosen or "everything" in wanted:
             found.append(TrainedParameter(name, p.requires_grad_(), rate * (root_mean_square(p) or SIZE_OF_ZEROS)))
         else:

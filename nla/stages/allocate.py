@@ -16,6 +16,7 @@ from nla.methods.fit import Fit
 from nla.models.base import DTYPES, Model
 from nla.stages.calibrate import Calibration, dense_statistics
 from nla.stages.fit_groups import fit_groups
+from nla.terms.base import Term
 from nla.training.mean_loss import mean_loss
 
 
@@ -54,16 +55,21 @@ class View:
         weight = get_linear(self.model.module, name).weight.detach()
         return Norms(weight.float(), self.store.load(self.prepared.budget.needs, name, weight.device))
 
-    def fit(self, name: str, bits: int) -> Fit | None:
-        spec, method, values = self.specs[name], self.prepared.method, self.prepared.values
-        shape, dtype = (spec.out_features, spec.in_features), DTYPES[values["dtype"]]
-        (term,) = method.plan([shape], bits, dtype)
-        while term.count() and term.bits() < bits:  # the run asks for the bits that the term takes, and gets the same term
+    def planned(self, name: str, bits: int) -> Term:
+        spec, dtype = self.specs[name], DTYPES[self.prepared.values["dtype"]]
+        (term,) = self.prepared.method.plan([(spec.out_features, spec.in_features)], bits, dtype)
+        return term
+
+    def size(self, name: str, bits: int) -> int:
+        term = self.planned(name, bits)
+        while term.count() and term.bits() < bits:  # a run that gives the matrix these bits makes the same fit
             bits = term.bits()
-            (term,) = method.plan([shape], bits, dtype)
-        if term.count() == 0:
-            return None
-        group = PlannedGroup((PlannedMatrix(spec, term, bits),))
+            term = self.planned(name, bits)
+        return bits if term.count() else 0
+
+    def fit(self, name: str, bits: int) -> Fit:
+        method, values = self.prepared.method, self.prepared.values
+        group = PlannedGroup((PlannedMatrix(self.specs[name], self.planned(name, bits), bits),))
         with tqdm(disable=True) as silent:
             (fits,) = fit_groups(
                 self.model.module,
@@ -80,8 +86,7 @@ class View:
     def loss(self, name: str, bits: int) -> float:
         self.bar.update()
         if (name, bits) not in self.known:
-            fit = self.fit(name, bits)
-            loss = float("inf") if fit is None else self.loss_with(name, fit)
+            loss = self.loss_with(name, self.fit(name, bits)) if self.planned(name, bits).count() else float("inf")
             self.journal.append(len(self.known), {"matrix": name, "bits": bits, "loss": loss})
             self.known[name, bits] = loss
         return self.known[name, bits]

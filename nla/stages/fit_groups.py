@@ -47,11 +47,11 @@ def fit_groups(
     Raises:
         NonFiniteError: a fit is not finite. The message names the matrices; finished fits stay in the cache.
     """
-    device = next(model.parameters()).device
 
     def fit_one(group: PlannedGroup) -> NamedFits:
         names = [matrix.spec.name for matrix in group.matrices]
         weights = [get_linear(model, name).weight.detach() for name in names]
+        device = weights[0].device  # a model may be spread over several GPUs
         key = digest(
             {
                 "format": FORMAT,
@@ -75,7 +75,7 @@ def fit_groups(
             store_fits(store.cache, key, fits)
         return dict(zip(names, fits, strict=True))
 
-    with closing(ordered_map(fit_one, groups, device)) as results:
+    with closing(ordered_map(fit_one, groups, next(model.parameters()).device)) as results:
         for group, fits in zip(groups, results, strict=True):
             name, last = list(fits.items())[-1]
             bar.set_postfix_str(f"{name.rpartition('layers.')[2]} {last.relative_error:.3f}", refresh=False)

@@ -1,5 +1,6 @@
 """Terms in training whose codes do not change. Their values are in memory, so that they are not decoded in each step."""
 
+import torch
 from torch import Tensor, ones_like
 
 from nla.terms.grid import Grid
@@ -23,7 +24,9 @@ class UnpackedGrid(Grid):
         return x @ self.dense().to(x.dtype).T
 
     def packed(self) -> Grid:
-        return Grid(self.codes, self.zeros, self.scales, self.in_features, self.form)
+        """The grid whose scales are again numbers of SCALE_BITS bits, as before the training."""
+        scales = self.scales.to(torch.bfloat16).to(self.scales.dtype)
+        return Grid(self.codes, self.zeros, scales, self.in_features, self.form)
 
 
 class UnpackedLattice(LatticeTerm):
