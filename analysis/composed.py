@@ -2,17 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 
 from nla.harness.settings import check_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+
+
+class Remembered(CachingConfigRepository):
+    """Reads each file of conf/ once in a process. Hydra would read them again for each command line."""
+
+    def load_config(self, config_path: str) -> Any:
+        return deepcopy(super().load_config(config_path))  # composing changes what it gets
+
+    def __deepcopy__(self, memo: dict) -> "Remembered":
+        return self  # Hydra makes a copy for each command line
+
+
+@cache
+def files_of_conf() -> Remembered:
+    """The files of conf/, for the Hydra that is initialised."""
+    return Remembered(GlobalHydra.instance().config_loader().repository)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -22,6 +40,7 @@ def hydra_of_conf() -> Iterator[None]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
+            GlobalHydra.instance().config_loader().repository = files_of_conf()  # type: ignore[attr-defined]
             yield
     finally:
         GlobalHydra.instance().hydra = running

@@ -17,10 +17,11 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.utils import instantiate
 from hypothesis import settings as hypothesis_settings
 
+from analysis.composed import hydra_of_conf
 from tests import forked
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts commands with & so that they ignore it
@@ -49,7 +50,7 @@ def configuration(*overrides: str):
 
 @cache
 def composed(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra_of_conf():
         return compose("config", overrides=list(overrides))
 
 

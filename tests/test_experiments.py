@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.utils import get_class
 
+from analysis.composed import hydra_of_conf
 from nla.harness.estimate_retraining import retraining_cost
 from nla.harness.fits_table import parse_terms
 from nla.harness.request import prepare
@@ -25,7 +26,7 @@ def cache_dir(tmp_path_factory):
 
 def rows(experiment: str) -> list[list[str]]:
     """The overrides of every row that `python run.py experiment=...` runs."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra_of_conf():
         hydra = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True).hydra
     swept = dict(hydra.sweeper.params or {})
     assert not swept or hydra.mode.name == "MULTIRUN"
