@@ -8,11 +8,11 @@ import torch
 
 from nla.compressed.layer import LAYERS
 from nla.harness.request import PreparedRun
+from nla.machine.device import PRODUCTS
 from nla.machine.threads import ordered_map
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.methods.base import MatrixMethod
-from nla.solvers.gradient import PRODUCTS
 from nla.solvers.squared_error import squared_error
 from nla.terms.triplet_terms import triplet_terms
 

@@ -108,7 +108,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         UserError: this machine does not have the device.
     """
     values = settings | {"device": find_device(settings["device"])}
-    for group in (values["method"].get("solver", {}), values["refine"]):
+    for group in (values["method"].get("solver", {}), values["refine"], values["retrain"]):
         if group.get("products") == "auto":
             group["products"] = "bfloat16" if has_matrix_units(values["device"]) else "float32"
     return {key: value for key, value in values.items() if key not in INGREDIENTS}

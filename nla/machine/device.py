@@ -4,6 +4,8 @@ import torch
 
 from nla.machine.errors import UserError
 
+PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # types of the settings `products`
+
 
 def find_device(asked: str) -> str:
     """The torch device that `device=...` selects on this machine."""
@@ -28,3 +30,8 @@ def has_matrix_units(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Context in which a model's matrix products are computed in bfloat16, if `dtype` is. Its parameters stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)

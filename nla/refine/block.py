@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nla.compressed.contents import kernel_terms, replace_parameters
 from nla.machine.cache import Cache, digest
+from nla.machine.device import products_in
 from nla.models.base import Sample
 from nla.refine.settings import Refinement
 from nla.retrain.constraints import Constraints
@@ -74,7 +75,7 @@ def refine_block(
     learnt, held_out = pairs[count:], pairs[:count]
 
     def loss(sample: Sample) -> Tensor:
-        with torch.autocast(sample.inputs.device.type, torch.bfloat16, settings.products == torch.bfloat16):
+        with products_in(settings.products, sample.inputs.device):
             output = stream.run(block, sample.inputs)
         return relative_error(output, sample.targets)
 

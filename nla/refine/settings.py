@@ -1,8 +1,8 @@
 """The settings `refine.*`. `conf/refine/` holds the presets."""
 
+from nla.machine.device import PRODUCTS
 from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.retrain import settings as retrain
-from nla.solvers.gradient import PRODUCTS
 
 PARTS = [part for part in retrain.PARTS if part != "linear_term"]
 

@@ -12,6 +12,7 @@ from torch.nn.functional import log_softmax
 
 from nla.compressed.layer import CompressedLinear
 from nla.compressed.surgery import get_linear
+from nla.machine.device import products_in
 from nla.models.base import Model, Sample
 from nla.retrain.settings import Retraining
 from nla.statistics.blocks import Block, chain
@@ -39,9 +40,10 @@ class Distillation:
         self.features = [Features(blocks) if settings.features else None for _, blocks in pairs]
 
     def __call__(self, sample: Sample) -> Tensor:
-        logits, seen = self.run(self.model, sample, self.features[0])
-        with torch.no_grad():
-            wanted, shown = self.run(self.dense, sample, self.features[1])
+        with products_in(self.settings.products, sample.inputs.device):
+            logits, seen = self.run(self.model, sample, self.features[0])
+            with torch.no_grad():
+                wanted, shown = self.run(self.dense, sample, self.features[1])
         loss = self.model.loss_of(logits, sample)
         if self.settings.logits:
             loss = loss + self.settings.logits * softened_divergence(logits, wanted, self.settings.temperature)

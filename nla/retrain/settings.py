@@ -3,6 +3,7 @@
 from typing import Any
 
 from nla.kernels.base import TRAINING_RATE
+from nla.machine.device import PRODUCTS
 from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.training.loop import Recipe
 
@@ -24,6 +25,7 @@ class Retraining:
         train: the stages, which share the steps equally. A stage is one or more names of PARTS joined by `+`.
         linear_term: rank of a linear term (LoRA) that every matrix gets beside its triplets, paid from the matrix's budget.
         logits, features, perturbation, temperature: weights and temperature of `nla.retrain.losses.Distillation`.
+        products: type of the matrix products; parameters and the optimiser stay in fp32.
         recompute: keep only the inputs of blocks, and recompute their activations in the backward pass.
         watch: held-out samples of the first task's data whose loss is shown at every checkpoint, for information only.
         processes: number of processes that train together, one GPU each if there are GPUs. They divide the micro-batches,
@@ -51,6 +53,7 @@ class Retraining:
         features: float,
         perturbation: float,
         temperature: float,
+        products: str,
         recompute: bool,
         checkpoint: int,
         watch: int,
@@ -84,6 +87,7 @@ class Retraining:
             require_at_least_zero(f"retrain.{name}", number)
         if not isinstance(warmup, int | float) or not 0 <= warmup < 1:
             raise UserError(f"retrain.warmup={warmup} must be a fraction of the steps, from 0 and below 1")
+        require_choice("retrain.products", products, list(PRODUCTS))
         require_choice("retrain.recompute", recompute, [True, False])
         if not isinstance(train, list) or not train:
             raise UserError(f"retrain.train={train} must be a list of stages, such as [triplets+norms]")
@@ -107,6 +111,7 @@ class Retraining:
             )
         self.steps, self.data, self.batch, self.micro, self.length = steps, data, batch, micro, length
         self.train, self.recompute = [stage.split("+") for stage in train], recompute
+        self.products = PRODUCTS[products]
         self.linear_term = linear_term if steps else 0
         self.logits, self.features, self.perturbation, self.temperature = logits, features, perturbation, temperature
         self.watch, self.processes, self.checkpoint = watch, processes, checkpoint

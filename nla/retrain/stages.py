@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from nla.budget.adaptive import Adaptive, Tightening
 from nla.compressed.contents import kernel_terms, matrix_of, matrix_terms
 from nla.machine.cache import Cache, digest
+from nla.machine.device import products_in
 from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
 from nla.retrain.constraints import Constraints
@@ -177,12 +179,19 @@ def loss_function(
 ) -> Iterator[Callable[[Sample], Tensor]]:
     """Context with the loss: the model's own, or `Distillation` if the settings compare with the dense model."""
     if not settings.distils:
-        yield model.loss
+        yield partial(own_loss, model, settings.products)
         return
     dense = load_dense()
     dense.module.requires_grad_(False)
     with closing(Distillation(model, dense, list(layers), settings)) as loss:
         yield loss
+
+
+def own_loss(model: Model, products: torch.dtype, sample: Sample) -> Tensor:
+    """The model's own loss, with matrix products in this type: ()"""
+    with products_in(products, sample.inputs.device):
+        logits = model.logits(sample.inputs)
+    return model.loss_of(logits, sample)
 
 
 def batches(model: Model, settings: Retraining, seed: int) -> Callable[[int], list[Sample]]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from nla.kernels.base import Kernel, random_like
+from nla.machine.device import PRODUCTS
 from nla.machine.errors import NonFiniteError, require_at_least_zero, require_choice, require_integer, require_positive
 from nla.matrix.objective import Objective
 from nla.solvers.base import Start, Status
 from nla.terms.kernel_term import KernelTerm
 
-PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Evaluate = Callable[[bool], tuple[float, Sequence[Tensor]]]  # see GradientFit.descend
 Ended = Callable[[int, float, Sequence[Tensor]], Status | None]
 
