@@ -1,5 +1,7 @@
 """The parts of a retraining: trained parameters, losses, dropped triplets, and settings that are refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -20,7 +22,7 @@ from nla.retrain.constraints import Constraints
 from nla.retrain.dropping import drop_from_training, drop_masked
 from nla.retrain.history import History
 from nla.retrain.losses import Distillation, softened_divergence
-from nla.retrain.stages import recomputed_blocks
+from nla.retrain.stages import loss_function, recomputed_blocks
 from nla.retrain.trainable import chosen_parts, prepare_terms, root_mean_square
 from nla.terms.kernel_term import KernelTerm
 from nla.training.loop import Recipe, train
@@ -28,7 +30,7 @@ from tests.conftest import SHORT, TINY, configuration
 
 
 def request_of(tmp_path, *arguments: str):
-    return prepare(check_settings(configuration(*arguments, f"outputs_dir={tmp_path}")))
+    return prepare(check_settings(configuration("retrain.products=float32", *arguments, f"outputs_dir={tmp_path}")))
 
 
 def compressed(tmp_path, *arguments: str):
@@ -156,6 +158,20 @@ def test_recomputing_blocks_gives_the_same_gradient_and_restores_their_forward(t
     assert memory.peak_bytes < 0.8 * whole.peak_bytes
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert not any("forward" in vars(m) for m in model.module.modules())
+
+
+@pytest.mark.parametrize("losses", [[], ["retrain.logits=1", "retrain.features=1"]])
+def test_bfloat16_products_give_nearly_the_gradient_of_float32(tmp_path, losses):
+    found = []
+    for products in ("float32", "bfloat16"):
+        request, model = compressed(tmp_path, "retrain.steps=2", f"retrain.products={products}", *losses)
+        parameters = [t.parameter for t in chosen_parts(model.module, ["triplets", "norms"])]
+        dense = partial(request.model.load, "cpu", "float32", request.cache)
+        with loss_function(model, request.plan.layers, request.retraining, dense) as loss:
+            gradients = torch.autograd.grad(loss(sample()), parameters)
+        assert all(g.dtype == torch.float32 for g in gradients)
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    assert 0 < (found[1] - found[0]).norm() < 0.02 * found[0].norm()
 
 
 def test_distillation_from_an_equal_model_adds_no_loss(tmp_path):
