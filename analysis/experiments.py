@@ -18,7 +18,7 @@ FLOAT = {"method.storage._target_": "nla.storage.base.Float"}  # of older record
 Row = tuple[Any, ...]  # the values of a table's keys, such as (0.5, "svd_llm") for the keys ratio and method
 COMPARED = ("ratio", "bits", "dtype", "forward", "select", "method", "budget", "task", "statistics", "refine", "retrain")
 # A local copy (path) has the same files. The rest changes how a run computes or times, not what. Seeds are averaged.
-IGNORED = NOT_TRAINED_BY - {"steps"} | {"path", "collect", "offload", "seed", "products", "repeats"}
+IGNORED = NOT_TRAINED_BY - {"steps"} | {"path", "collect", "offload", "seed", "repeats"}
 
 
 def swept_rows(experiment: str, keys: tuple[str, ...]) -> list[Row]:
@@ -65,7 +65,7 @@ def row_of(record: RunRecord, experiment: str, keys: tuple[str, ...], fixed: dic
     overrides = [f"{key}={value}" for key, value in (fixed | row).items() if key != "ratio"]
     settings = composed(f"experiment={experiment}", *overrides)
     wanted = as_recorded(settings | {"ratio": row.get("ratio", settings["ratio"])}, record.config)
-    return tuple(row.values()) if equal(compared(wanted), compared(record.config)) else None
+    return tuple(row.values()) if compared(wanted) == compared(record.config) else None
 
 
 def same_kind(settings: dict[str, Any], config: dict[str, Any]) -> bool:
@@ -117,12 +117,3 @@ def compared(config: dict[str, Any]) -> dict[str, Any]:
         kernel = config["method"].get("kernel")
         found["retrain.lr"] = get_class(kernel["_target_"]).training_rate if kernel else TRAINING_RATE
     return found
-
-
-def equal(wanted: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether two runs have the same classes, and the same values of all settings that both have.
-
-    Records that are older than a setting do not have it.
-    """
-    classes = [{key for key in side if key.endswith("_target_")} for side in (wanted, found)]
-    return classes[0] == classes[1] and all(wanted[key] == found[key] for key in wanted.keys() & found.keys())

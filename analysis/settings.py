@@ -13,7 +13,7 @@ from nla.harness.fits_table import parse_terms
 from nla.harness.record import RunRecord, module_name
 from nla.kernels.base import Kernel
 
-NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompute"}
+NOT_TRAINED_BY = {"steps", "spike", "checkpoint", "watch", "processes", "recompute", "products"}
 COMPARED_STATISTICS = ("windows", "length", "fisher_windows")
 NOT_COMPARED = {"products", "degree"}  # the first depends on the machine; the second is part of a kernel's name
 NOT_OF_THE_MODEL = {"path", "device_map", "licence"}  # a local copy of the files, spread or not, is the same model

@@ -191,10 +191,19 @@ def test_a_run_with_any_other_setting_fills_no_cell(experiment, cache_dir):
     assert not measured(records), list(wrong)
 
 
-@pytest.mark.parametrize("key", ["seed", "model.path", "device", "outputs_dir", "retrain.recompute", "retrain.processes"])
+@pytest.mark.parametrize(
+    "key", ["seed", "model.path", "device", "outputs_dir", "retrain.recompute", "retrain.processes", "retrain.products"]
+)
 def test_settings_that_change_no_figure_do_not_empty_a_cell(key, cache_dir):
     config = recorded_config(cache_dir, "retrained_llama7b", swept("retrained_llama7b")[0])
     assert measured([made_up(changed(config, key, 2), 1.0)]) == measured([made_up(config, 1.0)]) != {}
+
+
+def test_a_run_without_one_of_the_settings_fills_no_cell(cache_dir):
+    config = recorded_config(cache_dir, "retrained_llama7b", swept("retrained_llama7b")[0])
+    for group, key in (("retrain", "clip"), ("retrain", "length")):
+        less = config | {group: {k: v for k, v in config[group].items() if k != key}}
+        assert key in config[group] and not measured([made_up(less, 1.0)])
 
 
 def test_a_cell_is_the_mean_over_seeds(cache_dir):
