@@ -90,6 +90,16 @@ def test_a_plan_has_the_most_triplets_that_the_bits_allow_and_counts_what_is_sto
     assert planned.bits() == (8 * sum(t.numel() * t.element_size() for t in planned.state_dict().values()) if planned.h else 0)
 
 
+def test_a_forward_pass_of_many_parts_in_bf16_is_about_as_exact_as_one_product():
+    with torch.no_grad():
+        term = rounded("angle", 4, 64, 48, 16 * CHUNK).packed().as_stored(torch.bfloat16)
+        x = normal(100, 48, seed=8).bfloat16()
+        left, right = term.factors(term.triplets())
+        exact = x.float() @ right.float() @ left.float().T
+        of_parts, of_one = (float((y - exact).norm()) for y in (term(x), (x @ right) @ left.T))
+    assert 0 < of_parts < 1.5 * of_one
+
+
 def test_codes_are_restored_from_a_checkpoint_bit_for_bit():
     terms = {"a": rounded("angle", 3, 13, 9, 7).packed(), "b": rounded("int", 4, 5, 21, 70).packed().as_stored(torch.bfloat16)}
     tensors, info = pack(terms)

@@ -118,11 +118,12 @@ class CodedTerm(CodebookTerm):
         return left * self.rows[:, None], right * self.columns[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.new_zeros(*x.shape[:-1], self.out_features)
+        # summed in fp32: rounded after each part, a sum in bf16 has twice the error of a single product
+        y = x.new_zeros(*x.shape[:-1], self.out_features, dtype=torch.promote_types(x.dtype, torch.float32))
         for begin in range(0, self.h, CHUNK):
             left, right = self.factors(self.triplets(begin, min(begin + CHUNK, self.h)))
             y = y + (x @ right) @ left.T  # (..., in) -> (..., k) -> (..., out)
-        return y
+        return y.to(x.dtype)
 
     def dense(self) -> Tensor:
         left, right = self.factors(self.triplets())
