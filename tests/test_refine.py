@@ -150,9 +150,14 @@ def test_bfloat16_products_give_nearly_the_same_errors(run_here, tmp_path):
     assert found[1].error_after == pytest.approx(found[0].error_after, rel=0.02)
 
 
-def test_one_sample_too_few_to_hold_out_is_refused(run_here):
-    with pytest.raises(UserError, match=r"refine=block holds a batch of samples out, but statistics.windows=2"):
-        run_here(*LLAMA, "statistics.windows=2")
+def test_one_batch_of_text_of_which_none_can_be_held_out_is_refused_before_the_weights_are_read(run_here):
+    with pytest.raises(UserError, match="refine=block holds a batch of samples out, but statistics.windows=16 "):
+        run_here(*LLAMA, "statistics.windows=16", "dry_run=true")  # of 64 tokens; a batch has 1,024
+
+
+def test_one_batch_of_images_is_refused(run_here):
+    with pytest.raises(UserError, match="refine=block holds a batch of samples out, but statistics.windows=1 "):
+        run_here("model=tiny_swin", "method=svd_llm", "refine=block", "track=none", "task.max_images=8", "statistics.windows=1")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from nla.methods.base import Method
 from nla.models.base import Inventory
 from nla.refine.settings import Refinement
 from nla.retrain.settings import Retraining
+from nla.statistics.blocks import batch_size
 from nla.terms.triplet_terms import triplet_terms
 
 
@@ -28,15 +29,28 @@ def check_gradients(method: Method, budget: Budget, dtype: str) -> None:
         )
 
 
-def check_refinement(refinement: Refinement | None, inventory: Inventory, method: Method, plan: Plan, dtype: str) -> None:
+def check_refinement(
+    refinement: Refinement | None, inventory: Inventory, method: Method, plan: Plan, values: dict[str, Any]
+) -> None:
     """Raise UserError if blocks compressed by this method cannot be refined."""
     if refinement is None:
         return
+    dtype, statistics = values["dtype"], values["statistics"]
+    if inventory.reads == "text":
+        require_two_batches(-(-statistics["windows"] // batch_size(statistics["length"])), statistics["windows"])
     if method.shares_factors:
         raise UserError("refine=block trains one block at a time, but this method's blocks share factors; use refine=none")
     if dtype == "float16":
         raise UserError("dtype=float16 cannot be refined: small gradients vanish in it; use dtype=bfloat16 or float32")
     check_parts("refine.train", refinement.parts, plan, inventory)
+
+
+def require_two_batches(batches: int, samples: int) -> None:
+    """Raise UserError if all samples are one batch, so that refinement can hold none out."""
+    if batches < 2:
+        raise UserError(
+            f"refine=block holds a batch of samples out, but statistics.windows={samples} samples are one batch; use more"
+        )
 
 
 def check_retraining(retraining: Retraining, inventory: Inventory, plan: Plan, values: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     if used["statistics"]:
         check_samples(values, inventory)
     check_gradients(method, budget, values["dtype"])
-    check_refinement(refinement, inventory, method, plan, values["dtype"])
+    check_refinement(refinement, inventory, method, plan, values)
     check_retraining(retraining, inventory, plan, values)
     return PreparedRun(
         settings=settings,

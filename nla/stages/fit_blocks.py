@@ -6,9 +6,9 @@ from tqdm import tqdm
 
 from nla.budget.plan import PlannedGroup
 from nla.compressed.surgery import swap
+from nla.harness.checks import require_two_batches
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
-from nla.machine.errors import UserError
 from nla.models.base import Model
 from nla.refine.block import Refined, load_refined, refine_block
 from nla.stages.calibrate import Calibration, compressed_blocks, dense_statistics, sequential_statistics
@@ -76,11 +76,7 @@ class BlockRefinement:
         assert prepared.refinement is not None
         self.settings, self.seed, self.cache = prepared.refinement, prepared.values["seed"], prepared.cache
         self.stream = stream
-        if len(stream.stream.states) < 2:
-            raise UserError(
-                f"refine=block holds a batch of samples out, but statistics.windows={len(calibration.samples)} samples are "
-                "one batch; use more"
-            )
+        require_two_batches(len(stream.stream.states), len(calibration.samples))
         made_from = compressed_blocks(prepared, calibration)
         self.keys = {block.name: digest([made_from, block.name]) for block in stream.chain if block.layers}
         lacking = [i for i, block in enumerate(stream.chain) if self.lacks(block)]

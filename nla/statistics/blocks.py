@@ -146,9 +146,14 @@ class Stream:
 
 def batches(samples: Sequence[Sample]) -> Iterator[Tensor]:
     """The samples' inputs in batches of at most BATCH rows, but of at least one sample."""
-    size = max(1, BATCH // rows(samples[0].inputs))
+    size = batch_size(rows(samples[0].inputs))
     for begin in range(0, len(samples), size):
         yield torch.cat([sample.inputs for sample in samples[begin : begin + size]])
+
+
+def batch_size(each: int) -> int:
+    """Number of samples of a batch, if a sample has `each` rows."""
+    return max(1, BATCH // each)
 
 
 def rows(state: Tensor) -> int:
