@@ -151,12 +151,12 @@ def test_bfloat16_products_give_nearly_the_same_errors(run_here, tmp_path):
 
 
 def test_one_batch_of_text_of_which_none_can_be_held_out_is_refused_before_the_weights_are_read(run_here):
-    with pytest.raises(UserError, match="refine=block holds a batch of samples out, but statistics.windows=16 "):
+    with pytest.raises(UserError, match=r"refine=block holds a batch of samples out, but statistics.windows=16 "):
         run_here(*LLAMA, "statistics.windows=16", "dry_run=true")  # of 64 tokens; a batch has 1,024
 
 
 def test_one_batch_of_images_is_refused(run_here):
-    with pytest.raises(UserError, match="refine=block holds a batch of samples out, but statistics.windows=1 "):
+    with pytest.raises(UserError, match=r"refine=block holds a batch of samples out, but statistics.windows=1 "):
         run_here("model=tiny_swin", "method=svd_llm", "refine=block", "track=none", "task.max_images=8", "statistics.windows=1")
 
 
