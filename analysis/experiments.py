@@ -14,7 +14,6 @@ from analysis.settings import NOT_TRAINED_BY, data_names, forward_form, model_na
 from nla.harness.record import RunRecord
 from nla.kernels.base import TRAINING_RATE
 
-FLOAT = {"method.storage._target_": "nla.storage.base.Float"}  # of older records, and of methods without a choice
 Row = tuple[Any, ...]  # the values of a table's keys, such as (0.5, "svd_llm") for the keys ratio and method
 COMPARED = ("ratio", "bits", "dtype", "forward", "select", "method", "budget", "task", "statistics", "refine", "retrain")
 # A local copy (path) has the same files. The rest changes how a run computes or times, not what. Seeds are averaged.
@@ -111,8 +110,11 @@ def as_recorded(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, A
 
 
 def compared(config: dict[str, Any]) -> dict[str, Any]:
-    """{dotted key: value} of the settings of a run that change a figure, except the model's."""
-    found = FLOAT | leaves({key: config[key] for key in COMPARED if key in config}, IGNORED)
+    """{dotted key: value} of the settings of a run that change a figure, except the model's.
+
+    Whoever adds a setting adds it to the records in git too, with what the code did before. Other runs are not found again.
+    """
+    found = leaves({key: config[key] for key in COMPARED if key in config}, IGNORED)
     if "retrain.lr" in found and found["retrain.lr"] is None:
         kernel = config["method"].get("kernel")
         found["retrain.lr"] = get_class(kernel["_target_"]).training_rate if kernel else TRAINING_RATE

@@ -58,7 +58,7 @@ def kernel_name(record: RunRecord) -> str:
 
 
 def storage_name(method: dict[str, Any]) -> str:
-    """Name of the option of conf/storage of a method's numbers. Methods without a choice, and older runs, have `float`."""
+    """Name of the option of conf/storage of a method's numbers. Methods without a choice have `float`."""
     return nearest_option("storage", method["storage"])[0] if "storage" in method else "float"
 
 
@@ -172,8 +172,8 @@ def typed_settings(record: RunRecord) -> dict[str, str]:
 
 
 def forward_form(config: dict[str, Any]) -> str:
-    """The form of the forward pass. Runs that are older than the setting computed from the triplets."""
-    return config.get("forward", "triplets")
+    """The form of the forward pass."""
+    return config["forward"]
 
 
 def data_names(config: dict[str, Any]) -> list[str]:

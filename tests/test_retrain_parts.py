@@ -9,11 +9,13 @@ from torch.nn.functional import cross_entropy, kl_div
 from nla.budget.adaptive import Adaptive
 from nla.budget.schedule import Cubic
 from nla.compressed.contents import kernel_terms
-from nla.compressed.layer import CompressedLinear
+from nla.compressed.layer import LAYERS, CompressedLinear
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
 from nla.kernels.linear import Linear
+from nla.kernels.piecewise import Piecewise
 from nla.machine.cache import Cache
+from nla.machine.device import products_in
 from nla.machine.errors import UserError
 from nla.machine.peak_memory import PeakMemory
 from nla.matrix.triplets import Triplets
@@ -22,7 +24,7 @@ from nla.retrain.constraints import Constraints
 from nla.retrain.dropping import drop_from_training, drop_masked
 from nla.retrain.history import History
 from nla.retrain.losses import Distillation, softened_divergence
-from nla.retrain.stages import loss_function, recomputed_blocks
+from nla.retrain.stages import loss_function, own_loss, recomputed_blocks
 from nla.retrain.trainable import chosen_parts, prepare_terms, root_mean_square
 from nla.terms.kernel_term import KernelTerm
 from nla.training.loop import Recipe, train
@@ -148,13 +150,14 @@ def test_only_the_named_parts_are_trained(tmp_path):
         chosen_parts(model.module, ["biases"])
 
 
-def test_recomputing_blocks_gives_the_same_gradient_and_restores_their_forward(tmp_path):
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_recomputing_blocks_gives_the_same_gradient_and_restores_their_forward(tmp_path, products):
     request, model = compressed(tmp_path)
     parameters = [t.parameter for t in chosen_parts(model.module, ["triplets", "norms"])]
     with PeakMemory(torch.device("cpu")) as whole:
-        plain = torch.autograd.grad(model.loss(sample(length=256)), parameters)
+        plain = torch.autograd.grad(own_loss(model, products, sample(length=256)), parameters)
     with recomputed_blocks(model, request.plan.layers), PeakMemory(torch.device("cpu")) as memory:
-        again = torch.autograd.grad(model.loss(sample(length=256)), parameters)
+        again = torch.autograd.grad(own_loss(model, products, sample(length=256)), parameters)
     assert memory.peak_bytes < 0.8 * whole.peak_bytes
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert not any("forward" in vars(m) for m in model.module.modules())
@@ -172,6 +175,16 @@ def test_bfloat16_products_give_nearly_the_gradient_of_float32(tmp_path, losses)
         assert all(g.dtype == torch.float32 for g in gradients)
         found.append(torch.cat([g.flatten() for g in gradients]))
     assert 0 < (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
+@pytest.mark.parametrize("form", LAYERS.values())
+def test_bfloat16_products_do_not_change_a_matrix_in_whose_sum_terms_cancel(form):
+    far = Triplets(20 + torch.randn(24, 5, 1), 20 + torch.randn(16, 5, 1), torch.randn(5))  # large self-terms
+    layer, x = form(KernelTerm(Piecewise(r=1), far), None), torch.randn(40, 16)
+    with torch.no_grad():
+        exact = layer(x)
+        with products_in(torch.bfloat16, x.device):
+            assert (layer(x) - exact).norm() < 0.01 * exact.norm()
 
 
 def test_distillation_from_an_equal_model_adds_no_loss(tmp_path):
@@ -253,6 +266,7 @@ ERRORS = [
     (["retrain.steps=3", "calibration=digits"], "calibration=digits holds images"),
     (["method=asvd", "calibration=digits"], "calibration=digits holds images"),
     (["retrain.steps=3", "retrain.processes=2", "select.include=layers.0.mlp.up"], "have 1 matrices to share"),
+    (["retrain.steps=3", "retrain.products=int8"], "retrain.products=int8 is not known"),
     (["retrain.steps=3", "retrain.lr=0"], "retrain.lr=0 must be above 0"),
     (["retrain.steps=4", "method=gptq", "bits=4", "budget=adaptive"], "masks triplets of 32-bit numbers, not int"),
     (["retrain.steps=4", "method=nla_angles", "bits=4", "budget=adaptive"], "not phase angle5 h="),

@@ -2,8 +2,8 @@
 
 Both models have SmolLM2's shapes, random weights and half of the parameters removed. A step has 4 windows of 512 tokens. The
 plain model has two nn.Linear in the place of each matrix, so that its matrix products are equal. It is trained on all windows
-as one batch, with AdamW and a clipped gradient, and the same parameters are frozen. Both take turns in one process. The first
-step of each is not counted.
+as one batch, with AdamW and a clipped gradient, and the same parameters are frozen. Both take turns in one process, and
+multiply in fp32 (`retrain.products=float32`). The first step of each is not counted.
 """
 
 import statistics

@@ -35,21 +35,22 @@ def check_refinement(
     """Raise UserError if blocks compressed by this method cannot be refined."""
     if refinement is None:
         return
-    dtype, statistics = values["dtype"], values["statistics"]
-    if inventory.reads == "text":
-        require_two_batches(-(-statistics["windows"] // batch_size(statistics["length"])), statistics["windows"])
     if method.shares_factors:
         raise UserError("refine=block trains one block at a time, but this method's blocks share factors; use refine=none")
-    if dtype == "float16":
+    if values["dtype"] == "float16":
         raise UserError("dtype=float16 cannot be refined: small gradients vanish in it; use dtype=bfloat16 or float32")
     check_parts("refine.train", refinement.parts, plan, inventory)
+    if inventory.reads == "text":
+        windows, each = values["statistics"]["windows"], batch_size(values["statistics"]["length"])
+        require_two_batches(windows, each)
 
 
-def require_two_batches(batches: int, samples: int) -> None:
-    """Raise UserError if all samples are one batch, so that refinement can hold none out."""
-    if batches < 2:
+def require_two_batches(samples: int, each: int) -> None:
+    """Raise UserError if the samples are one batch, of `each` at most, so that refinement can hold none out."""
+    if samples <= each:
         raise UserError(
-            f"refine=block holds a batch of samples out, but statistics.windows={samples} samples are one batch; use more"
+            f"refine=block holds a batch of samples out, but statistics.windows={samples} samples are one batch; use at least "
+            f"{each + 1}"
         )
 
 

@@ -33,5 +33,8 @@ def has_matrix_units(device: str) -> bool:
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Context in which a model's matrix products are computed in bfloat16, if `dtype` is. Its parameters stay as they are."""
+    """Context in which the matrix products of a model in fp32 are computed in bfloat16, if `dtype` is.
+
+    The parameters stay in fp32, and so do kernels in whose sums terms cancel (`nla.kernels.precision`).
+    """
     return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)

@@ -19,7 +19,8 @@ class Refinement:
         warmup: fraction of the steps in which the rate rises; afterwards it falls along a cosine.
         weight_decay, clip: as in `nla.training.loop.Recipe`.
         train: names of PARTS joined by `+`.
-        products: type of the matrix products; parameters and the optimiser stay in fp32.
+        products: type of the matrix products of a model in fp32 (see `products_in`); parameters and the optimiser stay in fp32.
+            A model in bfloat16 has all its products in bfloat16.
 
     Raises:
         UserError: a value is out of range; it names the setting.

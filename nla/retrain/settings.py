@@ -25,7 +25,8 @@ class Retraining:
         train: the stages, which share the steps equally. A stage is one or more names of PARTS joined by `+`.
         linear_term: rank of a linear term (LoRA) that every matrix gets beside its triplets, paid from the matrix's budget.
         logits, features, perturbation, temperature: weights and temperature of `nla.retrain.losses.Distillation`.
-        products: type of the matrix products; parameters and the optimiser stay in fp32.
+        products: type of the matrix products of a model in fp32 (see `products_in`); parameters and the optimiser stay in fp32.
+            A model in bfloat16 has all its products in bfloat16.
         recompute: keep only the inputs of blocks, and recompute their activations in the backward pass.
         watch: held-out samples of the first task's data whose loss is shown at every checkpoint, for information only.
         processes: number of processes that train together, one GPU each if there are GPUs. They divide the micro-batches,

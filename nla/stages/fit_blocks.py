@@ -76,7 +76,7 @@ class BlockRefinement:
         assert prepared.refinement is not None
         self.settings, self.seed, self.cache = prepared.refinement, prepared.values["seed"], prepared.cache
         self.stream = stream
-        require_two_batches(len(stream.stream.states), len(calibration.samples))
+        require_two_batches(len(calibration.samples), len(stream.stream.states[0]))
         made_from = compressed_blocks(prepared, calibration)
         self.keys = {block.name: digest([made_from, block.name]) for block in stream.chain if block.layers}
         lacking = [i for i, block in enumerate(stream.chain) if self.lacks(block)]

@@ -122,7 +122,7 @@ class CodedTerm(CodebookTerm):
         y = x.new_zeros(*x.shape[:-1], self.out_features, dtype=torch.promote_types(x.dtype, torch.float32))
         for begin in range(0, self.h, CHUNK):
             left, right = self.factors(self.triplets(begin, min(begin + CHUNK, self.h)))
-            y = y + (x @ right) @ left.T  # (..., in) -> (..., k) -> (..., out)
+            y += (x @ right) @ left.T  # (..., in) -> (..., k) -> (..., out)
         return y.to(x.dtype)
 
     def dense(self) -> Tensor:
