@@ -10,7 +10,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
-# Three processes (pytest -n 3: some always wait) with two threads each would fight for two cores. Set before torch is imported.
+# Two busy processes (pytest -n 2) with two threads each would fight for two cores; set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"

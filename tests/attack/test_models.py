@@ -76,7 +76,14 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def packaged() -> Path:
+    """The folder of SmolLM2. It is fetched and converted once, before a test limits its time."""
+    return instantiate(composed("model=smollm2_135m").model, _convert_="all").folder(Cache(ROOT / "outputs" / "cache"))
+
+
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.usefixtures("packaged")
 def test_an_architecture_that_is_not_the_models_or_cannot_be_built_is_refused(name, tmp_path):
     arguments, expected = REFUSED[name]
     attack(tmp_path, expected, *QUICK, *arguments)
@@ -188,6 +195,5 @@ def test_swins_old_buffers_and_a_tokenisers_padding_pass(tmp_path):
     inspect_folder(folder, build(folder))
 
 
-def test_smollm2_passes():
-    folder = instantiate(composed("model=smollm2_135m").model, _convert_="all").folder(Cache(ROOT / "outputs" / "cache"))
-    inspect_folder(folder, build(folder))
+def test_smollm2_passes(packaged):
+    inspect_folder(packaged, build(packaged))
