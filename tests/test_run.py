@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from itertools import count
+from threading import Barrier
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from nla.harness import estimate_fits
 from nla.harness.fits_table import COLUMNS, parse_terms
 from nla.harness.record import read_record
+from nla.harness.request import prepare
 from nla.harness.settings import check_settings
 from nla.jobs import explain_unknown_keys
 from nla.machine.errors import UserError
@@ -277,6 +281,29 @@ def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog
         assert text in caplog.text
     assert max(len(line) for message in caplog.messages for line in message.splitlines()) <= 80
     assert not records(tmp_path)
+
+
+def test_a_dry_run_measures_a_term_of_the_same_size_whatever_the_models_type():
+    sizes = []
+    for dtype in ("float32", "bfloat16"):
+        prepared = prepare(check_settings(configuration(*FAST, "ratio=0.7", f"dtype={dtype}")))
+        sizes.append(estimate_fits.measured_term(prepared, prepared.method).count())
+    assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_dry_run_gives_every_worker_something_to_do(threads):
+    calls, together, before = count(), Barrier(threads), torch.get_num_threads()
+
+    def work(_: int) -> None:
+        if next(calls):  # not the warm-up
+            together.wait(timeout=60)  # a call that the others never join fails
+
+    torch.set_num_threads(threads)
+    try:
+        assert estimate_fits.rate(work, 1, torch.device("cpu")) > 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_model_folder_that_save_pretrained_wrote_is_a_model(run_here, tmp_path):

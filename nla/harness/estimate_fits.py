@@ -9,11 +9,13 @@ import torch
 from nla.compressed.layer import LAYERS
 from nla.harness.request import PreparedRun
 from nla.machine.device import PRODUCTS
-from nla.machine.threads import ordered_map
+from nla.machine.threads import ordered_map, workers
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.methods.base import MatrixMethod
+from nla.models.base import DTYPES
 from nla.solvers.squared_error import squared_error
+from nla.terms.base import Term
 from nla.terms.triplet_terms import triplet_terms
 
 LARGEST = 512  # side of the largest matrix that is measured
@@ -56,11 +58,9 @@ def estimate(prepared: PreparedRun) -> Cost:
 
 
 def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, float]:
-    """FLOP/s of a start and of a step: one random matrix per worker, shaped like the first planned one, at most LARGEST."""
-    device, planned = torch.device(prepared.device), prepared.plan.matrices[0]
-    m, n = min(planned.spec.out_features, LARGEST), min(planned.spec.in_features, LARGEST)
-    bits = max(int(planned.bits / planned.spec.n_params * m * n), method.least_bits([(m, n)], torch.float32))
-    term = method.plan_matrix(m, n, bits, torch.float32)
+    """FLOP/s of a start and of a step: one random matrix per worker, see `measured_term`."""
+    device, term = torch.device(prepared.device), measured_term(prepared, method)
+    m, n = term.out_features, term.in_features
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(m, n, generator=generator).to(device)
     statistics = Statistics(weight.T @ weight + n * torch.eye(n, device=device), weight.abs().mean(0), weight.square().sum(0))
@@ -69,7 +69,7 @@ def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, 
         method.start(method.objective(Norms(weight, statistics)), term, torch.Generator())
 
     start_flops = method.start_flops(term)
-    start_rate = start_flops * rate(start, 2, device) if start_flops else 0.0
+    start_rate = start_flops * rate(start, 1, device) if start_flops else 0.0
     if "solver" not in prepared.values["method"]:  # a further step is like the start
         return start_rate, start_rate
     products = PRODUCTS[prepared.values["method"]["solver"]["products"]]
@@ -81,11 +81,20 @@ def measured_rates(prepared: PreparedRun, method: MatrixMethod) -> tuple[float, 
     def step(_: int) -> None:
         squared_error(kernels, triplets, objective, products)
 
-    return start_rate, method.step_flops(term) * rate(step, 8, device)
+    return start_rate, method.step_flops(term) * rate(step, 4, device)
 
 
-def rate(work: Callable[[int], None], times: int, device: torch.device) -> float:
-    """How often all workers together do the work per second, after one warm-up call."""
+def measured_term(prepared: PreparedRun, method: MatrixMethod) -> Term:
+    """The term that is measured, without values: it takes as many bits of each weight as the first planned one."""
+    planned, dtype = prepared.plan.matrices[0], DTYPES[prepared.values["dtype"]]
+    m, n = min(planned.spec.out_features, LARGEST), min(planned.spec.in_features, LARGEST)
+    bits = max(int(planned.bits / planned.spec.n_params * m * n), method.least_bits([(m, n)], dtype))
+    return method.plan_matrix(m, n, bits, dtype)
+
+
+def rate(work: Callable[[int], None], each: int, device: torch.device) -> float:
+    """How often all workers together do the work per second, after one warm-up call. Each worker does it `each` times."""
+    times = each * workers(device)
     work(0)
     begun = time.perf_counter()
     for _ in ordered_map(work, range(times), device):

@@ -16,6 +16,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def workers(device: torch.device) -> int:
+    """How many items `ordered_map` works on at a time."""
+    return min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
+
+
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], device: torch.device
 ) -> Generator[Result, None, None]:
@@ -36,7 +41,7 @@ def ordered_map(
                 modes.enter_context(mode)
             return function(item)
 
-    pool = ThreadPoolExecutor(min(threads, MOST), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers(device), initializer=torch.set_num_threads, initargs=(1,))
     try:
         torch.set_num_threads(1)
         yield from pool.map(watched if watching else function, items)
