@@ -7,6 +7,7 @@ import torch
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from nla.codes.codebook import codebook_of
 from nla.compressed.contents import matrix_terms
@@ -17,7 +18,7 @@ from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms, Objective
 from nla.matrix.triplets import Triplets
-from nla.solvers.coordinates import Coordinates, improved
+from nla.solvers.coordinates import Coordinates, improved, solved
 from nla.storage.base import Coded
 from nla.terms.coded import CHUNK, CodedTerm, coded_size
 from nla.terms.rounded import PARTS, RoundedTerm
@@ -100,6 +101,15 @@ def test_a_forward_pass_of_many_parts_in_bf16_is_about_as_exact_as_one_product()
     assert 0 < of_parts < 1.5 * of_one
 
 
+@pytest.mark.parametrize("tokens", [1, 500])
+def test_the_operations_of_a_forward_pass_are_those_that_it_does(tokens):
+    term = rounded("angle", 4, 64, 48, 100)  # so many triplets that multiplying them out would take fewer, for many tokens
+    for form in (term, term.packed()):
+        with FlopCounterMode(display=False) as counter:
+            form(normal(tokens, 48))
+        assert counter.get_total_flops() == form.forward_flops(tokens)
+
+
 def test_codes_are_restored_from_a_checkpoint_bit_for_bit():
     terms = {"a": rounded("angle", 3, 13, 9, 7).packed(), "b": rounded("int", 4, 5, 21, 70).packed().as_stored(torch.bfloat16)}
     tensors, info = pack(terms)
@@ -162,6 +172,11 @@ def test_scales_of_columns_are_at_the_least_squares_solution():
     loss = ((matrix - goal.weight.double()) @ goal.wide_root).square().sum()
     (gradient,) = torch.autograd.grad(loss, columns)
     assert float(gradient.norm()) < 1e-3 * float(loss.detach())
+
+
+def test_scales_that_change_nothing_are_zero():
+    """So are those of columns whose cosines, or inputs, are all zero."""
+    assert torch.equal(solved(torch.zeros(3, 3), torch.zeros(3)), torch.zeros(3))
 
 
 def test_a_kernel_without_features_keeps_its_term():

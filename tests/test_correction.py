@@ -57,6 +57,11 @@ def test_the_target_is_the_least_squares_solution_for_the_dense_outputs_with_a_p
     torch.testing.assert_close(half, (weight + expected) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_where_all_inputs_are_zero_the_target_is_the_weight():
+    weight, zeros = normal(4, 6), torch.zeros(50, 6)
+    assert torch.equal(Norms(weight, statistics(zeros, zeros), 1.0).outputs.weight, weight)
+
+
 def test_where_nothing_was_compressed_yet_the_target_is_the_weight():
     weight, x = normal(4, 6), normal(50, 6, seed=1)
     torch.testing.assert_close(Norms(weight, statistics(x, x), 1.0).outputs.weight, weight)

@@ -53,8 +53,9 @@ def test_a_size_that_the_method_cannot_have_is_left_out_and_none_at_all_is_an_er
         ErrorCurves(1.0, [2])
 
 
-def test_a_run_mixes_widths_of_grids_within_its_bits(run_here):
-    asked = ["method=gptq", "bits=3.3", "dtype=bfloat16", "budget=error_curves", "statistics.windows=4", "statistics.length=32"]
-    record = run_here(*TINY, *asked, "select.include='layers.0'")
+@pytest.mark.parametrize("method", ["gptq", "rtn"])  # rtn reads no inputs, so its fits have no weighted error
+def test_a_run_mixes_widths_of_grids_within_its_bits(run_here, method):
+    asked = ["bits=3.3", "dtype=bfloat16", "budget=error_curves", "statistics.windows=4", "statistics.length=32"]
+    record = run_here(*TINY, f"method={method}", *asked, "select.include='layers.0'")
     assert record.bits.selected_per_weight <= 3.3
     assert len({fit.terms for fit in record.fits}) > 1

@@ -6,14 +6,19 @@ from hydra.utils import instantiate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nla.kernels.linear import Linear
 from nla.machine.errors import NonFiniteError
 from nla.matrix.inputs import Statistics
+from nla.matrix.objective import Objective
 from nla.matrix.spectrum import Spectrum
+from nla.matrix.triplets import triplet_size
 from nla.methods.asvd import ASVD
 from nla.methods.fwsvd import FWSVD
 from nla.methods.svd import SVD
 from nla.methods.svd_llm import SVDLLM
 from nla.storage.base import Float
+from nla.terms.kernel_term import KernelTerm
+from nla.terms.state import pack, unpack
 from tests.conftest import QUANTISED, configuration, options
 
 METHODS = options("method")
@@ -116,6 +121,14 @@ def test_svd_reaches_eckart_young_with_the_singular_values_as_mu():
     assert fit.relative_error == pytest.approx(float(s[7:].square().sum() / s.square().sum()), rel=1e-4)
     assert fit.svd_error == pytest.approx(fit.relative_error, rel=1e-4) == fit.floor
     assert fit.n_params == 7 * 51
+
+
+@pytest.mark.parametrize("shape", [(96, 288), (192, 96)])
+def test_svd_stores_no_more_triplets_than_the_weights_rank(shape):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape[0], 10, generator=generator) @ torch.randn(10, shape[1], generator=generator)
+    fit = compress(make_method("svd"), weight, weight.numel() // 2)
+    assert fit.n_params == triplet_size(*shape, 1) * 10 and fit.relative_error < 1e-9
 
 
 def test_the_svd_beside_a_fit_has_as_many_parameters():
@@ -238,6 +251,18 @@ def test_a_fit_that_is_worse_than_linear_factors_is_replaced_by_them_if_asked():
     assert found["linear"].weighted_error == pytest.approx(found["linear"].svd_llm_error, rel=1e-3)
     assert found["linear"].status == "linear" and found["linear"].term.kernel.name == "linear"
     assert found["linear"].n_params <= 200
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 40), (40, 16)])
+def test_linear_factors_from_a_file_have_the_gradients_of_those_that_were_fitted_bit_for_bit(m, n):
+    """A tensor that is stored column by column comes back row by row, and would be summed in another order."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(m, n, generator=generator), torch.randn(200, n, generator=generator)
+    fitted = KernelTerm(Linear(), Linear().warm_start(Objective(weight), 12, 1, generator)[0])
+    tensors, info = pack({"w": fitted})
+    loaded = unpack({name: tensor.contiguous() for name, tensor in tensors.items()}, info)["w"]
+    found = [torch.autograd.grad(term(x).square().sum(), list(term.parameters())) for term in (fitted, loaded)]
+    assert all(map(torch.equal, *found))
 
 
 def test_a_fit_that_is_better_than_linear_factors_stays():

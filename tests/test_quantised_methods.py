@@ -165,6 +165,7 @@ def test_gram_matrices_that_are_singular_and_weights_with_zero_rows_and_columns_
     fit = compress(make_method(name), weight, 6, statistics)
     assert fit.term.is_finite() and 0 < fit.relative_error < 1 and fit.weighted_error < 0.1
     zero = compress(make_method(name), torch.zeros(24, 32), 6, statistics)
+    assert torch.equal(unpack(*pack({"w": zero.term}))["w"].dense(), torch.zeros(24, 32))
     assert zero.status == "zero" and zero.relative_error == 0 and not zero.term.dense().any()
 
 
@@ -234,7 +235,8 @@ def test_packed_factors_are_a_term_like_any_other(dtype, shape):
         assert term.bits() == sum(8 * t.numel() * t.element_size() for t in term.state_dict().values())
     torch.testing.assert_close(term.scaled(4.0).dense(), 4 * term.dense())
     assert torch.linalg.matrix_rank(term.as_stored(torch.float64).dense()) <= term.rank_bound()
-    assert not term.zero(x).dense().any()
+    zero = unpack(*pack({"w": term.zero(x)}))["w"].dense()
+    assert zero.shape == weight.shape and not zero.any()
 
 
 def test_gradients_of_packed_factors_are_those_of_their_matrix():

@@ -111,6 +111,13 @@ def test_in_a_weighted_norm_too_the_piecewise_kernel_reaches_the_tail_of_the_cen
     assert weighted_tail(weight, S, 22) <= error <= weighted_tail(weight, S, 20)
 
 
+def test_a_matrix_of_zeros_is_fitted_without_an_error():
+    """A hybrid's linear factors may leave exactly nothing to the triplets."""
+    triplets, optimum = fit_self_terms(Objective(torch.zeros(9, 4)), 2, 2)
+    assert optimum == 0 and all(torch.isfinite(p).all() for p in triplets.tensors)
+    assert Piecewise(2).dense(triplets).abs().max() < 1e-6
+
+
 def test_inputs_that_are_nearly_of_low_rank_leave_the_piecewise_kernel_at_its_optimum():
     """Inputs are like this after a ReLU or early in training: most of their directions hardly ever occur."""
     x = random_weight(400, 80, 1) @ torch.diag(torch.logspace(0, -4, 80)) @ random_weight(80, 80, 2)

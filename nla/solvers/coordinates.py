@@ -120,7 +120,7 @@ class Coordinates:
 def solved(normal: Tensor, moment: Tensor) -> Tensor:
     """The solution x of `normal` x = `moment` with a small ridge, computed in fp64."""
     wide = normal.double()
-    wide.diagonal().add_(RIDGE * wide.diagonal().mean())
+    wide.diagonal().add_(RIDGE * float(wide.diagonal().mean()) or 1.0)  # 1 if all is zero: then so is x
     return torch.linalg.solve(wide, moment.double()).to(normal.dtype)
 
 

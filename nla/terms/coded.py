@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nla.codes.codebook import Codebook, codebook_of, kind_of
 from nla.codes.packed import packed, packed_width, unpacked
-from nla.kernels.factored import FactoredKernel
+from nla.kernels.factored import FactoredKernel, apply_flops
 from nla.matrix.triplets import Triplets
 from nla.terms.base import Stored, Term, class_path
 
@@ -40,7 +40,8 @@ class CodebookTerm(Term):
         return f"{self.kernel.name} {self.codebook.name} h={self.h} r={self.r}"
 
     def forward_flops(self, tokens: int) -> int:
-        return self.kernel.forward_flops(self.out_features, self.in_features, self.h, self.r, tokens)
+        """Of one factor after the other, for any number of tokens: codes are unpacked by parts, and not multiplied out."""
+        return apply_flops(self.out_features, self.in_features, self.kernel.columns(self.h, self.r), tokens)[0]
 
     def dense_flops(self) -> int:
         return self.kernel.dense_flops(self.out_features, self.in_features, self.h, self.r)

@@ -126,7 +126,7 @@ class Grid(Term):
         return UnpackedGrid(self)
 
     def zero(self, like: Tensor) -> "Grid":
-        return zero_grid(self.out_features, self.in_features, like)
+        return zero_grid(self.out_features, self.in_features, self.in_features, like)
 
 
 def grid(codes: Tensor, zeros: Tensor, scales: Tensor, form: GridFormat) -> Grid:
@@ -140,8 +140,8 @@ def grid_of(rounded: Rounded, form: GridFormat) -> Grid:
     return grid(rounded.codes, rounded.scaling.zeros, rounded.scaling.scales, form)
 
 
-def zero_grid(out_features: int, in_features: int, like: Tensor) -> Grid:
-    """The smallest grid of this shape, of zeros, with the type and device of `like`."""
+def zero_grid(out_features: int, in_features: int, group: int, like: Tensor) -> Grid:
+    """The smallest grid of this shape and group, of zeros, with the type and device of `like`."""
     nothing = torch.zeros(out_features, in_features, device=like.device)
     column = nothing[:, :1].to(like.dtype)
-    return grid(nothing, column, column, GridFormat(1, in_features))
+    return grid(nothing, column, column, GridFormat(1, group))

@@ -70,7 +70,8 @@ class GridFactors(Term):
         return GridFactors(self.left.packed(), self.right.packed())
 
     def zero(self, like: Tensor) -> "GridFactors":
-        return GridFactors(*(zero_grid(1, n, like) for n in (self.out_features, self.in_features)))
+        sides = (self.out_features, self.in_features)
+        return GridFactors(*(zero_grid(1, n, max(sides), like) for n in sides))
 
     def rank_bound(self) -> int:
         return self.left.out_features

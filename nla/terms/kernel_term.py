@@ -37,8 +37,11 @@ class KernelTerm(Term):
         return cls(kernel, Triplets(A, B, torch.ones(h, dtype=dtype)))
 
     def hold(self, triplets: Triplets) -> None:
-        """Replace the parameters A, B and mu by these triplets."""
-        self.A, self.B, self.mu = (nn.Parameter(p.detach()) for p in triplets.tensors)
+        """Replace the parameters A, B and mu by these triplets.
+
+        They are held row by row, as they come back from a file: sums in another order would differ in their last bits.
+        """
+        self.A, self.B, self.mu = (nn.Parameter(p.detach().contiguous()) for p in triplets.tensors)
 
     @property
     def triplets(self) -> Triplets:
