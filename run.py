@@ -7,6 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from nla import jobs
+from nla.harness.unknown_settings import explain_unknown_keys, refuse_additions
 from nla.machine.ending import Stopped, leave, stoppable
 
 
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors arrive below, and are told in words
     try:
         with stoppable():
+            refuse_additions(sys.argv[1:])
             main()
     except Stopped as stopped:
         jobs.show_table()
@@ -29,7 +31,7 @@ if __name__ == "__main__":
     except SystemExit as ended:
         jobs.show_table()
         if ended.code:
-            jobs.explain_unknown_keys(sys.argv[1:])
+            explain_unknown_keys(sys.argv[1:])
         raise
     jobs.show_table()
     sys.exit(jobs.exit_code())

@@ -1,6 +1,5 @@
 """Runs one job, or the jobs of a sweep. An error is one line; a sweep continues after it and ends with a table."""
 
-import difflib
 import json
 import logging
 import shlex
@@ -9,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from hydra.experimental.callback import Callback
@@ -18,12 +15,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nla.harness.settings import check_settings
+from nla.harness.unknown_settings import explain_unknown_keys
 from nla.machine.ending import Stopped, die_with_parent, leave, stoppable
 from nla.machine.errors import NonFiniteError, UserError
 from nla.machine.files import reserved, write_atomically
 
 log = logging.getLogger(__name__)
-CONF = Path(__file__).resolve().parent.parent / "conf"
 FAILED = 2
 _exit_code = 0
 _sweep: DictConfig | None = None  # the settings of the sweep that this process has launched, until its table is shown
@@ -107,7 +104,9 @@ def refuse(error: Exception) -> None:
     """
     if error is _fault:
         raise error
-    print(f"error: the settings {shlex.join(sys.argv[1:])} cannot be read: {str(error).strip()}", file=sys.stderr)
+    # Hydra's advice to add a setting with + is left out, see refuse_additions()
+    reason = "\n".join(line for line in str(error).strip().splitlines() if "To append to your config" not in line)
+    print(f"error: the settings {shlex.join(sys.argv[1:])} cannot be read: {reason}", file=sys.stderr)
     explain_unknown_keys(sys.argv[1:])
     sys.exit(1)
 
@@ -155,28 +154,3 @@ def show_table() -> None:
         draw_sweep(done, Path(config.hydra.sweep.dir))
     if failed:
         _exit_code = FAILED
-
-
-def explain_unknown_keys(arguments: list[str]) -> None:
-    """Print, for each unknown setting of a command line that Hydra refused, the settings that exist."""
-    keys = [a.partition("=")[0] for a in arguments if "=" in a and a[0] not in "+~-"]
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    chosen = [a for a in arguments if a.partition("=")[0] in groups and "," not in a]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("config", overrides=chosen)
-    except Exception:  # what Hydra raises is not known
-        return  # an option of a group is wrong, and Hydra has listed the allowed ones
-    for key in keys:
-        parent, _, name = key.rpartition(".")
-        section = OmegaConf.select(cfg, parent) if parent else cfg
-        if section is None and parent.partition(".")[0] in groups:
-            print(f"\n{key} is not a setting while no {parent} is chosen; choose one, {parent}=<option>", file=sys.stderr)
-        if key in groups or key.startswith("hydra") or not isinstance(section, DictConfig) or name in section:
-            continue
-        allowed = sorted(k for k in map(str, section) if not k.startswith("_"))
-        near = difflib.get_close_matches(name, allowed, 1)
-        prefix = f"{parent}." if parent else ""
-        meant = f"; did you mean {prefix}{near[0]}?" if near else ""
-        print(f"\n{key} is not a setting{meant} Allowed: {', '.join(prefix + k for k in allowed)}", file=sys.stderr)

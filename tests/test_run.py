@@ -16,7 +16,7 @@ from nla.harness.fits_table import COLUMNS, parse_terms
 from nla.harness.record import read_record
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
-from nla.jobs import explain_unknown_keys
+from nla.harness.unknown_settings import explain_unknown_keys
 from nla.machine.errors import UserError
 from nla.pipeline import run
 from tests import forked
@@ -218,7 +218,11 @@ REFUSED = [
     (["kernel=foo"], ["piecewise", "phase"]),
     (["rato=0.5"], ["rato is not a setting", "did you mean ratio?", "select"]),
     (["solver.step=5"], ["did you mean solver.steps?", "solver.lr"]),
-    (["track.mode=online"], ["track.mode is not a setting"]),
+    (["track.mode=online"], ["track.mode needs track=wandb on the command line"]),
+    (["data.path=/x"], ["data.path needs ", " or data=wikitext2"]),
+    (["refine.epochs=3"], ["refine.epochs needs refine=block on the command line"]),
+    (["+refine.epochs=3"], ["write refine.epochs=3", "needs refine=block"]),
+    (["method.linear_share=0.1"], ["needs method=hybrid"]),
 ]
 
 
@@ -229,7 +233,7 @@ def test_the_command_line_refuses_in_words_with_an_exit_code_and_no_traceback(cl
     said = result.stdout + result.stderr
     assert result.returncode != 0
     assert all(text in said for text in expected), said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "To append" not in said
     assert not records(tmp_path)
 
 

@@ -32,7 +32,10 @@ class LatticeCodebook(ABC):
 
 
 class E8Shell(LatticeCodebook):
-    """The 240 shortest vectors of E8, of squared norm 2, and the 16 vectors +-2 e_i, of squared norm 4."""
+    """The 240 shortest vectors of E8, of squared norm 2, and the 16 vectors +-2 e_i, of squared norm 4.
+
+    The authors' list has zero and 15 vectors of norm 4. Its mean squared error for Gaussian numbers, 0.318, is 0.4 % smaller.
+    """
 
     width = 1
 

@@ -17,6 +17,8 @@ from nla.terms.base import Term
 class Caldera(GridPlusLowRank):
     """Q = GPTQ(W - L R^T), then L R^T = the best matrix of its rank for W - Q in the norm of the outputs, several times.
 
+    The paper rounds Q to a lattice after random rotations (as `nla.methods.quip` does), which is stronger than GPTQ in 2 bits.
+
     Error feedback does not lower the error in each iteration, so the best one is kept. The first one is EoRA's.
 
     Args:

@@ -1,0 +1,64 @@
+"""What is wrong with a command line whose settings Hydra cannot compose, in words."""
+
+import difflib
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+FREE = ("model.architecture.", "hydra")  # what keys that may be added begin with
+
+
+def refuse_additions(arguments: list[str]) -> None:
+    """End with exit code 1 if a command line adds a setting, +key=value, which no part of the program would read."""
+    for argument in arguments:
+        setting = argument.lstrip("+")
+        if setting != argument and not setting.startswith(FREE):
+            print(f"error: {argument}: no setting is added with +, since nothing would read it; write {setting}", file=sys.stderr)
+            sys.exit(1)
+
+
+def explain_unknown_keys(arguments: list[str]) -> None:
+    """Print, for each unknown setting of a command line, which option of its group has it, or the settings that exist."""
+    keys = [a.lstrip("+").partition("=")[0] for a in arguments if "=" in a and a[0] not in "~-"]
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    chosen = [a for a in arguments if a.partition("=")[0] in groups and "," not in a]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", overrides=chosen)
+    except Exception:  # what Hydra raises is not known
+        return  # an option of a group is wrong, and Hydra has listed the allowed ones
+    for key in keys:
+        parent, _, name = key.rpartition(".")
+        section = OmegaConf.select(cfg, parent) if parent else cfg
+        if key in groups or key.startswith(FREE) or (isinstance(section, DictConfig) and name in section):
+            continue
+        options = options_with(parent, name) if parent in groups else []
+        if options:
+            print(f"\n{key} needs {' or '.join(options)} on the command line", file=sys.stderr)
+        elif isinstance(section, DictConfig):
+            explain(name, f"{parent}." if parent else "", section)
+        elif parent.partition(".")[0] in groups:
+            print(f"\n{key} is not a setting while no {parent} is chosen; choose one, {parent}=<option>", file=sys.stderr)
+
+
+def options_with(group: str, name: str) -> list[str]:
+    """The options of a configuration group whose yaml has this setting, as `group=option`."""
+    found = []
+    for path in sorted((CONF / group).glob("*.yaml")):
+        cfg = OmegaConf.load(path)
+        if name in (cfg[group] if isinstance(cfg.get(group), DictConfig) else cfg):
+            found.append(f"{group}={path.stem}")
+    return found
+
+
+def explain(name: str, prefix: str, section: DictConfig) -> None:
+    """Print the settings of a section of the configuration, which has none of this name, and the nearest one."""
+    allowed = sorted(k for k in map(str, section) if not k.startswith("_"))
+    near = difflib.get_close_matches(name, allowed, 1)
+    meant = f"; did you mean {prefix}{near[0]}?" if near else "."
+    print(f"\n{prefix}{name} is not a setting{meant} Allowed: {', '.join(prefix + k for k in allowed)}", file=sys.stderr)
