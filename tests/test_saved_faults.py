@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import nla
 from nla.machine.errors import NonFiniteError, UserError
-from nla.machine.sealed_folder import seal
+from nla.machine.sealed_folder import make_sealed, seal
 from nla.saved.description import REMEDY
 from tests import forked
 from tests.conftest import TINY
@@ -48,6 +48,11 @@ DESCRIPTIONS = {
     "another version": (lambda d: d.update(format=2), r"the folder is of format 2, and this version reads format 1"),
     "an unknown term": (first_class("nla.terms.future.Term"), r"the folder's term of .* is unknown to this version"),
     "a foreign class": (first_class("os.system"), r"the folder's term of .* is unknown to this version"),
+    "no term": (lambda d: d["terms"].clear(), r"config\.json lacks terms of layers"),
+    "a term without layers": (lambda d: d["terms"][0].update(layers=[]), r"config\.json lacks terms of layers"),
+    "a term that is a text": (lambda d: d["terms"][0].update(term="linear"), r"config\.json lacks terms of layers"),
+    "no shared tensors": (lambda d: d.pop("shared"), r"names of shared tensors"),
+    "a shared tensor that is no name": (lambda d: d.update(shared={"a": 1}), r"names of shared tensors"),
     "another model": (lambda d: d["terms"][0]["layers"].append("model.layers.9.mlp"), "has no linear layer"),
 }
 
@@ -60,6 +65,15 @@ def test_a_folder_that_this_version_cannot_make_is_refused(case, load, tmp_path)
     change_config(folder, change)
     with pytest.raises(UserError, match=sentence):
         load(folder)
+
+
+def test_a_folder_that_asks_for_code_of_the_hub_is_refused_before_it_is_looked_for(tmp_path):
+    _, folder = saved("tiny_llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernel"}))
+    reseal(folder)
+    with pytest.raises(UserError, match="attn_implementation=someone/kernel would fetch code from the hub"):
+        nla.load_compressed(folder)
 
 
 def test_a_folder_of_another_method_is_named_as_such(tmp_path):
@@ -150,6 +164,15 @@ def test_a_process_killed_while_it_saves_leaves_no_folder_and_the_next_one_saves
     assert not list(tmp_path.glob(".making-saved-*"))
     tokens = torch.arange(7)[None]
     assert torch.equal(nla.load_compressed(folder)(tokens).logits, model.logits(tokens))
+
+
+def test_the_draft_of_a_folder_with_a_longer_name_is_left_alone(tmp_path):
+    other = tmp_path / ".making-smol-refined-abcd1234"
+    left = tmp_path / ".making-smol-abcd1234"
+    for folder in (other, left):
+        folder.mkdir()
+    make_sealed(tmp_path / "smol", lambda draft, scratch: (draft / "file").touch())
+    assert other.exists() and not left.exists() and (tmp_path / "smol" / "file").exists()
 
 
 @pytest.mark.parametrize("target", ["/proc/nla/model", "taken"])

@@ -32,7 +32,7 @@ def make_sealed(folder: Path, make: Callable[[Path, Path], None]) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".making-{folder.name}-"
-    for left_behind in folder.parent.glob(f"{prefix}*"):  # left by a killed process
+    for left_behind in folder.parent.glob(f"{prefix}{'?' * 8}"):  # left by a killed process; tempfile adds 8 characters
         remove(left_behind)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
         draft = Path(scratch) / "made"

@@ -46,13 +46,28 @@ def layers_of(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def check_description(description: Mapping[str, Any]) -> None:
     """Raise UserError unless this version can make the described layers."""
-    found = description.get("format")
-    if description.get("quant_method") != METHOD or not isinstance(description.get("terms"), list):
+    if not isinstance(description, Mapping) or description.get("quant_method") != METHOD:
         raise UserError("the folder's config.json does not describe a compressed model of this project (quant_method: nla)")
+    found = description.get("format")
     if found != FORMAT:
         raise UserError(
             f"the folder is of format {found}, and this version reads format {FORMAT}; use the version that wrote it"
         )
+    if not is_whole(description):
+        raise UserError("the folder's config.json lacks terms of layers, or names of shared tensors; copy the whole folder again")
+
+
+def is_whole(description: Mapping[str, Any]) -> bool:
+    """Whether a description of this format has what `describe` writes. The terms themselves are checked when they are made."""
+    terms, shared = description.get("terms"), description.get("shared")
+    if not isinstance(terms, list) or not terms or not isinstance(shared, Mapping):
+        return False
+    kinds = [(name, str) for name in shared.values()]
+    for entry in terms:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("layers"), list) or not entry["layers"]:
+            return False
+        kinds += [(entry.get("term"), Mapping), *((name, str) for name in entry["layers"])]
+    return all(isinstance(value, kind) for value, kind in kinds)
 
 
 def put_empty_layers(module: nn.Module, description: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from nla.machine.errors import UserError
 from nla.machine.sealed_folder import damage
+from nla.models.folder import require_buildable
 from nla.saved.description import check_description, guard, put_empty_layers, require_finite, require_tensors, share
 
 
@@ -25,6 +26,7 @@ def load_compressed(folder: str | Path, device: str = "cpu") -> nn.Module:
         raise UserError(f"{folder} is damaged or incomplete ({', '.join(found)}); copy the whole folder again")
     if "compressed" in config:
         return load_timm(folder, config["compressed"]).to(device).eval()
+    require_buildable(config)
     from transformers import AutoModelForCausalLM
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
