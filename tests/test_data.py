@@ -86,4 +86,4 @@ def test_a_set_that_the_model_cannot_read_is_an_error_that_says_which_can(tmp_pa
 
 def test_a_path_for_training_images_needs_their_set_by_name(cli):
     result = cli("model=tiny_swin", "calibration.path=folder", check=False)
-    assert result.returncode and "no calibration is chosen; choose one, calibration=<option>" in result.stderr
+    assert result.returncode and "calibration.path needs calibration=c4 or " in result.stderr

@@ -17,7 +17,7 @@ def refuse_additions(arguments: list[str]) -> None:
     for argument in arguments:
         setting = argument.lstrip("+")
         if setting != argument and not setting.startswith(FREE):
-            print(f"error: {argument}: no setting is added with +, since nothing would read it; write {setting}", file=sys.stderr)
+            print(f"error: {argument}: nothing would read a setting that is added with +; write {setting}", file=sys.stderr)
             sys.exit(1)
 
 
@@ -51,6 +51,7 @@ def options_with(group: str, name: str) -> list[str]:
     found = []
     for path in sorted((CONF / group).glob("*.yaml")):
         cfg = OmegaConf.load(path)
+        assert isinstance(cfg, DictConfig)
         if name in (cfg[group] if isinstance(cfg.get(group), DictConfig) else cfg):
             found.append(f"{group}={path.stem}")
     return found

@@ -54,7 +54,9 @@ def check_description(description: Mapping[str, Any]) -> None:
             f"the folder is of format {found}, and this version reads format {FORMAT}; use the version that wrote it"
         )
     if not is_whole(description):
-        raise UserError("the folder's config.json lacks terms of layers, or names of shared tensors; copy the whole folder again")
+        raise UserError(
+            "the folder's config.json lacks terms of layers, or names of shared tensors; copy the whole folder again"
+        )
 
 
 def is_whole(description: Mapping[str, Any]) -> bool:
@@ -62,7 +64,7 @@ def is_whole(description: Mapping[str, Any]) -> bool:
     terms, shared = description.get("terms"), description.get("shared")
     if not isinstance(terms, list) or not terms or not isinstance(shared, Mapping):
         return False
-    kinds = [(name, str) for name in shared.values()]
+    kinds: list[tuple[Any, type]] = [(name, str) for name in shared.values()]
     for entry in terms:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("layers"), list) or not entry["layers"]:
             return False

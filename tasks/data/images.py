@@ -15,6 +15,7 @@ from nla.machine.errors import UserError, require_integer
 from nla.machine.files import file_digest, version_of
 from nla.models.base import Model, Sample, VisionModel
 from tasks.data.base import Data
+from tasks.data.hub import fetched
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -186,18 +187,15 @@ class HubImages(Images):
 
     @cached_property
     def from_hub(self) -> Items:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        try:
-            rows = load_dataset(self.dataset, split=self.splits[self.split]["split"], revision=self.revision)
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"data={self.name} could not be fetched from the hub ({reason}); accept its terms at huggingface.co/datasets/"
-                f"{self.dataset} and run `hf auth login`, or give data.path=<folder with {self.folder}/<class>/*.JPEG> "
-                f"(calibration={self.name} calibration.path= for training images elsewhere), or use data=digits"
-            ) from error
+        rows = fetched(
+            self.dataset,
+            setting=f"data={self.name}",
+            remedy=f"accept its terms at huggingface.co/datasets/{self.dataset} and run `hf auth login`, "
+            f"or give data.path=<folder with {self.folder}/<class>/*.JPEG> "
+            f"(calibration={self.name} calibration.path= for training images elsewhere), or use data=digits",
+            revision=self.revision,
+            split=self.splits[self.split]["split"],
+        )
         return Items(list(rows["label"]), lambda i: rows[i]["image"])
 
     @cached_property

@@ -9,6 +9,7 @@ import yaml
 
 from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError
+from tasks.data.hub import refusal
 from tasks.data.questions import METRICS, Questions, own_questions
 
 
@@ -69,7 +70,7 @@ class Published(Questions):
                 self.settings(name)
             return
         for dataset in dict.fromkeys(SHIPPED[name].dataset for name in self.names):
-            lack = "" if is_downloaded(dataset) else hub_refusal(dataset)
+            lack = refusal(dataset)
             if lack:
                 raise UserError(
                     f"data={self.name} needs the dataset {dataset}, and {lack}; "
@@ -192,24 +193,3 @@ def own_settings(file: Path) -> dict[str, Any]:
     if not isinstance(version, int | float):
         raise UserError(f"{file}: metadata must be a mapping with a number as version, not {metadata}")
     return settings | {"metadata": {"version": version}}
-
-
-def is_downloaded(dataset: str) -> bool:
-    """Whether this machine's cache of `datasets` has the dataset."""
-    from datasets import config
-
-    return (Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
-
-
-def hub_refusal(dataset: str) -> str:
-    """The reason why the hub does not provide this dataset, or "" if it does. Waits for the hub for 2 seconds at most."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(dataset, timeout=2)
-    except RepositoryNotFoundError:
-        return "the hub has no dataset of this name"
-    except Exception:  # the client's transport errors are not part of its interface
-        return "the hub does not answer"
-    return ""

