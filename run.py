@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from nla import jobs
-from nla.harness.unknown_settings import explain_unknown_keys, refuse_additions
+from nla.harness.unknown_settings import check_arguments, explain_unknown_keys
 from nla.machine.ending import Stopped, leave, stoppable
 
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors arrive below, and are told in words
     try:
         with stoppable():
-            refuse_additions(sys.argv[1:])
+            check_arguments(sys.argv[1:])
             main()
     except Stopped as stopped:
         jobs.show_table()

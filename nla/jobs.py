@@ -104,7 +104,7 @@ def refuse(error: Exception) -> None:
     """
     if error is _fault:
         raise error
-    # Hydra's advice to add a setting with + is left out, see refuse_additions()
+    # Hydra's advice to add a setting with + is left out, see check_arguments()
     reason = "\n".join(line for line in str(error).strip().splitlines() if "To append to your config" not in line)
     print(f"error: the settings {shlex.join(sys.argv[1:])} cannot be read: {reason}", file=sys.stderr)
     explain_unknown_keys(sys.argv[1:])

@@ -221,6 +221,7 @@ REFUSED = [
     (["track.mode=online"], ["track.mode needs track=wandb on the command line"]),
     (["data.path=/x"], ["data.path needs ", " or data=wikitext2"]),
     (["refine.epochs=3"], ["refine.epochs needs refine=block on the command line"]),
+    (["data=[sotu,wikitext2]"], ["two sets of the same kind", "-m data=sotu,wikitext2"]),
     (["+refine.epochs=3"], ["write refine.epochs=3", "needs refine=block"]),
     (["method.linear_share=0.1"], ["needs method=hybrid"]),
 ]

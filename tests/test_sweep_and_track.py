@@ -13,6 +13,7 @@ import pytest
 from nla.harness.fits_table import COLUMNS
 from nla.harness.record import read_history, read_record
 from nla.harness.tracked_figures import loss_rows, ratio, summary
+from nla.stages.draw import draw_sweep
 from tests import forked
 from tests.conftest import TINY, configuration, only_folder, only_record, records
 
@@ -36,6 +37,16 @@ def test_a_sweep_survives_a_failing_job_shares_the_dense_baseline_and_ends_with_
     assert all(c.startswith("python run.py model=tiny_llama") and c.count("kernel=") == 1 for c in commands)
     assert dense[0] == dense[1]  # to the last digit of tokens per second: measured once
     assert len(list((tmp_path / "cache" / "windows").glob("*.jsonl"))) == 3
+
+
+@pytest.mark.parametrize(("bits", "drawn"), [((3, 3.001), False), ((3, 3), True)])
+def test_a_sweep_of_one_size_ends_with_the_errors_of_its_matrices_and_one_of_several_does_not(run_here, tmp_path, bits, drawn):
+    made = [
+        run_here(*TINY, "method=rtn", f"bits={asked}", f"seed={seed}", "select.include='layers.0'")
+        for seed, asked in enumerate(bits)
+    ]
+    draw_sweep([tmp_path / "runs" / record.name for record in made], tmp_path)
+    assert (tmp_path / "loss_by_layer.png").exists() == drawn
 
 
 TRACKED = [a for a in TINY if a != "track=none"]

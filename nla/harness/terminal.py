@@ -25,17 +25,17 @@ log = logging.getLogger(__name__)
 
 
 def announce(prepared: PreparedRun) -> None:
-    """Log how many parameters the run is going to remove."""
+    """Log how many parameters the run is going to remove, or how many bits it keeps."""
     selected = prepared.plan.selected
     fitted, kept = sum(prepared.plan.kept.values()), kept_in_the_end(prepared)
     total = prepared.inventory.parameters
-    if kept >= selected:  # codes of few bits: their number says nothing
+    if kept >= selected or prepared.values["bits"] is not None:  # the number of codes of few bits says nothing
         log.info(
-            "removing no parameters: %.2f bits for each of %s in %d matrices, of %d before",
+            "keeping %.2f of %d bits for each of %s parameters in %d matrices",
             prepared.plan.kept_bits / selected,
+            prepared.target.width,
             millions(selected),
             len(prepared.plan.matrices),
-            prepared.target.width,
         )
         return
     log.info(
@@ -90,8 +90,9 @@ def show_plan(prepared: PreparedRun) -> None:
     rows = [
         ["bytes of the model", f"{before / 1e9:.2f} GB -> {after / 1e9:.2f} GB ({prepared.values['dtype']})"],
         ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
-        ["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"],
     ]
+    if cost.starts:
+        rows.append(["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"])
     if cost.steps:
         most = duration(starts + cost.steps * step)
         rows += [

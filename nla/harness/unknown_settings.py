@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from collections import Counter
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -12,13 +13,31 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 FREE = ("model.architecture.", "hydra")  # what keys that may be added begin with
 
 
-def refuse_additions(arguments: list[str]) -> None:
-    """End with exit code 1 if a command line adds a setting, +key=value, which no part of the program would read."""
+def check_arguments(arguments: list[str]) -> None:
+    """End with exit code 1 for what Hydra would accept and this program would not read as it is meant."""
     for argument in arguments:
         setting = argument.lstrip("+")
         if setting != argument and not setting.startswith(FREE):
             print(f"error: {argument}: nothing would read a setting that is added with +; write {setting}", file=sys.stderr)
             sys.exit(1)
+        group, _, value = argument.partition("=")
+        names = [name.strip() for name in value.strip("[]").split(",")]
+        if group in ("data", "calibration") and value.startswith("[") and kinds_of(group, names).most_common(1)[0][1] > 1:
+            print(
+                f"error: {argument}: two sets of the same kind, and a run takes one; "
+                f"-m {group}={','.join(names)} makes a run for each",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+
+
+def kinds_of(group: str, names: list[str]) -> Counter[str]:
+    """How many of these options have sets of each kind (text, images, questions)."""
+    files = [CONF / group / f"{name}.yaml" for name in names]
+    sets = [OmegaConf.load(file) for file in files if file.exists()]
+    return Counter(str(kind) for found in sets for kind, value in found.items() if isinstance(value, DictConfig)) or Counter(
+        "?"
+    )
 
 
 def explain_unknown_keys(arguments: list[str]) -> None:

@@ -112,7 +112,7 @@ def exclusive(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that works on %s", path.name)
+            log.info("waiting for another process that works on %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

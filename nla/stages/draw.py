@@ -34,7 +34,7 @@ def draw_sweep(runs: list[Path], folder: Path) -> None:
     if len(runs) < 2:
         return
     fits = fits_frame([read_record(run) for run in runs])
-    if len(fits.drop_duplicates(["model", "ratio"])) > 1:
+    if len(fits.drop_duplicates(["model", "ratio", "asked_bits"])) > 1:
         return
     weighted = bool(fits["weighted_error"].notna().all())
     figure = plots.weighted_loss_by_layer(fits) if weighted else plots.loss_by_layer(fits)
