@@ -97,7 +97,7 @@ def show_plan(prepared: PreparedRun) -> None:
         most = duration(starts + cost.steps * step)
         rows += [
             ["a step of all fits", f"{flop(cost.step)}, {duration(step)} at {flop(cost.step_rate)}/s measured"],
-            ["fits altogether", f"{duration(starts)}, or {most} if all {cost.steps} steps run"],
+            ["fits altogether", f"{most}, if all {cost.steps} steps run"],
         ]
     if prepared.refinement and prepared.inventory.reads == "text":
         asked = prepared.values["statistics"]
