@@ -8,7 +8,7 @@ from torch import Tensor
 from nla.budget.base import Budget, Target
 from nla.budget.importance import Importance, best
 from nla.budget.schedule import Schedule
-from nla.machine.errors import UserError, require_choice
+from nla.machine.errors import UserError, require_choice, require_fraction
 from nla.matrix.triplets import Triplets, triplet_size
 from nla.models.select import LinearSpec
 from nla.training.processes import OneProcess
@@ -35,8 +35,7 @@ class Adaptive(Budget):
 
     def __init__(self, schedule: Schedule, beta1: float, beta2: float, rank: str, gradient: str) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not isinstance(beta, int | float) or not 0 <= beta < 1:
-                raise UserError(f"budget.{name}={beta} must be from 0 and below 1")
+            require_fraction(f"budget.{name}", beta)
         require_choice("budget.rank", rank, ["score", "score_per_parameter"])
         require_choice("budget.gradient", gradient, ["loss", "constrained"])
         self.schedule, self.beta1, self.beta2, self.rank, self.gradient = schedule, beta1, beta2, rank, gradient

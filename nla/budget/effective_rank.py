@@ -4,7 +4,7 @@ import re
 
 from nla.budget.base import Budget, ModelView, Target
 from nla.budget.uniform import Uniform
-from nla.machine.errors import UserError
+from nla.machine.errors import require_fraction
 from nla.matrix.spectrum import Spectrum
 from nla.models.select import LinearSpec
 
@@ -26,8 +26,7 @@ class EffectiveRank(Budget):
     looks = True
 
     def __init__(self, givers: str, takers: str, moved: float) -> None:
-        if not isinstance(moved, int | float) or not 0 <= moved < 1:
-            raise UserError(f"budget.moved={moved} must be a fraction, from 0 and below 1")
+        require_fraction("budget.moved", moved)
         self.givers, self.takers, self.moved = re.compile(givers), re.compile(takers), moved
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:

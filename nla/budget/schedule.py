@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from nla.machine.errors import UserError, require_integer
+from nla.machine.errors import UserError, require_fraction, require_integer
 
 
 class Schedule(ABC):
@@ -21,8 +21,7 @@ class Schedule(ABC):
         if not isinstance(b0, int | float) or not b0 >= 1:
             raise UserError(f"schedule.b0={b0} must be at least 1: it is a multiple of the final budget")
         for name, value in (("t_i", t_i), ("t_f", t_f)):
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise UserError(f"schedule.{name}={value} must be a fraction of the steps, from 0 and below 1")
+            require_fraction(f"schedule.{name}", value)
         if t_i + t_f >= 1:
             raise UserError(f"schedule.t_i={t_i} and schedule.t_f={t_f} leave nothing to tighten in; their sum must be below 1")
         require_integer("schedule.interval", interval, 1)

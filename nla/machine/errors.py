@@ -23,6 +23,12 @@ def require_positive(setting: str, value: float) -> None:
         raise UserError(f"{setting}={value} must be above 0")
 
 
+def require_fraction(setting: str, value: float) -> None:
+    """Raise UserError unless `value` is a number from 0 and below 1."""
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(f"{setting}={value} must be a fraction, from 0 and below 1")
+
+
 def require_integer(setting: str, value: object, least: int) -> None:
     """Raise UserError unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

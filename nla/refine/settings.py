@@ -1,7 +1,14 @@
 """The settings `refine.*`. `conf/refine/` holds the presets."""
 
 from nla.machine.device import PRODUCTS
-from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.machine.errors import (
+    UserError,
+    require_at_least_zero,
+    require_choice,
+    require_fraction,
+    require_integer,
+    require_positive,
+)
 from nla.retrain import settings as retrain
 
 PARTS = [part for part in retrain.PARTS if part != "linear_term"]
@@ -46,8 +53,7 @@ class Refinement:
         require_choice("refine.products", products, list(PRODUCTS))
         if not isinstance(held_out, int | float) or not 0 < held_out < 1:
             raise UserError(f"refine.held_out={held_out} must be a fraction, above 0 and below 1")
-        if not isinstance(warmup, int | float) or not 0 <= warmup < 1:
-            raise UserError(f"refine.warmup={warmup} must be a fraction, from 0 and below 1")
+        require_fraction("refine.warmup", warmup)
         self.parts = str(train).split("+")
         for part in self.parts:
             require_choice("refine.train", part, PARTS)

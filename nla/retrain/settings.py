@@ -4,7 +4,14 @@ from typing import Any
 
 from nla.kernels.base import TRAINING_RATE
 from nla.machine.device import PRODUCTS
-from nla.machine.errors import UserError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.machine.errors import (
+    UserError,
+    require_at_least_zero,
+    require_choice,
+    require_fraction,
+    require_integer,
+    require_positive,
+)
 from nla.training.loop import Recipe
 
 PARTS = ["triplets", "A", "B", "mu", "linear_term", "norms", "biases", "everything"]
@@ -86,8 +93,7 @@ class Retraining:
             ("perturbation", perturbation),
         ):
             require_at_least_zero(f"retrain.{name}", number)
-        if not isinstance(warmup, int | float) or not 0 <= warmup < 1:
-            raise UserError(f"retrain.warmup={warmup} must be a fraction of the steps, from 0 and below 1")
+        require_fraction("retrain.warmup", warmup)
         require_choice("retrain.products", products, list(PRODUCTS))
         require_choice("retrain.recompute", recompute, [True, False])
         if not isinstance(train, list) or not train:
