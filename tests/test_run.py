@@ -1,9 +1,9 @@
 """Tests of `python run.py` from the user's side: results, records and error messages."""
 
+import itertools
 import json
 import subprocess
 import sys
-from itertools import count
 from threading import Barrier
 
 import pytest
@@ -132,9 +132,13 @@ def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(whole_r
     assert figures(whole) == figures(only_record(whole_run[0]))
 
 
-@pytest.mark.parametrize("method", options("method"))
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt", "tiny_swin"])
-def test_every_method_runs_on_every_architecture(run_here, tmp_path, method, model):
+ARCHITECTURES = ["tiny_llama", "tiny_opt", "tiny_swin"]
+EVERYWHERE = ["nla", "asvd", "fwsvd", "svd_llm"]  # these read nothing, magnitudes, Fisher information, Gram matrices
+PAIRS = {(method, ARCHITECTURES[i % 3]) for i, method in enumerate(options("method"))}
+
+
+@pytest.mark.parametrize(("method", "model"), sorted(PAIRS | set(itertools.product(EVERYWHERE, ARCHITECTURES))))
+def test_every_method_runs_and_every_architecture_has_what_methods_read(run_here, tmp_path, method, model):
     few = ["statistics.windows=4", "statistics.length=32", r"select.include='layers\.1.*(qkv|[qk]_proj|fc1|up_proj)'"]
     task = ["task.max_images=32", "track=none"] if model == "tiny_swin" else replaced(FAST, f"model={model}")
     run_here(*task, f"model={model}", "solver.steps=10", f"method={method}", "ratio=0.5", "dtype=bfloat16", *few)
@@ -298,7 +302,7 @@ def test_a_dry_run_measures_a_term_of_the_same_size_whatever_the_models_type():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_dry_run_gives_every_worker_something_to_do(threads):
-    calls, together, before = count(), Barrier(threads), torch.get_num_threads()
+    calls, together, before = itertools.count(), Barrier(threads), torch.get_num_threads()
 
     def work(_: int) -> None:
         if next(calls):  # not the warm-up
