@@ -1,6 +1,7 @@
 """Tests of the experiments (tables of the paper): every row is a valid request, and its small twin sweeps the same."""
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("inventories")
 
 
+@cache
 def rows(experiment: str) -> list[list[str]]:
     """The overrides of every row that `python run.py experiment=...` runs."""
     with hydra_of_conf():
