@@ -1,4 +1,4 @@
-"""What is wrong with a command line whose settings Hydra cannot compose, in words."""
+"""What is wrong with a command line, in words: settings that do not exist, and settings that nothing would read."""
 
 import difflib
 import sys
@@ -22,7 +22,7 @@ def check_arguments(arguments: list[str]) -> None:
             sys.exit(1)
         group, _, value = argument.partition("=")
         names = [name.strip() for name in value.strip("[]").split(",")]
-        if group in ("data", "calibration") and value.startswith("[") and kinds_of(group, names).most_common(1)[0][1] > 1:
+        if group in ("data", "calibration") and max(kinds_of(group, names).values(), default=0) > 1 and "[" in value:
             print(
                 f"error: {argument}: two sets of the same kind, and a run takes one; "
                 f"-m {group}={','.join(names)} makes a run for each",
@@ -35,9 +35,7 @@ def kinds_of(group: str, names: list[str]) -> Counter[str]:
     """How many of these options have sets of each kind (text, images, questions)."""
     files = [CONF / group / f"{name}.yaml" for name in names]
     sets = [OmegaConf.load(file) for file in files if file.exists()]
-    return Counter(str(kind) for found in sets for kind, value in found.items() if isinstance(value, DictConfig)) or Counter(
-        "?"
-    )
+    return Counter(str(kind) for found in sets for kind, value in found.items() if isinstance(value, DictConfig))
 
 
 def explain_unknown_keys(arguments: list[str]) -> None:
