@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from nla.compressed.contents import matrix_terms
@@ -16,6 +17,20 @@ from nla.terms.state import empty_term, pack
 METHOD = "nla"  # the name of this format among transformers' storage formats
 FORMAT = 1  # raised when a folder can no longer be read by older code
 REMEDY = "this model is compressed: run `import nla` before from_pretrained"  # the name of a tensor, see guard()
+
+
+class Entry(BaseModel):
+    """A term, and the layers that have it."""
+
+    layers: list[str] = Field(min_length=1)
+    term: dict[str, Any]  # checked when the term is made
+
+
+class Description(BaseModel):
+    """What `describe` writes, beside the method and the format."""
+
+    terms: list[Entry] = Field(min_length=1)
+    shared: dict[str, str]
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -53,23 +68,12 @@ def check_description(description: Mapping[str, Any]) -> None:
         raise UserError(
             f"the folder is of format {found}, and this version reads format {FORMAT}; use the version that wrote it"
         )
-    if not is_whole(description):
+    try:
+        Description.model_validate(description)
+    except ValidationError as error:
         raise UserError(
             "the folder's config.json lacks terms of layers, or names of shared tensors; copy the whole folder again"
-        )
-
-
-def is_whole(description: Mapping[str, Any]) -> bool:
-    """Whether a description of this format has what `describe` writes. The terms themselves are checked when they are made."""
-    terms, shared = description.get("terms"), description.get("shared")
-    if not isinstance(terms, list) or not terms or not isinstance(shared, Mapping):
-        return False
-    kinds: list[tuple[Any, type]] = [(name, str) for name in shared.values()]
-    for entry in terms:
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("layers"), list) or not entry["layers"]:
-            return False
-        kinds += [(entry.get("term"), Mapping), *((name, str) for name in entry["layers"])]
-    return all(isinstance(value, kind) for value, kind in kinds)
+        ) from error
 
 
 def put_empty_layers(module: nn.Module, description: Mapping[str, Any]) -> None:

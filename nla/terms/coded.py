@@ -40,7 +40,7 @@ class CodebookTerm(Term):
         return f"{self.kernel.name} {self.codebook.name} h={self.h} r={self.r}"
 
     def forward_flops(self, tokens: int) -> int:
-        """Of one factor after the other, for any number of tokens: codes are unpacked by parts, and not multiplied out."""
+        """Operations of one factor after the other: codes are unpacked by parts, so that the factors are never multiplied."""
         return apply_flops(self.out_features, self.in_features, self.kernel.columns(self.h, self.r), tokens)[0]
 
     def dense_flops(self) -> int:
