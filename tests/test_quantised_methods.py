@@ -23,12 +23,14 @@ from nla.methods.eora import EoRA
 from nla.methods.gptq import GPTQ
 from nla.methods.lq_lora import LQLoRA
 from nla.methods.packed_svd import PackedSVD
+from nla.methods.quip import QuIP
 from nla.methods.rtn import RTN
 from nla.methods.svd_llm import SVDLLM
 from nla.methods.svdquant import SVDQuant
 from nla.storage.base import Coded, Float
 from nla.terms.grid import Grid
 from nla.terms.kernel_term import KernelTerm
+from nla.terms.lattice_term import LatticeTerm
 from nla.terms.state import empty_term, pack, unpack
 from tests.conftest import TINY, composed
 
@@ -46,9 +48,10 @@ def known(n: int, tokens: int = 0) -> Statistics:
     return Statistics(gram=x.T @ x)
 
 
-def linear(m: int, n: int, rank: int) -> KernelTerm:
-    """A linear term of this rank without values."""
-    return KernelTerm.empty(Linear(), m, n, rank, 1, torch.float32)
+def planned(m: int, n: int, form: GridFormat, rank: int) -> tuple[Grid, KernelTerm]:
+    """A grid and linear factors without values."""
+    grid = Grid.empty(m, n, form.width, form.group, form.kind, torch.float32)
+    return grid, KernelTerm.empty(Linear(), m, n, rank, 1, torch.float32)
 
 
 def make_method(name: str, **values: object):
@@ -84,7 +87,7 @@ def test_a_grid_gets_the_most_bits_that_fit_and_a_pair_keeps_a_sixteenth_for_its
 
 def test_gptq_changes_the_outputs_less_than_rtn_and_rtn_the_weights():
     weight = normal(48, 96)
-    rtn, gptq = compress(RTN(), weight, 2.6), compress(GPTQ(False), weight, 2.6)
+    rtn, gptq = compress(RTN("uniform"), weight, 2.6), compress(GPTQ(False), weight, 2.6)
     assert rtn.term.describe() == gptq.term.describe()
     assert gptq.weighted_error < 0.6 * rtn.weighted_error and rtn.relative_error < gptq.relative_error
     assert rtn.losses == [(0, pytest.approx(rtn.relative_error, rel=1e-3))]
@@ -96,10 +99,10 @@ def test_eora_is_the_published_projection_to_scaled_eigenvectors(shape):
     """The repair of W - Q by the paper's recipe: eigenvectors of the Gram matrix, SVD, and back."""
     weight, statistics = normal(*shape), known(shape[1])
     objective = Norms(weight, statistics).outputs
-    ((rounded, factors),) = EoRA(3, False).pairs(objective, GridFormat(2, 8), linear(*shape, 3))
+    rounded, factors = next(EoRA(3, False).pairs(objective, planned(*shape, GridFormat(2, 8), 3), torch.Generator()))
     values, Q = torch.linalg.eigh(statistics.gram.double())
     scaled = Q * values.sqrt()
-    rest = (weight - rounded.dense(GridFormat(2, 8))).double()
+    rest = (weight - rounded.dense().detach()).double()
     U, s, Vh = torch.linalg.svd(rest @ scaled, full_matrices=False)
     expected = (U[:, :3] * s[:3]) @ Vh[:3] @ torch.linalg.inv(scaled)
     torch.testing.assert_close(factors.dense().detach().double(), expected, rtol=1e-3, atol=1e-4)
@@ -108,22 +111,39 @@ def test_eora_is_the_published_projection_to_scaled_eigenvectors(shape):
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_a_pair_is_better_than_its_grid_alone_and_is_the_best_of_all_that_were_tried(name):
+def test_a_pair_is_better_than_its_rounded_part_alone_and_is_the_best_of_all_that_were_tried(name):
     weight, statistics = normal(64, 96), known(96)
     fit = compress(make_method(name, rank=6), weight, 8, statistics)
-    grid = next(fit.term.leaves())
-    alone = compress(RTN() if name in ("lq_lora", "svdquant") else GPTQ(False), weight, grid.bits() / weight.numel() + 1e-4)
-    assert next(alone.term.leaves()).form.width == grid.form.width
+    rounded = next(fit.term.leaves())
+    rounding = {"eora": GPTQ(False), "caldera": QuIP(False)}.get(name, RTN("uniform"))
+    alone = compress(rounding, weight, rounded.bits() / weight.numel() + 1e-3)
+    assert alone.term.bits() >= rounded.bits()
     own = "relative_error" if name == "lq_lora" else "weighted_error"
     assert getattr(fit, own) < getattr(alone, own)
     assert getattr(fit, own) == pytest.approx(min(error for _, error in fit.losses), rel=0.02)
 
 
-def test_caldera_begins_with_eora_and_goes_on_below_it():
+def test_caldera_on_a_grid_begins_with_eora_and_goes_on_below_it():
     weight = normal(64, 96)
-    eora, caldera = compress(EoRA(4, False), weight, 5), compress(Caldera(4, 6, False, Float()), weight, 5)
+    eora, caldera = compress(EoRA(4, False), weight, 5), compress(Caldera(4, 6, "gptq", False, Float()), weight, 5)
     assert caldera.losses[0][1] == pytest.approx(eora.losses[0][1]) and len(caldera.losses) == 6
     assert caldera.weighted_error < eora.weighted_error
+
+
+def test_caldera_rounds_what_its_factors_leave_to_the_lattice_as_quip_does():
+    weight, statistics = normal(64, 96), known(96)
+    objective = Norms(weight, statistics).outputs
+    caldera = make_method("caldera", rank=4)
+    rounded, low = caldera.plan_matrix(64, 96, 6 * weight.numel(), torch.float32).leaves()
+    pairs = caldera.pairs(objective, (rounded, low), torch.Generator().manual_seed(0))
+    (first, factors), (second, _) = next(pairs), next(pairs)
+    generator = torch.Generator().manual_seed(0)
+    for found, left in ((first, weight), (second, weight - factors.dense().detach())):
+        own = QuIP(False).start(Objective(left, objective.factor), rounded, generator).term
+        assert isinstance(found, LatticeTerm) and torch.equal(found.dense(), own.dense())
+    rest = Objective(weight - first.dense().detach(), objective.factor)
+    left, s, right = rest.spectrum.truncated(4)
+    torch.testing.assert_close(factors.dense().detach(), (left * s @ right.T).float(), rtol=1e-3, atol=1e-4)
 
 
 def test_alternation_ends_when_the_error_rises():
@@ -136,11 +156,12 @@ def test_alternation_ends_when_the_error_rises():
 def test_the_first_factors_are_singular_vectors_of_the_weight_and_the_grid_holds_the_rest(method):
     """Algorithm 1 of LQ-LoRA starts with Q = 0, as SVDQuant does."""
     weight, form = normal(32, 48), GridFormat(4, 16)
-    rounded, factors = next(method.pairs(method.objective(Norms(weight, known(48))), form, linear(32, 48, 4)))
+    sizes = planned(32, 48, form, 4)
+    rounded, factors = next(method.pairs(method.objective(Norms(weight, known(48))), sizes, torch.Generator()))
     left, s, right = (part.float() for part in Objective(weight).spectrum.truncated(4))
     torch.testing.assert_close(factors.dense().detach(), left * s @ right.T)
     rest = rounded_to_nearest(weight - factors.dense().detach(), form)
-    torch.testing.assert_close(rounded.dense(form), rest.dense(form))
+    torch.testing.assert_close(rounded.dense().detach(), rest.dense(form))
 
 
 def test_every_pair_of_a_grid_and_factors_counts_its_operations():
@@ -173,8 +194,10 @@ def test_settings_that_make_no_sense_are_errors_that_name_them():
     with pytest.raises(UserError, match=r"method\.rank=0 must be a whole number from 1"):
         EoRA(0, False)
     with pytest.raises(UserError, match=r"method\.iterations=0"):
-        Caldera(None, 0, False, Float())
-    with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: nf4, uniform"):
+        Caldera(None, 0, "gptq", False, Float())
+    with pytest.raises(UserError, match=r"method\.rounding=rtn is not known; allowed: lattice, gptq"):
+        Caldera(None, 5, "rtn", False, Float())
+    with pytest.raises(UserError, match=r"method\.levels=nf3 is not known; allowed: uniform, nf4"):
         LQLoRA(None, 5, "weight", "nf3")
     with pytest.raises(UserError, match=r"linear factors of this method .* use storage=float, int8"):
         SVDLLM(False, 0.0, Coded("angle", 3, 0))
@@ -188,8 +211,8 @@ def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp
     record = run_here(*TINY, *arguments, "retrain.watch=0", "statistics.windows=4", "statistics.length=32")
     assert record.status == "done" and record.bits.selected_per_weight <= 3.5
     loaded = nla.load_compressed(folder)
-    grids = [module for module in loaded.modules() if isinstance(module, Grid)]
-    assert len(grids) == 7 and sum(8 * b.numel() for g in grids for b in g.buffers()) > 0
+    rounded = [module for module in loaded.modules() if isinstance(module, Grid | LatticeTerm)]
+    assert len(rounded) == 7 and sum(8 * b.numel() for term in rounded for b in term.buffers()) > 0
 
 
 def test_folders_of_all_kinds_of_codes_load_in_a_fresh_process(run_here, tmp_path):
@@ -281,7 +304,7 @@ def test_packed_factors_of_more_rank_than_the_weight_has_are_finite(tokens):
 def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():
     weight = normal(96, 128).to(torch.bfloat16)
     wide, narrow = (
-        compress(Caldera(None, 3, False, storage), weight, 3, known(128)) for storage in (Float(), Coded("int", 4, 0))
+        compress(Caldera(None, 3, "gptq", False, storage), weight, 3, known(128)) for storage in (Float(), Coded("int", 4, 0))
     )
     (_, low), (_, packed_low) = (fit.term.leaves() for fit in (wide, narrow))
     assert packed_low.rank_bound() > 2 * low.rank_bound() and narrow.bits <= 3 * weight.numel()

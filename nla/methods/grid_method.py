@@ -28,11 +28,16 @@ class GridMethod(MatrixMethod):
     def rounded(self, objective: Objective, form: GridFormat) -> Rounded:
         """The weight of the objective on a grid."""
 
+    def levels(self, form: GridFormat) -> GridFormat:
+        """The format with the levels of the method, which takes no more bits. The default is the format itself."""
+        return form
+
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
         found = fitting(out_features, in_features, bits)
         if not found:
             return nothing(out_features, in_features, dtype)
-        return empty_grid(out_features, in_features, found[0], dtype)
+        form = self.levels(found[0])
+        return Grid.empty(out_features, in_features, form.width, form.group, form.kind, dtype)
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         return sum(least_grid_bits(m, n) for m, n in shapes)
@@ -63,8 +68,3 @@ def hessian(objective: Objective) -> Hessian:
 def nothing(out_features: int, in_features: int, dtype: torch.dtype) -> Term:
     """The term of a matrix whose bits buy nothing; it stores no number."""
     return KernelTerm.empty(Linear(), out_features, in_features, 0, 1, dtype)
-
-
-def empty_grid(out_features: int, in_features: int, form: GridFormat, dtype: torch.dtype) -> Grid:
-    """A grid of this format without values."""
-    return Grid.empty(out_features, in_features, form.width, form.group, form.kind, dtype)

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
-from nla.codes.grid_format import GridFormat
-from nla.codes.rounding import Rounded
+import torch
+
 from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
-from nla.methods.grid_plus_low_rank import GridPlusLowRank
-from nla.terms.base import Term
+from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
+from nla.methods.rtn import RTN
 
 
-class LQLoRA(GridPlusLowRank):
+class LQLoRA(RoundedPlusLowRank):
     """L R^T = the best matrix of its rank for W - Q (at first Q = 0), then Q = W - L R^T rounded, until the error rises.
 
     Args:
@@ -22,24 +22,17 @@ class LQLoRA(GridPlusLowRank):
     """
 
     def __init__(self, rank: int | None, iterations: int, loss: str, levels: str) -> None:
-        super().__init__(rank, iterations)
+        super().__init__(rank, iterations, RTN(levels))
         require_choice("method.loss", loss, ["weight", "inputs"])
-        require_choice("method.levels", levels, ["nf4", "uniform"])
         self.needs = frozenset({"gram"} if loss == "inputs" else ())
-        self.kind = levels
 
     def objective(self, norms: Norms) -> Objective:
         gram = norms.statistics.gram
         if not self.needs or gram is None:
             return norms.plain
         squares = gram.diagonal().double().clamp(min=0)
-        return norms.scaled(
-            (squares + 1e-6 * squares.mean().clamp(min=1e-30)).sqrt()
-        )  # an input that is never on counts little
+        least = 1e-6 * squares.mean().clamp(min=1e-30)  # an input that is never on counts little
+        return norms.scaled((squares + least).sqrt())
 
-    def levels(self, form: GridFormat) -> GridFormat:
-        return GridFormat(4, form.group, self.kind) if form.width == 4 else form
-
-    def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
-        importance = None if objective.factor is None else objective.factor.S.square()
-        return self.factors_first(objective, form, low, importance)
+    def pairs(self, objective: Objective, planned: Pair, generator: torch.Generator) -> Iterator[Pair]:
+        return self.factors_first(objective, planned, generator)

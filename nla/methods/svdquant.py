@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from nla.codes.grid_format import GridFormat
-from nla.codes.rounding import Rounded
+import torch
+
 from nla.matrix.objective import Norms, Objective
-from nla.methods.grid_plus_low_rank import GridPlusLowRank
-from nla.terms.base import Term
+from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
+from nla.methods.rtn import RTN
 
 
-class SVDQuant(GridPlusLowRank):
+class SVDQuant(RoundedPlusLowRank):
     """L R^T = truncated SVD of W and Q = W - L R^T rounded to nearest; then L R^T of W - Q, until the outputs' error rises.
 
     Activations are not quantised here, and weights are not smoothed before.
@@ -21,11 +21,11 @@ class SVDQuant(GridPlusLowRank):
     needs = frozenset({"gram"})
 
     def __init__(self, rank: int | None, iterations: int, sequential: bool) -> None:
-        super().__init__(rank, iterations)
+        super().__init__(rank, iterations, RTN("uniform"))
         self.sequential = sequential
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
 
-    def pairs(self, objective: Objective, form: GridFormat, low: Term) -> Iterator[tuple[Rounded, Term]]:
-        return self.factors_first(Objective(objective.weight), form, low)
+    def pairs(self, objective: Objective, planned: Pair, generator: torch.Generator) -> Iterator[Pair]:
+        return self.factors_first(Objective(objective.weight), planned, generator)
