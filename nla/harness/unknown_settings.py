@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,6 +16,10 @@ FREE = ("model.architecture.", "hydra")  # what keys that may be added begin wit
 
 def check_arguments(arguments: list[str]) -> None:
     """End with exit code 1 for what Hydra would accept and this program would not read as it is meant."""
+    _, unknown = get_args_parser().parse_known_args(arguments)
+    if unknown:
+        print(f"error: {unknown[0]} is no option; settings are written as key=value, such as ratio=0.5", file=sys.stderr)
+        sys.exit(1)
     for argument in arguments:
         setting = argument.lstrip("+")
         if setting != argument and not setting.startswith(FREE):
