@@ -90,17 +90,6 @@ def test_importance_masks_and_budget_equal_those_of_pefts_adalora():
     assert [cubic.budget(step, 10, 15, 6) for step in range(11)] == [theirs.budget_schedule(step)[0] for step in range(11)]
 
 
-def test_a_score_can_be_that_of_mu_alone():
-    """In AdaLoRA's terms: the score of the singular value without those of its vectors."""
-    t, gradients = random_triplets(6, 4, 5, 2, seed=0), [random_triplets(6, 4, 5, 2, seed=step) for step in (1, 2)]
-    all_parts, of_mu = Importance([t], 0.5, 0.5), Importance([t], 0.5, 0.5, ["mu"])
-    for g in gradients:
-        all_parts.update([t], [g])
-        of_mu.update([t], [g])
-    torch.testing.assert_close(of_mu.scores()[0], all_parts.smoothed[0].mu * all_parts.uncertainty[0].mu)
-    assert (all_parts.scores()[0] > of_mu.scores()[0]).all()
-
-
 def test_importance_copies_no_parameters():
     t, g = random_triplets(64, 48, 16, 2, seed=0), random_triplets(64, 48, 16, 2, seed=1)
     importance = Importance([t, t], 0.85, 0.85)
@@ -174,8 +163,8 @@ def test_the_best_fill_the_budget_in_order_and_ties_go_to_the_earlier(triplets, 
 
 
 def adaptive(**changes) -> Adaptive:
-    settings = {"schedule": Linear(2.0, 0.0, 0.2, 1), "beta1": 0.5, "beta2": 0.5}
-    return Adaptive(**(settings | {"rank": "score", "parts": ["mu", "A", "B"], "gradient": "loss"} | changes))
+    settings = {"schedule": Linear(2.0, 0.0, 0.2, 1), "beta1": 0.5, "beta2": 0.5, "rank": "score", "gradient": "loss"}
+    return Adaptive(**(settings | changes))
 
 
 def run(tightening: Tightening, steps: range, important) -> list[list[torch.Tensor]]:
@@ -258,8 +247,5 @@ def test_matrices_begin_with_b0_times_their_share_but_at_most_their_dense_size()
     for name, value in {"beta1": 1.0, "beta2": -1, "rank": "x"}.items():
         with pytest.raises(UserError, match=f"budget.{name}={value}"):
             adaptive(**{name: value})
-    for parts in ([], ["mu", "C"], "mu"):
-        with pytest.raises(UserError, match=r"budget\.parts=.* must be a list of some of mu, A, B"):
-            adaptive(parts=parts)
     with pytest.raises(UserError, match=r"set retrain.steps"):
         adaptive().check_retraining(0, [["triplets"]])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nla.budget.base import Budget, Target
-from nla.budget.importance import PARTS, Importance, best
+from nla.budget.importance import Importance, best
 from nla.budget.schedule import Schedule
 from nla.machine.errors import UserError, require_choice, require_fraction
 from nla.matrix.triplets import Triplets, triplet_size
@@ -24,9 +24,6 @@ class Adaptive(Budget):
         beta1, beta2: smoothing of the sensitivity and of its uncertainty (see `nla.budget.importance.Importance`).
         rank: compare triplets by `score` (the papers') or by `score_per_parameter`. Triplets of larger matrices have more
             parameters.
-        parts: the tensors whose scores make that of a triplet: `[mu, A, B]` (the papers'), or `[mu]`. A triplet is masked by
-            mu = 0, so that |mu dL/dmu| is the loss of dropping it, to first order. It means the same for every kernel. The
-            numbers in A and B do not: an angle of 0 is no smaller than any other.
         gradient: the dL/dw of the importance: `loss` for the loss's own (the papers'), or `constrained` for the part of it
             that the constraint of the kernel lets through (see `nla.kernels.base.Constraint`).
 
@@ -36,14 +33,12 @@ class Adaptive(Budget):
 
     tightens = True
 
-    def __init__(self, schedule: Schedule, beta1: float, beta2: float, rank: str, parts: list[str], gradient: str) -> None:
+    def __init__(self, schedule: Schedule, beta1: float, beta2: float, rank: str, gradient: str) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             require_fraction(f"budget.{name}", beta)
         require_choice("budget.rank", rank, ["score", "score_per_parameter"])
         require_choice("budget.gradient", gradient, ["loss", "constrained"])
-        require_parts(parts)
-        self.schedule, self.beta1, self.beta2 = schedule, beta1, beta2
-        self.rank, self.parts, self.gradient = rank, list(parts), gradient
+        self.schedule, self.beta1, self.beta2, self.rank, self.gradient = schedule, beta1, beta2, rank, gradient
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
         """{matrix: bits at the start}: b0 times the uniform share, but at most the dense matrix."""
@@ -76,16 +71,6 @@ class Adaptive(Budget):
         return Tightening(self, triplets, final, steps, processes or OneProcess(), owners or [0] * len(triplets))
 
 
-def require_parts(parts: object) -> None:
-    """Check the setting `budget.parts`.
-
-    Raises:
-        UserError: it is not a list of some of the tensors of a triplet.
-    """
-    if not isinstance(parts, Sequence) or not parts or isinstance(parts, str) or not set(parts) <= set(PARTS):
-        raise UserError(f"budget.parts={parts} must be a list of some of {', '.join(PARTS)}, such as [mu]")
-
-
 class Tightening:
     """The masks of the triplets during one retraining. A masked triplet has mu = 0.
 
@@ -112,7 +97,7 @@ class Tightening:
         self.final, self.steps, self.processes = final, steps, processes
         self.triplets = list(triplets)
         self.own = [i for i, owner in enumerate(owners) if owner == processes.rank]
-        self.importance = Importance([self.triplets[i] for i in self.own], budget.beta1, budget.beta2, budget.parts)
+        self.importance = Importance([self.triplets[i] for i in self.own], budget.beta1, budget.beta2)
         self.masks = [torch.ones_like(t.mu, dtype=torch.bool) for t in self.triplets]
         self.waiting = {i: self.triplets[i].mu.detach().clone() for i in self.own}  # mu of masked triplets
         self.sizes = [triplet_size(t.out_features, t.in_features, t.r) for t in self.triplets]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nla.matrix.triplets import Triplets
 
-PARTS = ("mu", "A", "B")
 IMPORTANCE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -20,11 +19,10 @@ class Importance:
 
     Args:
         triplets: one container per term. Only shapes, type and device are used.
-        parts: the tensors of a triplet that its score sums up, of PARTS.
     """
 
-    def __init__(self, triplets: Sequence[Triplets], beta1: float, beta2: float, parts: Sequence[str] = PARTS) -> None:
-        self.beta1, self.beta2, self.parts = beta1, beta2, parts
+    def __init__(self, triplets: Sequence[Triplets], beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
         self.smoothed = [t.map(torch.zeros_like) for t in triplets]
         self.uncertainty = [t.map(torch.zeros_like) for t in triplets]
 
@@ -43,16 +41,16 @@ class Importance:
 
     @torch.no_grad()
     def scores(self) -> list[Tensor]:
-        """The score of each triplet, s(mu_l) + mean s(A[:, l, :]) + mean s(B[:, l, :]), of its parts: (h,) for each term."""
+        """The score of each triplet, s(mu_l) + mean s(A[:, l, :]) + mean s(B[:, l, :]): (h,) for each term."""
         return [
-            torch.stack([per_triplet(getattr(s, part) * getattr(u, part)) for part in self.parts]).sum(0)
+            s.mu * u.mu + mean_product(s.A, u.A) + mean_product(s.B, u.B)
             for s, u in zip(self.smoothed, self.uncertainty, strict=True)
         ]
 
 
-def per_triplet(score: Tensor) -> Tensor:
-    """The scores of mu (h,) as they are, the mean over rows and columns of those of a factor: (n, h, r) -> (h,)"""
-    return score if score.ndim == 1 else score.mean(dim=(0, 2))
+def mean_product(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of a * b over rows and columns: (n, h, r) twice -> (h,)"""
+    return (a * b).mean(dim=(0, 2))
 
 
 def best(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
