@@ -15,7 +15,7 @@ from nla.budget.plan import Plan, make_plan
 from nla.harness.checks import check_gradients, check_masks, check_refinement, check_retraining, check_samples
 from nla.harness.track import Tracker
 from nla.machine.cache import Cache
-from nla.machine.device import find_device, has_matrix_units
+from nla.machine.device import find_device, has_fast_bfloat16
 from nla.machine.errors import UserError
 from nla.matrix.triplets import triplet_size
 from nla.methods.base import Method
@@ -110,7 +110,7 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
     values = settings | {"device": find_device(settings["device"])}
     for group in (values["method"].get("solver", {}), values["refine"], values["retrain"]):
         if group.get("products") == "auto":
-            group["products"] = "bfloat16" if has_matrix_units(values["device"]) else "float32"
+            group["products"] = "bfloat16" if has_fast_bfloat16(values["device"]) else "float32"
     return {key: value for key, value in values.items() if key not in INGREDIENTS}
 
 

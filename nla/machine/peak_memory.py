@@ -3,10 +3,11 @@
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
 class PeakMemory:
@@ -70,6 +71,14 @@ class LiveTensors(TorchDispatchMode):
             if key not in self._known:
                 self._known[key] = weakref.ref(storage, freed)
                 self.live_bytes += size
+
+
+def unmeasured() -> AbstractContextManager:
+    """A context whose operations PeakMemory does not see on the CPU, where it takes longer than a small operation does.
+
+    It is for loops of small operations: their tensors must be small beside those around the loop, and not outlive it.
+    """
+    return _disable_current_modes()
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:

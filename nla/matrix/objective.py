@@ -83,6 +83,19 @@ class Objective:
         return None if self.wide_root is None else self.wide_root.to(self.weight.dtype)
 
     @cached_property
+    def roots(self) -> dict[torch.dtype, Tensor]:
+        """`root` in the types in which it was asked for by `root_as`."""
+        return {}
+
+    def root_as(self, dtype: torch.dtype) -> Tensor | None:
+        """`root` in a type. It is kept, because a fit multiplies with it in each step, and conversion takes a tenth as long."""
+        if self.root is None:
+            return None
+        if dtype not in self.roots:
+            self.roots[dtype] = self.root.to(dtype)
+        return self.roots[dtype]
+
+    @cached_property
     def gram(self) -> Tensor | None:
         """S S^T (in, in), fp32."""
         return None if self.root is None else self.root @ self.root.T
@@ -109,14 +122,16 @@ class Objective:
 
     def weigh(self, right: Tensor) -> Tensor:
         """S^T R (in, k) for a right factor R (in, k) of a matrix: the right factor of the matrix times S."""
-        return right if self.root is None else self.root.T.to(right.dtype) @ right
+        root = self.root_as(right.dtype)
+        return right if root is None else root.T @ right
 
     def weigh_back(self, d: Tensor) -> Tensor:
         """S d (in, k): the gradient with respect to a right factor, given d, that with respect to weigh(right factor)."""
-        return d if self.root is None else self.root.to(d.dtype) @ d
+        root = self.root_as(d.dtype)
+        return d if root is None else root @ d
 
-    def preconditioned(self, damping: float) -> Tensor | None:
-        """(G + damping I)^-1 S (in, in), fp32, where G = S S^T has a mean diagonal of 1; None for the plain norm.
+    def preconditioned(self, damping: float, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """(G + damping I)^-1 S (in, in), in a type, where G = S S^T has a mean diagonal of 1; None for the plain norm.
 
         In place of S in `weigh_back`, it turns the gradient with respect to a right factor into a damped Newton step for fixed
         left factors, up to their Gram matrix. A few large directions of the inputs no longer decide the step of all columns.
@@ -124,7 +139,7 @@ class Objective:
         if self.wide_root is None:
             return None
         S = self.wide_root
-        found: Tensor = torch.linalg.solve(S @ S.T + damping * torch.eye(len(S)).to(S), S).to(self.weight.dtype)
+        found: Tensor = torch.linalg.solve(S @ S.T + damping * torch.eye(len(S)).to(S), S).to(dtype)
         return found
 
     def squared(self, error: Tensor) -> tuple[Tensor, Tensor]:

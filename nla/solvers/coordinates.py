@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nla.kernels.factored import FactoredKernel
+from nla.machine.peak_memory import unmeasured
 from nla.matrix.objective import Objective
 from nla.terms.rounded import RoundedTerm
 
@@ -75,24 +76,25 @@ class Coordinates:
         curvature = torch.einsum("vx,cxy,vy->cv", self.g, blocks, self.g)  # (c, values)
         slope = self.weighted.T @ left - self.gram @ (right.flatten(1) @ gram)  # half the negative gradient, (in, c w)
         diagonal = self.gram.diagonal()
-        for j in diagonal.argsort(descending=True, stable=True).tolist():
-            weight, scale, row, codes = diagonal[j], self.columns[j], right[j], self.b[j]
-            here = slope[j].clone()  # (c w,), half the negative gradient of this row of R
-            moved = torch.zeros_like(row)  # (c, w), how far the row has moved
-            for attempt in range(TRIES):
-                free = here.view(count, w) + weight * torch.einsum("cx,cxy->cy", row, blocks)  # without the column itself
-                costs = weight * scale * scale * curvature - 2 * scale * (free @ self.g.T)  # (c, values)
-                least, best = costs.min(1)
-                change = least < costs.gather(1, codes[:, None])[:, 0]
-                if attempt < TRIES - 1:
-                    change &= (torch.rand(count, generator=self.generator) < SHARE).to(change.device)
-                step = (self.g[best] * scale - row) * change[:, None]
-                through = step.flatten() @ gram
-                if weight * (through @ step.flatten()) - 2 * (step.flatten() @ here) < 0:
-                    row, codes = row + step, torch.where(change, best, codes)
-                    here, moved = here - weight * through, moved + step
-            slope -= self.gram[:, j, None] * (moved.flatten() @ gram)
-            right[j], self.b[j] = row, codes
+        with unmeasured():
+            for j in diagonal.argsort(descending=True, stable=True).tolist():
+                weight, scale, row, codes = diagonal[j], self.columns[j], right[j], self.b[j]
+                here = slope[j].clone()  # (c w,), half the negative gradient of this row of R
+                moved = torch.zeros_like(row)  # (c, w), how far the row has moved
+                for attempt in range(TRIES):
+                    free = here.view(count, w) + weight * torch.einsum("cx,cxy->cy", row, blocks)  # without the column itself
+                    costs = weight * scale * scale * curvature - 2 * scale * (free @ self.g.T)  # (c, values)
+                    least, best = costs.min(1)
+                    change = least < costs.gather(1, codes[:, None])[:, 0]
+                    if attempt < TRIES - 1:
+                        change &= (torch.rand(count, generator=self.generator) < SHARE).to(change.device)
+                    step = (self.g[best] * scale - row) * change[:, None]
+                    through = step.flatten() @ gram
+                    if weight * (through @ step.flatten()) - 2 * (step.flatten() @ here) < 0:
+                        row, codes = row + step, torch.where(change, best, codes)
+                        here, moved = here - weight * through, moved + step
+                slope.addr_(self.gram[:, j], moved.flatten() @ gram, alpha=-1)
+                right[j], self.b[j] = row, codes
 
     def fit_scales(self) -> None:
         """Least squares for mu, then for the scales of rows, then for those of columns, given all codes."""

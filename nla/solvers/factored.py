@@ -31,7 +31,7 @@ def descend_factored(
         NonFiniteError: the loss is NaN or infinite.
     """
     energy = objective.energy or 1.0  # 0: what linear factors leave of a matrix of their rank
-    back = None if damping is None else objective.preconditioned(damping)
+    back = None if damping is None else objective.preconditioned(damping, solver.products)
     numbers = list(start.term.parameters())
     for p in numbers:
         p.data = p.data.contiguous()

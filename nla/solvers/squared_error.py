@@ -62,12 +62,12 @@ def of_product(
     """||(L R^T - W) S||^2, and its gradients with respect to L (out, k) and R (in, k).
 
     Args:
-        back: takes the place of S in the gradient with respect to R, see `Objective.preconditioned`.
+        back: takes the place of S in the gradient with respect to R, see `Objective.preconditioned`; in the type `products`.
     """
     error, low_left, low_right = difference(left, right, objective, products)
     d_left = (error @ low_right).to(left.dtype).mul_(2)
     d_right = error.T @ low_left  # of S^T R
-    d_right = objective.weigh_back(d_right) if back is None else back.to(products) @ d_right
+    d_right = objective.weigh_back(d_right) if back is None else back @ d_right
     d_right = d_right.to(left.dtype).mul_(2)
     return squared_norm(error), d_left, d_right
 
