@@ -1,4 +1,4 @@
-"""Peak bytes by hand-counted examples, and the packaged model's cache."""
+"""Peak bytes by hand-counted examples, the type of products, and the packaged model's cache."""
 
 import shutil
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from nla.harness.request import resolve
+from nla.harness.settings import check_settings
+from nla.machine import device
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
-from nla.machine.peak_memory import PeakMemory
+from nla.machine.peak_memory import PeakMemory, unmeasured
 from nla.machine.sealed_folder import intact, seal
 from tests.conftest import ROOT, configuration
 
@@ -32,6 +35,35 @@ def test_peak_memory_sees_the_backward_pass_and_leaves_out_what_was_there_before
     with PeakMemory(CPU) as memory:
         (x * x).sum().backward()
     assert 4000 < memory.peak_bytes <= 16_100
+
+
+def test_peak_memory_leaves_out_what_is_unmeasured_and_goes_on_behind_it():
+    with PeakMemory(CPU) as memory:
+        a = torch.zeros(1000)
+        with unmeasured():
+            a + torch.zeros(1000)
+        b = torch.zeros(500)
+        del a, b
+    assert memory.peak_bytes == 6000
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "name", "fast"),
+    [
+        (True, True, "Intel(R) Xeon(R)", True),
+        (False, True, "Intel(R) Xeon(R)", False),
+        (False, True, "AMD EPYC 9555", True),
+        (False, False, "AMD EPYC 7763", False),
+    ],
+)
+def test_products_are_computed_in_bfloat16_where_that_was_measured_to_be_faster(monkeypatch, amx, avx512_bf16, name, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(device, "processor", lambda: name)
+    cfg = configuration("refine=block", "device=cpu")
+    wanted = "bfloat16" if fast else "float32"
+    settings = resolve(check_settings(cfg))
+    assert settings["method"]["solver"]["products"] == settings["refine"]["products"] == wanted
 
 
 def test_a_sealed_folder_is_intact_until_a_byte_changes(tmp_path, caplog):
