@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nla.codes.lattice_format import BLOCK, RowFormat
 from nla.kernels.tiled import slices
+from nla.machine.peak_memory import measured_once
 
 DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it, as in QuIP#
 CHUNK = 128  # inputs between two uses of all earlier errors
@@ -35,9 +36,10 @@ def block_ldlq(weight: Tensor, hessian: Tensor, form: RowFormat) -> RoundedToLat
     A = feedback(hessian).to(weight.dtype)
     size = float(weight.double().square().mean().sqrt())
     found, least = None, torch.inf
-    for multiple in MULTIPLES:
-        rounded, error = rounded_at(weight, A, size * multiple, form)
-        loss = float(((error @ H) * error).sum(dtype=torch.float64))
+    for number, multiple in enumerate(MULTIPLES):
+        with measured_once(number):
+            rounded, error = rounded_at(weight, A, size * multiple, form)
+            loss = float(((error @ H) * error).sum(dtype=torch.float64))
         if loss < least:
             found, least = rounded, loss
     assert found is not None
@@ -74,18 +76,19 @@ def swept(weight: Tensor, hessian: Tensor, rounded: RoundedToLattice, form: RowF
     Q = form.values(codes)
     target, product = weight @ hessian, Q @ hessian  # (rows, n)
     damping = DAMPING * hessian.diagonal().mean() * torch.eye(BLOCK).to(hessian)
-    for _ in range(SWEEPS):
-        for number, block in enumerate(slices(weight.shape[1], BLOCK)):
-            vector, place = form.vector(number)
-            own, G = hessian[block, block], product[:, block] - target[:, block] / scale
-            best = Q[:, block] - torch.linalg.solve(own + damping, G, left=False)
-            tried = vector.nearest(best)
-            step = vector.values(tried) - Q[:, block]
-            lower = (step * (step @ own + 2 * G)).sum(1, keepdim=True) < 0
-            codes[:, place] = torch.where(lower, tried, codes[:, place])
-            step = torch.where(lower, step, 0.0)
-            Q[:, block] += step
-            product += step @ hessian[block]
+    for sweep in range(SWEEPS):
+        with measured_once(sweep):
+            for number, block in enumerate(slices(weight.shape[1], BLOCK)):
+                vector, place = form.vector(number)
+                own, G = hessian[block, block], product[:, block] - target[:, block] / scale
+                best = Q[:, block] - torch.linalg.solve(own + damping, G, left=False)
+                tried = vector.nearest(best)
+                step = vector.values(tried) - Q[:, block]
+                lower = (step * (step @ own + 2 * G)).sum(1, keepdim=True) < 0
+                codes[:, place] = torch.where(lower, tried, codes[:, place])
+                step = torch.where(lower, step, 0.0)
+                Q[:, block] += step
+                product += step @ hessian[block]
         along, square = ((other * Q).sum(dtype=torch.float64) for other in (target, product))
         if square > 0:
             scale = float(along / square)

@@ -6,6 +6,7 @@ from torch import Tensor
 from nla.codes.feedback import feedback
 from nla.codes.grid_format import GridFormat
 from nla.codes.rounding import Rounded, Scaling, rounded_to_nearest
+from nla.machine.peak_memory import unmeasured
 
 RIDGE = 1e-10  # fraction of the mean of a diagonal that makes normal equations solvable if columns depend on each other
 
@@ -39,15 +40,17 @@ def rounded_left(left: Tensor, curvature: Tensor, form: GridFormat) -> Rounded:
     """
     order = curvature.diagonal().argsort(descending=True, stable=True)
     U = feedback(ridged(curvature)[order][:, order])
-    rest, found = left.T[order].contiguous(), []
-    for j in range(len(rest)):
-        column = rest[j : j + 1].float()
-        found.append(rounded_to_nearest(column, form))
-        passed = (rest[j] - found[j].dense(form)[0].double()) / U[j, j]
-        rest[j + 1 :].addr_(U[j, j + 1 :], passed, alpha=-1)
+    rest, (k, out) = left.T[order].contiguous(), left.T.shape
+    codes = torch.empty(k, out, device=left.device)
+    scales, zeros = (torch.empty(k, form.groups(out), device=left.device) for _ in Scaling._fields)
+    with unmeasured():
+        for j in range(k):
+            found = rounded_to_nearest(rest[j : j + 1].float(), form)
+            codes[j], scales[j], zeros[j] = found.codes[0], found.scaling.scales[0], found.scaling.zeros[0]
+            passed = (rest[j] - found.dense(form)[0].double()) / U[j, j]
+            rest[j + 1 :].addr_(U[j, j + 1 :], passed, alpha=-1)
     back = order.argsort()
-    scales, zeros = (torch.cat([getattr(r.scaling, part) for r in found])[back] for part in Scaling._fields)
-    return Rounded(torch.cat([r.codes for r in found])[back], Scaling(scales, zeros))
+    return Rounded(codes[back], Scaling(scales[back], zeros[back]))
 
 
 def ridged(matrix: Tensor) -> Tensor:

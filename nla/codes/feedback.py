@@ -9,6 +9,7 @@ from torch import Tensor
 from nla.codes.grid_format import GridFormat
 from nla.codes.rounding import Rounded, Scaling, best_scaling, nearest_codes, rounded_to_nearest
 from nla.kernels.tiled import slices
+from nla.machine.peak_memory import unmeasured
 
 BLOCK = 128  # inputs between two updates of all later ones
 DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it
@@ -117,10 +118,11 @@ def rounded_block(left: Tensor, block: slice, U: Tensor, scales: Tensor, zeros: 
         scales, zeros: of the inputs of the block, (k, out).
     """
     codes, passed = torch.empty_like(left[block]), torch.empty_like(left[block])
-    for i, j in enumerate(range(block.start, block.stop)):
-        codes[i] = nearest_codes(left[j], Scaling(scales[i], zeros[i]), form)
-        passed[i] = (left[j] - scales[i] * form.levels.values(codes[i], zeros[i])) / U[j, j]
-        left[j + 1 : block.stop].addr_(U[j, j + 1 : block.stop], passed[i], alpha=-1)
+    with unmeasured():
+        for i, j in enumerate(range(block.start, block.stop)):
+            codes[i] = nearest_codes(left[j], Scaling(scales[i], zeros[i]), form)
+            passed[i] = (left[j] - scales[i] * form.levels.values(codes[i], zeros[i])) / U[j, j]
+            left[j + 1 : block.stop].addr_(U[j, j + 1 : block.stop], passed[i], alpha=-1)
     left[block.stop :].addmm_(U[block, block.stop :].T, passed, alpha=-1)
     return codes
 

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ def unmeasured() -> AbstractContextManager:
     It is for loops of small operations: their tensors must be small beside those around the loop, and not outlive it.
     """
     return _disable_current_modes()
+
+
+def measured_once(number: int) -> AbstractContextManager:
+    """The context of a pass of a loop whose passes need as much memory as the first, number 0: only that one is measured."""
+    return unmeasured() if number else nullcontext()
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
