@@ -1,5 +1,6 @@
 """Compress a model and measure it: `python run.py --help`."""
 
+import faulthandler
 import os
 import sys
 
@@ -17,6 +18,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash of compiled code says in which line
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors arrive below, and are told in words
     try:
         with stoppable():

@@ -51,9 +51,13 @@ def export(folder: Path, to: str, out: Path, multiple: int) -> None:
 
     def make(draft: Path, scratch: Path) -> None:
         loading = writers[to](model, draft)
-        for file in folder.iterdir():
-            if file.name not in OWN_FILES and ".safetensors" not in file.name and not (draft / file.name).exists():
-                shutil.copy(file, draft)
+        for file in sorted(folder.rglob("[!.]*")):
+            name = file.relative_to(folder)
+            hidden = any(part.startswith(".") for part in name.parts)  # of git or of a download
+            if file.is_file() and not hidden and file.name not in OWN_FILES and ".safetensors" not in file.name:
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                if not (draft / name).exists():
+                    shutil.copy(file, draft / name)
         (draft / "README.md").write_text(converted_card((folder / "README.md").read_text(), to, loading))
 
     write(out, make)

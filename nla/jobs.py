@@ -5,6 +5,8 @@ import logging
 import shlex
 import signal
 import sys
+import traceback
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,13 @@ def keep(outcome: dict[str, Any], settings: Any) -> None:
 def refuse(error: Exception) -> None:
     """Say why Hydra could not compose the settings of a command line, and end with exit code 1.
 
-    Raises:
-        Exception: the error, if it is a fault of the program: it is shown with its traceback.
+    If the error is the program's own, or that of a launcher whose process was killed, it is shown with its traceback, after the
+    table of the sweep, and the exit code is that of a failure.
     """
-    if error is _fault:
-        raise error
+    if error is _fault or isinstance(error, BrokenExecutor):
+        show_table()
+        traceback.print_exception(error)
+        sys.exit(FAILED)
     # Hydra's advice to add a setting with + is left out, see check_arguments()
     reason = "\n".join(line for line in str(error).strip().splitlines() if "To append to your config" not in line)
     print(f"error: the settings {shlex.join(sys.argv[1:])} cannot be read: {reason}", file=sys.stderr)

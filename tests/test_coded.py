@@ -20,16 +20,14 @@ from nla.matrix.objective import Norms, Objective
 from nla.matrix.triplets import Triplets
 from nla.solvers.coordinates import Coordinates, improved, solved
 from nla.storage.base import Coded
+from nla.terms.base import shares
 from nla.terms.coded import CHUNK, CodedTerm, coded_size
 from nla.terms.rounded import PARTS, RoundedTerm
 from nla.terms.state import empty_term, pack, unpack
 from tests.conftest import TINY, composed
+from tests.samples import normal
 
 KERNELS = {"angle": Phase, "int": Linear}
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rounded(kind: str, width: int, m: int, n: int, h: int, r: int = 1, kernel=None) -> RoundedTerm:
@@ -108,6 +106,11 @@ def test_the_operations_of_a_forward_pass_are_those_that_it_does(tokens):
         with FlopCounterMode(display=False) as counter:
             form(normal(tokens, 48))
         assert counter.get_total_flops() == form.forward_flops(tokens)
+
+
+def test_terms_that_share_nothing_are_each_counted_in_full():
+    terms = [rounded("angle", 4, 24, 32, 8, 2) for _ in range(6)]
+    assert set(shares(terms)) == {(term.count(), term.bits()) for term in terms} and len(set(shares(terms))) == 1
 
 
 def test_codes_are_restored_from_a_checkpoint_bit_for_bit():

@@ -9,13 +9,10 @@ from nla.matrix.inputs import Statistics
 from nla.matrix.objective import DAMPING, Norms
 from nla.statistics.collect import StatisticsStream
 from nla.statistics.store import StatisticsStore
+from tests.samples import normal
 from tests.test_statistics import CPU, hooked, tiny
 
 SMALL = ["task.window=64", "task.max_windows=1", "track=none", "statistics.windows=80", "statistics.length=32"]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_cross_statistics_pair_the_inputs_behind_a_changed_block_with_those_of_the_dense_model(tmp_path):
@@ -25,12 +22,12 @@ def test_cross_statistics_pair_the_inputs_behind_a_changed_block_with_those_of_t
     stream = StatisticsStream(model, layers, kinds, samples, store, offload=False, with_dense=True)
     first, second = stream.blocks()
     for block in (first, second):
-        stream.measure(block)
+        stream.measure(block, replaced=True)
         stream.advance_dense(block)
         if block is first:
             with torch.no_grad():
                 model.module.get_submodule(first.layers[-1]).weight.mul_(0.5)
-        stream.advance(block, swapped=True)
+        stream.advance(block)
     changed = hooked(model, layers, samples)
     for layer in second.layers:
         x, z, found = changed[layer], dense[layer], store.load(kinds, layer, CPU)

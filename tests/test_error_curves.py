@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 
 from nla.budget.base import Target
-from nla.budget.error_curves import ErrorCurves
+from nla.budget.error_curves import ErrorCurves, smallest_sum
 from nla.machine.errors import UserError
 from nla.models.select import LinearSpec
 from tests.conftest import TINY, configuration
@@ -51,6 +51,24 @@ def test_a_size_that_the_method_cannot_have_is_left_out_and_none_at_all_is_an_er
         shares({**SIZES, "q": {192: 0.1}})
     with pytest.raises(UserError, match=r"budget\.candidates=\[2\] must be multiples"):
         ErrorCurves(1.0, [2])
+
+
+def test_the_sizes_fit_even_where_the_solver_is_not_exact_and_where_only_the_first_do():
+    curves = [[(500_000_000, 1.0), (500_005_000, 0.5)]] * 2
+    assert smallest_sum(curves, 1_000_009_100) in ([500_000_000, 500_005_000], [500_005_000, 500_000_000])
+    assert smallest_sum(curves, 1_000_000_000) == [500_000_000, 500_000_000]
+
+
+def test_no_matrix_is_given_more_bits_than_the_dense_one_has():
+    asked, known = [], with_norms([torch.ones(12, 8)] * 3, (1.0, 1.0, 1.0))
+    budget = ErrorCurves(1.0, [0.5, 1.5])
+    view = SimpleNamespace(
+        norms=known.norms,
+        size=lambda name, bits: asked.append(bits) or bits,
+        fit=lambda name, bits: SimpleNamespace(weighted_error=1 / bits),
+    )
+    budget.look(SPECS, Target(12.0, 16, "ratio=0.25"), view)
+    assert set(asked) == {6 * 96, 16 * 96}
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])  # rtn reads no inputs, so its fits have no weighted error

@@ -13,13 +13,10 @@ from nla.codes.rounding import best_scaling, rounded_to_nearest
 from nla.terms import grid as grid_module
 from nla.terms.grid import Grid, grid_of
 from nla.terms.state import empty_term, pack, unpack
+from tests.samples import normal
 
 FORMS = [GridFormat(width, group) for width in WIDTHS for group in (4, 5, 11)] + [GridFormat(4, 4, "nf4")]
 SHAPES = [(7, 11), (1, 1), (16, 24)]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def term_of(form: GridFormat, m: int, n: int, dtype: torch.dtype = torch.float32) -> Grid:

@@ -15,10 +15,7 @@ from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Objective
 from nla.terms.kernel_term import KernelTerm
 from tests.conftest import composed
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.samples import normal
 
 
 def turn_between(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -17,19 +17,9 @@ from nla.methods.quip import QuIP
 from nla.terms.lattice_term import LatticeTerm, lattice_bits
 from nla.terms.state import empty_term, pack, unpack
 from tests.conftest import TINY
+from tests.samples import compress, correlated, normal
 
 SIGNS_OF_SEED_7 = [1, -1, 1, -1, 1, 1, 1, 1, -1, 1, -1, 1]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(n: int, tokens: int = 0) -> torch.Tensor:
-    """The Gram matrix (n, n) of correlated inputs of different sizes."""
-    tokens = tokens or 4 * n
-    x = normal(tokens, n, seed=1) * torch.linspace(0.1, 2, n) + 2 * normal(tokens, 1, seed=2)
-    return x.T @ x
 
 
 def random_codes(rows: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -39,13 +29,6 @@ def random_codes(rows: int, size: int, seed: int = 0) -> torch.Tensor:
 def random_term(m: int, n: int, width: float, seed: int = 0) -> LatticeTerm:
     codes = random_codes(m, int(width * -(-n // 8)), seed)
     return LatticeTerm(codes, torch.tensor(0.3), torch.tensor(12345 + seed), n)
-
-
-def compress(weight: torch.Tensor, per_weight: float, gram: torch.Tensor | None = None):
-    gram = correlated(weight.shape[1]) if gram is None else gram
-    bits = int(per_weight * weight.numel())
-    (fit,) = QuIP(False).compress([weight], bits, [Statistics(gram=gram)], torch.Generator().manual_seed(0))
-    return fit
 
 
 @settings(deadline=None, max_examples=30)
@@ -118,7 +101,7 @@ def test_a_row_has_any_number_of_bytes_and_its_last_vectors_take_one_more_than_t
 
 
 def test_the_feedback_is_a_block_decomposition_of_the_damped_hessian():
-    H = correlated(40).double()
+    H = correlated(40).gram.double()
     U = torch.eye(40) + feedback(H)
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(40)
     D = torch.linalg.solve(U, torch.linalg.solve(U, damped).T)
@@ -134,7 +117,7 @@ def test_feedback_of_an_identity_is_plain_rounding():
 
 
 def test_errors_are_fed_back_in_chunks_of_inputs_with_the_same_result(monkeypatch):
-    weight, H, form = normal(8, 72), correlated(72).double(), RowFormat(9, 18)
+    weight, H, form = normal(8, 72), correlated(72).gram.double(), RowFormat(9, 18)
     A = feedback(H).float()
     whole, error = rounded_at(weight, A, 1.0, form)
     targets = weight + error - error @ (torch.eye(72) + A)  # W' - N, where N = E (I + A) is what rounding itself changes
@@ -146,7 +129,7 @@ def test_errors_are_fed_back_in_chunks_of_inputs_with_the_same_result(monkeypatc
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_feedback_lowers_the_weighted_error_of_plain_rounding_on_correlated_inputs(width):
-    weight, H, form, vector = normal(32, 64), correlated(64).double(), RowFormat(8, 8 * width), VectorFormat(width)
+    weight, H, form, vector = normal(32, 64), correlated(64).gram.double(), RowFormat(8, 8 * width), VectorFormat(width)
     rounded = block_ldlq(weight, H, form)
     plain = vector.values(vector.nearest(weight.view(-1, 8))).view(32, 64)
     found = rounded.scale * form.values(rounded.codes)
@@ -164,7 +147,7 @@ def loss(weight: torch.Tensor, H: torch.Tensor, rounded: RoundedToLattice, form:
 @given(st.integers(1, 5), st.integers(1, 4), st.floats(1, 4), st.integers(1, 40), st.integers(0, 99))
 def test_no_sweep_raises_the_weighted_error_of_any_rounding(m, count, width, tokens, seed):
     weight, form = normal(m, 8 * count, seed=seed), RowFormat(count, int(width * count))
-    H = correlated(8 * count, tokens)  # of few tokens: singular
+    H = correlated(8 * count, tokens).gram  # of few tokens: singular
     before = RoundedToLattice(random_codes(m, form.size, seed), 0.7)
     after = swept(weight, H, before, form)
     assert loss(weight, H, after, form) <= loss(weight, H, before, form) * (1 + 1e-5)
@@ -183,7 +166,7 @@ def test_a_sweep_over_one_vector_finds_the_nearest_point_and_the_best_scale(monk
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_sweeps_lower_the_weighted_error_that_feedback_leaves(width, monkeypatch):
-    weight, H, form = normal(32, 64), correlated(64).double(), RowFormat(8, 8 * width)
+    weight, H, form = normal(32, 64), correlated(64).gram.double(), RowFormat(8, 8 * width)
     after = loss(weight, H, block_ldlq(weight, H, form), form)
     monkeypatch.setattr(block_ldlq_module, "SWEEPS", 0)
     assert after < 0.97 * loss(weight, H, block_ldlq(weight, H, form), form)
@@ -246,12 +229,13 @@ def test_a_plan_has_the_most_bits_that_fit_and_exists_from_the_least_bits_on(m, 
 
 @pytest.mark.parametrize("shape", [(24, 64), (13, 43)])
 def test_a_fit_reports_its_true_errors_and_more_bits_lower_them(shape):
-    weight, G = normal(*shape) * 0.02, correlated(shape[1])
+    weight, statistics = normal(*shape) * 0.02, correlated(shape[1])
+    G = statistics.gram.double()
     errors = []
     for bits in WIDTHS:
-        fit = compress(weight, bits + 0.9, G)
+        fit = compress(QuIP(False), weight, bits + 0.9, statistics)
         E = (fit.term.dense().detach() - weight).double()
-        expected = float(((E @ G.double()) * E).sum() / ((weight.double() @ G.double()) * weight).sum())
+        expected = float(((E @ G) * E).sum() / ((weight.double() @ G) * weight).sum())
         spare, most = int((bits + 0.9) * weight.numel()) - lattice_bits(len(weight), 0, torch.float32), 4 * -(-shape[1] // 8)
         assert fit.term.size == min(spare // (8 * len(weight)), most)
         assert fit.status == "rounded" and fit.losses == [(0, pytest.approx(expected, rel=1e-3))]
@@ -262,13 +246,13 @@ def test_a_fit_reports_its_true_errors_and_more_bits_lower_them(shape):
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_zero_matrices_zero_rows_and_singular_gram_matrices_are_fitted(tokens):
-    weight, G = normal(24, 32), correlated(32, tokens)
+    weight, statistics, quip = normal(24, 32), correlated(32, tokens), QuIP(False)
     weight[3], weight[:, 5] = 0, 0
-    G[7], G[:, 7] = 0, 0
-    fit = compress(weight, 2.5, G)
+    statistics.gram[7], statistics.gram[:, 7] = 0, 0
+    fit = compress(quip, weight, 2.5, statistics)
     assert fit.term.is_finite() and 0 < fit.relative_error < 1 and fit.weighted_error < 0.1
-    assert compress(weight, 2.5, 0 * G).relative_error < 0.15  # no inputs: plain rounding
-    zero = compress(torch.zeros(24, 32), 2.5, G)
+    assert compress(quip, weight, 2.5, Statistics(gram=torch.zeros(32, 32))).relative_error < 0.15  # no inputs: plain rounding
+    zero = compress(quip, torch.zeros(24, 32), 2.5, statistics)
     assert zero.status == "zero" and zero.relative_error == 0 and not zero.term.dense().any() and zero.bits == 0
 
 

@@ -1,5 +1,7 @@
 """Tests of matrices that are stored by pivot rows."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,11 +18,10 @@ from nla.terms.kernel_term import KernelTerm
 from nla.terms.pivoted import pivoted
 from nla.terms.state import empty_term
 from nla.terms.thin import thin_factors
+from tests import samples
 from tests.conftest import make_kernel
 
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+normal = partial(samples.normal, dtype=torch.float64)
 
 
 @settings(deadline=None)

@@ -15,14 +15,11 @@ from nla.codes.grid_format import GridFormat
 from nla.codes.rounding import rounded_to_nearest
 from nla.kernels.linear import Linear
 from nla.machine.errors import UserError
-from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms, Objective
-from nla.matrix.spectrum import balanced_factors
 from nla.methods.caldera import Caldera
 from nla.methods.eora import EoRA
 from nla.methods.gptq import GPTQ
 from nla.methods.lq_lora import LQLoRA
-from nla.methods.packed_svd import PackedSVD
 from nla.methods.quip import QuIP
 from nla.methods.rtn import RTN
 from nla.methods.svd_llm import SVDLLM
@@ -31,21 +28,11 @@ from nla.storage.base import Coded, Float
 from nla.terms.grid import Grid
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.lattice_term import LatticeTerm
-from nla.terms.state import empty_term, pack, unpack
+from nla.terms.state import pack, unpack
 from tests.conftest import TINY, composed
+from tests.samples import compress, correlated, normal
 
 PAIRED = ["lq_lora", "eora", "svdquant", "caldera"]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def known(n: int, tokens: int = 0) -> Statistics:
-    """The Gram matrix of correlated inputs (tokens, in) of different sizes."""
-    tokens = tokens or 4 * n
-    x = normal(tokens, n, seed=1) * torch.linspace(0.1, 2, n) + 2 * normal(tokens, 1, seed=2)
-    return Statistics(gram=x.T @ x)
 
 
 def planned(m: int, n: int, form: GridFormat, rank: int) -> tuple[Grid, KernelTerm]:
@@ -58,10 +45,12 @@ def make_method(name: str, **values: object):
     return instantiate(composed(f"method={name}").method, _convert_="all", **values)
 
 
-def compress(method, weight, per_weight, statistics=None):
-    statistics = statistics or known(weight.shape[1])
-    (fit,) = method.compress([weight], int(per_weight * weight.numel()), [statistics], torch.Generator().manual_seed(0))
-    return fit
+@pytest.mark.parametrize("shape", [(256, 256), (192, 576)])
+def test_the_factors_have_the_rank_that_is_asked_for_also_where_its_zero_points_share_bytes(shape):
+    method = Caldera(64, 1, "gptq", False, Coded("int", 2, 0))
+    for bits in (5, method.least_bits([shape], torch.float32) / (shape[0] * shape[1])):
+        _, low = method.plan([shape], round(bits * shape[0] * shape[1]), torch.float32)[0].leaves()
+        assert low.rank_bound() == 64
 
 
 @settings(deadline=None, max_examples=60)
@@ -97,7 +86,7 @@ def test_gptq_changes_the_outputs_less_than_rtn_and_rtn_the_weights():
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_eora_is_the_published_projection_to_scaled_eigenvectors(shape):
     """The repair of W - Q by the paper's recipe: eigenvectors of the Gram matrix, SVD, and back."""
-    weight, statistics = normal(*shape), known(shape[1])
+    weight, statistics = normal(*shape), correlated(shape[1])
     objective = Norms(weight, statistics).outputs
     rounded, factors = next(EoRA(3, False).pairs(objective, planned(*shape, GridFormat(2, 8), 3), torch.Generator()))
     values, Q = torch.linalg.eigh(statistics.gram.double())
@@ -112,7 +101,7 @@ def test_eora_is_the_published_projection_to_scaled_eigenvectors(shape):
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_a_pair_is_better_than_its_rounded_part_alone_and_is_the_best_of_all_that_were_tried(name):
-    weight, statistics = normal(64, 96), known(96)
+    weight, statistics = normal(64, 96), correlated(96)
     fit = compress(make_method(name, rank=6), weight, 8, statistics)
     rounded = next(fit.term.leaves())
     rounding = {"eora": GPTQ(False), "caldera": QuIP(False)}.get(name, RTN("uniform"))
@@ -131,7 +120,7 @@ def test_caldera_on_a_grid_begins_with_eora_and_goes_on_below_it():
 
 
 def test_caldera_rounds_what_its_factors_leave_to_the_lattice_as_quip_does():
-    weight, statistics = normal(64, 96), known(96)
+    weight, statistics = normal(64, 96), correlated(96)
     objective = Norms(weight, statistics).outputs
     caldera = make_method("caldera", rank=4)
     rounded, low = caldera.plan_matrix(64, 96, 6 * weight.numel(), torch.float32).leaves()
@@ -157,7 +146,7 @@ def test_the_first_factors_are_singular_vectors_of_the_weight_and_the_grid_holds
     """Algorithm 1 of LQ-LoRA starts with Q = 0, as SVDQuant does."""
     weight, form = normal(32, 48), GridFormat(4, 16)
     sizes = planned(32, 48, form, 4)
-    rounded, factors = next(method.pairs(method.objective(Norms(weight, known(48))), sizes, torch.Generator()))
+    rounded, factors = next(method.pairs(method.objective(Norms(weight, correlated(48))), sizes, torch.Generator()))
     left, s, right = (part.float() for part in Objective(weight).spectrum.truncated(4))
     torch.testing.assert_close(factors.dense().detach(), left * s @ right.T)
     rest = rounded_to_nearest(weight - factors.dense().detach(), form)
@@ -179,7 +168,7 @@ def test_weighting_the_inputs_lowers_lq_loras_error_of_the_outputs():
 @pytest.mark.parametrize("name", ["rtn", "gptq", *PAIRED])
 @pytest.mark.parametrize("tokens", [3, 0])
 def test_gram_matrices_that_are_singular_and_weights_with_zero_rows_and_columns_are_fitted(name, tokens):
-    weight, statistics = normal(24, 32), known(32, tokens)
+    weight, statistics = normal(24, 32), correlated(32, tokens)
     weight[3], weight[:, 5] = 0, 0
     if not tokens:
         statistics.gram[7], statistics.gram[:, 7] = 0, 0
@@ -232,79 +221,11 @@ def test_folders_of_all_kinds_of_codes_load_in_a_fresh_process(run_here, tmp_pat
     assert json.loads(end.stdout) == expected
 
 
-@pytest.mark.parametrize("width", [8, 4, 3, 2])
-@settings(deadline=None, max_examples=30)
-@given(m=st.integers(1, 300), n=st.integers(1, 300), per_weight=st.floats(0.5, 15))
-def test_packed_factors_have_the_largest_rank_that_fits(width, m, n, per_weight):
-    method, bits = PackedSVD(width), int(per_weight * m * n)
-    term = method.plan([(m, n)], bits, torch.bfloat16)[0]
-    rank = term.rank_bound()
-    assert term.bits() <= bits and (rank == min(m, n) or method.bits_of(m, n, rank + 1) > bits)
-    assert (rank > 0) == (bits >= method.least_bits([(m, n)], torch.bfloat16))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, 11), (20, 12)])
-def test_packed_factors_are_a_term_like_any_other(dtype, shape):
-    weight = normal(*shape)
-    term = compress(SVDLLM(False, 0.0, Coded("int", 4, 0)), weight, 6).term.as_stored(dtype)
-    x = normal(2, 3, shape[1], seed=4).to(dtype)
-    loose = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(term(x), x @ term.dense().T, **loose)
-    restored = unpack(*pack({"w": term}))["w"]
-    assert torch.equal(restored.dense(), term.dense()) and restored.config() == term.config()
-    assert empty_term(term.config()).bits() == term.bits() == term.as_stored(torch.float32).bits()
-    if dtype == torch.bfloat16:
-        assert term.bits() == sum(8 * t.numel() * t.element_size() for t in term.state_dict().values())
-    torch.testing.assert_close(term.scaled(4.0).dense(), 4 * term.dense())
-    assert torch.linalg.matrix_rank(term.as_stored(torch.float64).dense()) <= term.rank_bound()
-    zero = unpack(*pack({"w": term.zero(x)}))["w"].dense()
-    assert zero.shape == weight.shape and not zero.any()
-
-
-def test_gradients_of_packed_factors_are_those_of_their_matrix():
-    term, x = compress(SVDLLM(False, 0.0, Coded("int", 4, 0)), normal(20, 12), 6).term, normal(5, 12, seed=1).requires_grad_()
-    variables = [x, *term.parameters()]
-    found = torch.autograd.grad(term(x).square().sum(), variables)
-    wanted = torch.autograd.grad((x @ term.dense().T).square().sum(), variables)
-    assert len(variables) == 3
-    for got, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-
-
-def test_four_bits_a_number_buy_svd_llm_more_rank_and_a_smaller_error():
-    weight = normal(96, 128).to(torch.bfloat16)
-    wide, packed_4 = (
-        compress(SVDLLM(False, 0.0, Float()), weight, 4),
-        compress(SVDLLM(False, 0.0, Coded("int", 4, 0)), weight, 4),
-    )
-    assert packed_4.term.rank_bound() > 3 * wide.term.rank_bound()
-    assert packed_4.weighted_error < 0.5 * wide.weighted_error and packed_4.bits <= 4 * weight.numel()
-    assert packed_4.weighted_error == pytest.approx(min(error for _, error in packed_4.losses), rel=0.02)
-
-
-def test_error_feedback_makes_packed_factors_better_than_rounding_them():
-    weight, statistics = normal(96, 128), known(128)
-    fit = compress(SVDLLM(False, 0.0, Coded("int", 3, 0)), weight, 3, statistics)
-    objective, form, rank = Norms(weight, statistics).outputs, GridFormat(3, 128), fit.term.rank_bound()
-    left, right = (f.float().T.contiguous() for f in balanced_factors(objective.spectrum, rank))
-    rounded = rounded_to_nearest(left, form).dense(form).T @ rounded_to_nearest(right, form).dense(form)
-    plain = float(objective.squared(rounded - weight)[0]) / objective.energy
-    assert fit.weighted_error < 0.7 * plain
-
-
-@pytest.mark.parametrize("tokens", [3, 0])
-def test_packed_factors_of_more_rank_than_the_weight_has_are_finite(tokens):
-    weight = normal(24, 2) @ normal(2, 32, seed=1)
-    fit = compress(SVDLLM(False, 0.0, Coded("int", 8, 0)), weight, 8, known(32, tokens))
-    assert fit.term.is_finite() and fit.weighted_error < 1e-2
-    assert compress(SVDLLM(False, 0.0, Coded("int", 8, 0)), 0 * weight, 8).status == "zero"
-
-
 def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():
     weight = normal(96, 128).to(torch.bfloat16)
     wide, narrow = (
-        compress(Caldera(None, 3, "gptq", False, storage), weight, 3, known(128)) for storage in (Float(), Coded("int", 4, 0))
+        compress(Caldera(None, 3, "gptq", False, storage), weight, 3, correlated(128))
+        for storage in (Float(), Coded("int", 4, 0))
     )
     (_, low), (_, packed_low) = (fit.term.leaves() for fit in (wide, narrow))
     assert packed_low.rank_bound() > 2 * low.rank_bound() and narrow.bits <= 3 * weight.numel()

@@ -107,6 +107,7 @@ def test_a_retraining_killed_at_any_moment_goes_on_to_the_same_weights(adaptive_
 
 def test_two_processes_divide_the_state_and_train_the_weights_of_one_process_even_if_killed(tmp_path, cli):
     arguments = [*SHORT, "retrain.steps=6", "budget=adaptive", "retrain.watch=0", "retrain.checkpoint=2", "schedule.interval=1"]
+    arguments += ["refine=block", "statistics.windows=12", "statistics.length=128"]  # it changes the norms, too
     cli(*arguments, f"outputs_dir={tmp_path / 'one'}")
     two, cache = tmp_path / "two", Cache(tmp_path / "two" / "cache")
     kill_when(two, [*arguments, "retrain.processes=2"], lambda: any(cache.root.glob("trainings/*.json")))

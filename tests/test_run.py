@@ -125,6 +125,13 @@ def test_figures_do_not_depend_on_the_thread_count_or_on_what_was_cached(whole_r
     assert figures(whole) == figures(only_record(whole_run[0]))
 
 
+def test_a_fault_of_the_program_has_a_traceback_and_the_exit_code_of_a_failure(tmp_path):
+    broken = "import nla.pipeline, runpy, sys; nla.pipeline.prepare = lambda settings: 1 / 0; "
+    asked = f"sys.argv = {command(tmp_path, *FAST)}; runpy.run_path('run.py', run_name='__main__')"
+    result = forked.finish(["-c", broken + asked])
+    assert result.returncode == 2 and "ZeroDivisionError" in result.stderr and "cannot be read" not in result.stderr
+
+
 ARCHITECTURES = ["tiny_llama", "tiny_opt", "tiny_swin"]
 EVERYWHERE = ["nla", "asvd", "fwsvd", "svd_llm"]  # these read nothing, magnitudes, Fisher information, Gram matrices
 PAIRS = {(method, ARCHITECTURES[i % 3]) for i, method in enumerate(options("method"))}
@@ -289,5 +296,7 @@ def test_a_model_folder_that_save_pretrained_wrote_is_a_model(run_here, tmp_path
     words = Tokenizer(models.WordLevel({"the": 1, "?": 0}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
-    run_here(*replaced(FAST, "model=opt_125m", "data=sotu"), f"model.path={folder}")
+    with pytest.raises(UserError, match=r"vocab_size=50272, but the weights in .*=99; .*model=causal_lm model\.path="):
+        run_here(*replaced(FAST, "model=opt_125m", "data=sotu"), f"model.path={folder}")
+    run_here(*replaced(FAST, "model=causal_lm", "data=sotu"), f"model.path={folder}")
     assert only_record(tmp_path)["parameters"]["selected_before"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)

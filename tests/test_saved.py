@@ -273,7 +273,11 @@ def test_a_plain_loop_trains_a_loaded_model_whose_own_save_pretrained_keeps_it(t
 
 def test_pivot_rows_have_fewer_bits_and_the_same_matrices(tmp_path):
     model, folder = saved("tiny_llama", tmp_path, ["linear", "piecewise", "gaussian"])
+    for name in (".cache", "templates"):  # of a download, which is left behind, and of a tokeniser
+        (folder / name).mkdir()
+        (folder / name / "file").write_text(name)
     said = export(folder, "--to", "pivoted", tmp_path / "pivoted").stdout
+    assert (tmp_path / "pivoted" / "templates" / "file").exists() and not (tmp_path / "pivoted" / ".cache").exists()
     again = nla.load_compressed(tmp_path / "pivoted")
     torch.testing.assert_close(again(PROMPT).logits, model.logits(PROMPT), rtol=1e-3, atol=1e-5)
     assert count_bits(again) < count_bits(model.module)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import nla
 from nla.machine.errors import NonFiniteError, UserError
-from nla.machine.sealed_folder import make_sealed, seal
+from nla.machine.sealed_folder import damage, make_sealed, seal
 from nla.saved.description import REMEDY
 from tests import forked
 from tests.conftest import TINY
@@ -173,6 +173,17 @@ def test_the_draft_of_a_folder_with_a_longer_name_is_left_alone(tmp_path):
         folder.mkdir()
     make_sealed(tmp_path / "smol", lambda draft, scratch: (draft / "file").touch())
     assert other.exists() and not left.exists() and (tmp_path / "smol" / "file").exists()
+
+
+def test_subfolders_such_as_those_of_chat_templates_are_sealed_too(tmp_path):
+    def make(draft, scratch):
+        (draft / "templates").mkdir()
+        (draft / "templates" / "tool.jinja").write_text("{{ tool }}")
+
+    make_sealed(tmp_path / "model", make)
+    assert not damage(tmp_path / "model")
+    (tmp_path / "model" / "templates" / "tool.jinja").write_text("{{ other }}")
+    assert damage(tmp_path / "model") == ["templates/tool.jinja"]
 
 
 @pytest.mark.parametrize("target", ["/proc/nla/model", "taken"])

@@ -28,11 +28,8 @@ from nla.terms.scaled import Scaled
 from nla.terms.state import pack, unpack
 from nla.terms.thin import thin_factors
 from tests.conftest import TINY, composed
+from tests.samples import normal
 from tests.test_solvers import make_solver
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scaled_term(kernel, m: int, n: int, h: int, seed: int = 0) -> Scaled:

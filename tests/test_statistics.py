@@ -1,14 +1,18 @@
 """Statistics of layer inputs, compared with plain hooks for all models, thread counts and sample orders; and their memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hydra.utils import instantiate
+from torch import nn
 
 from analysis.benchmarks.table import read_tables
 from nla.machine.cache import Cache
 from nla.machine.errors import NonFiniteError, UserError
 from nla.machine.peak_memory import PeakMemory
 from nla.models.select import linear_specs, select_linears
+from nla.models.untrained import UntrainedModel
 from nla.statistics.blocks import chain
 from nla.statistics.collect import collect, mirror
 from nla.statistics.fisher import fisher
@@ -65,6 +69,20 @@ def test_statistics_are_those_of_the_inputs_of_a_plain_forward(name, offload, tm
         torch.testing.assert_close(found.magnitude.double(), x.abs().mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_every_block_gets_the_masks_and_position_embeddings_that_the_model_gives_it(tmp_path):
+    """Gemma 3 has blocks of two kinds: with a window of few tokens, and with all tokens and other position embeddings."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    small = {"vocab_size": 256, "hidden_size": 48, "intermediate_size": 80, "head_dim": 12, "sliding_window": 4}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    source = UntrainedModel("tiny_gemma", 0, "float32", {"model_type": "gemma3_text", "layer_types": kinds, **small, **heads})
+    _, _, samples = tiny("tiny_llama", tmp_path, count=30)  # the last batch is smaller than the others
+    model = source.load("cpu", "float32", Cache(tmp_path))
+    layers = [spec.name for spec in select_linears(linear_specs(model.module), r"\blayers\.", None)]
+    store = collected(model, layers, samples, tmp_path)
+    for layer, x in hooked(model, layers, samples).items():
+        torch.testing.assert_close(store.load(BOTH, layer, CPU).gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+
+
 def test_layers_that_read_the_same_input_share_one_file(tmp_path):
     model, layers, samples = tiny("tiny_llama", tmp_path)
     store = collected(model, layers, samples, tmp_path)
@@ -85,6 +103,8 @@ def test_a_chain_is_the_stack_that_holds_the_chosen_layers_or_the_whole_model(tm
     ):
         model, layers, _ = tiny("tiny_llama", tmp_path, include=include)
         assert [block.name for block in chain(model, layers)] == expected
+    head = SimpleNamespace(module=nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), logits=None)
+    assert [block.name for block in chain(head, ["0.0", "0.1"])] == [""]  # no block is itself a chosen layer
     model, _, samples = tiny("tiny_llama", tmp_path)
     layers = ["model.layers.0.mlp.up_proj", "lm_head"]
     assert [block.module for block in chain(model, layers)] == [model.module]

@@ -62,7 +62,7 @@ class ErrorCurves(Budget):
         weight = (gradient_of_outputs(norms) / len(norms.weight)) ** self.emphasis * norms.outputs.spectrum.energy
         points: dict[int, float] = {}
         for candidate in self.candidates:
-            bits = view.size(spec.name, int(candidate * target.bits * spec.n_params))
+            bits = view.size(spec.name, int(min(candidate * target.bits, target.width) * spec.n_params))
             if bits:
                 points[bits] = weight * weighted_error(view.fit(spec.name, bits), norms)
         if min(points, default=math.inf) > target.bits * spec.n_params:
@@ -86,6 +86,16 @@ def smallest_sum(curves: Sequence[Sequence[Point]], most: float) -> list[int]:
 
     The first points of all curves must fit together. The sum is within GAP of the smallest.
     """
+    bound = most
+    while True:
+        chosen = solved(curves, bound)
+        if sum(chosen) <= most:
+            return chosen
+        bound -= sum(chosen) - most  # the solver lets a sum exceed its bound by a millionth
+
+
+def solved(curves: Sequence[Sequence[Point]], most: float) -> list[int]:
+    """The solver's answer to `smallest_sum`. If it finds none, the bits of the first points."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     points = [point for curve in curves for point in curve]
@@ -95,4 +105,6 @@ def smallest_sum(curves: Sequence[Sequence[Point]], most: float) -> list[int]:
     within = LinearConstraint(bits[None] / most, 0, 1)
     scaled = rises / max(rises.max(), 1e-300)
     found = milp(scaled, integrality=1, bounds=Bounds(0, 1), constraints=[one_of_each, within], options={"mip_rel_gap": GAP})
+    if found.x is None:
+        return [int(curve[0][0]) for curve in curves]
     return [int(b) for b, x in zip(bits, found.x, strict=True) if x > 0.5]

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nla.codes.damped import DAMPING, damped_factor
 from nla.codes.lattice_format import BLOCK, RowFormat
 from nla.kernels.tiled import slices
 from nla.machine.peak_memory import measured_once
 
-DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it, as in QuIP#
 CHUNK = 128  # inputs between two uses of all earlier errors
 MULTIPLES = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2)  # of the size of the weight; feedback widens what is rounded
 SWEEPS = 10  # the default of the authors' code
@@ -99,13 +99,11 @@ def feedback(hessian: Tensor) -> Tensor:
     """A (n, n), fp64, zero except above the diagonal of blocks, with H + damping = (I + A) D (I + A)^T and D of blocks.
 
     The block decomposition follows from H = R R^T, where R is upper triangular: I + A is R with each block of columns times
-    the inverse of its block on the diagonal. R is the Cholesky factor of H with rows and columns in the reverse order.
+    the inverse of its block on the diagonal.
     """
-    n = len(hessian)
-    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(n, dtype=hessian.dtype, device=hessian.device)
-    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    R = damped_factor(hessian)
     A = torch.zeros_like(R)
-    for block in slices(n, BLOCK):
+    for block in slices(len(R), BLOCK):
         above = slice(0, block.start)
         A[above, block] = torch.linalg.solve_triangular(R[block, block], R[above, block], upper=True, left=False)
     return A

@@ -6,13 +6,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nla.codes.damped import damped_factor
 from nla.codes.grid_format import GridFormat
 from nla.codes.rounding import Rounded, Scaling, best_scaling, nearest_codes, rounded_to_nearest
 from nla.kernels.tiled import slices
 from nla.machine.peak_memory import unmeasured
 
 BLOCK = 128  # inputs between two updates of all later ones
-DAMPING = 0.01  # fraction of the mean of the Hessian's diagonal that is added to it
 
 
 class Hessian:
@@ -130,8 +130,7 @@ def rounded_block(left: Tensor, block: slice, U: Tensor, scales: Tensor, zeros: 
 def feedback(gram: Tensor) -> Tensor:
     """U, upper triangular, with U^T U = the inverse of the damped G (in, in), fp64.
 
-    The damped G is R R^T with R upper triangular: a Cholesky factor with rows and columns in reverse. Then U = R^-1.
+    The damped G is R R^T with R upper triangular, so that U = R^-1.
     """
-    H = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    R = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+    R = damped_factor(gram)
     return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)

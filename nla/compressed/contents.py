@@ -35,17 +35,21 @@ def matrix_counts(module: nn.Module) -> dict[str, tuple[int, int]]:
     return dict(zip(terms, shares(list(terms.values())), strict=True))
 
 
+def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters outside the terms, such as norms and embeddings, by qualified name. Tied ones are there once."""
+    in_terms = {id(p) for term in matrix_terms(module).values() for p in term.parameters()}
+    return {name: p for name, p in module.named_parameters() if id(p) not in in_terms}
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters of a model. Tied parameters count once, and masked triplets (mu = 0) do not count."""
-    in_terms = {id(p) for term in matrix_terms(module).values() for p in term.parameters()}
-    others = sum(p.numel() for p in module.parameters() if id(p) not in in_terms)
+    others = sum(p.numel() for p in other_parameters(module).values())
     return others + sum(numbers for numbers, _ in matrix_counts(module).values())
 
 
 def count_bits(module: nn.Module) -> int:
     """Bits that storing the parameters of a model takes, counted as in count_parameters()."""
-    in_terms = {id(p) for term in matrix_terms(module).values() for p in term.parameters()}
-    others = sum(8 * p.numel() * p.element_size() for p in module.parameters() if id(p) not in in_terms)
+    others = sum(8 * p.numel() * p.element_size() for p in other_parameters(module).values())
     return others + sum(bits for _, bits in matrix_counts(module).values())
 
 

@@ -24,7 +24,7 @@ from nla.models.select import LinearSpec, select_linears
 from nla.refine.settings import Refinement
 from nla.retrain.settings import Retraining
 from tasks.base import Task
-from tasks.data.base import Data, training_set
+from tasks.data.base import Data, require_apart, training_set
 
 # groups that a run has only inside other groups
 INGREDIENTS = ["kernel", "solver", "storage", "data", "calibration", "schedule"]
@@ -83,10 +83,17 @@ class PreparedRun:
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
-        """Raise UserError if weights, data, the cache or enough GPUs are missing. Missing weights and data are all named."""
+        """Raise UserError if weights, data, the cache or enough GPUs are missing, or if what is measured is also learnt from.
+
+        Missing weights and data are all named."""
         processes, there = self.retraining.processes, torch.cuda.device_count()
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
+        if self.retraining.steps and processes > 1 and ":" in self.device:
+            raise UserError(
+                f"device={self.device} names one GPU, but retrain.processes={processes} need as many; use device=cuda, which "
+                "takes the first ones (CUDA_VISIBLE_DEVICES chooses them)"
+            )
         self.cache.check()
         sets = [*(task.data for task in self.tasks), self.calibration, self.training_data]
         checks: list[Callable[[], None]] = [partial(self.model.check, self.values["dtype"], self.cache)]
@@ -99,6 +106,9 @@ class PreparedRun:
                 refusals.append(str(error))
         if refusals:
             raise UserError("\n".join(dict.fromkeys(refusals)))
+        for task in self.tasks:
+            for learnt in filter(None, (self.calibration, self.training_data, self.model.training)):
+                require_apart(task.data, learnt)
 
 
 def resolve(settings: dict[str, Any]) -> dict[str, Any]:

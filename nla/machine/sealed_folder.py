@@ -43,8 +43,9 @@ def make_sealed(folder: Path, make: Callable[[Path, Path], None]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the digest of every file to digests.json, so that intact() notices damage."""
-    digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    """Write the digest of every file, also in subfolders, to digests.json, so that intact() notices damage."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
     (folder / "digests.json").write_text(json.dumps(digests, indent=1))
 
 

@@ -7,6 +7,7 @@ import torch
 from nla.matrix.objective import Norms, Objective
 from nla.methods.gptq import GPTQ
 from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
+from nla.methods.svd import SVD
 
 
 class EoRA(RoundedPlusLowRank):
@@ -22,7 +23,7 @@ class EoRA(RoundedPlusLowRank):
     needs = frozenset({"gram"})
 
     def __init__(self, rank: int | None, sequential: bool) -> None:
-        super().__init__(rank, 1, GPTQ(False))
+        super().__init__(rank, 1, GPTQ(False), SVD())
         self.sequential = sequential
 
     def objective(self, norms: Norms) -> Objective:

@@ -27,5 +27,6 @@ def no_worse(fallback: str | None, solution: Solution, planned: Term, objective:
     if not objective.spectrum.tail(rank) < error:
         return solution
     triplets, optimum = Linear().warm_start(objective, rank, 1, torch.Generator())
-    losses = [*solution.losses, (solution.steps, objective.spectrum.tail(rank))]
+    last = max((step for step, _ in solution.losses), default=0)
+    losses = [*solution.losses, (last, objective.spectrum.tail(rank))]
     return Solution(KernelTerm(Linear(), triplets), losses, solution.steps, Status.LINEAR, optimum)

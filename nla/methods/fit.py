@@ -46,7 +46,7 @@ class Fit:
         weighted_floor: floor of the weighted error.
         steps: of gradient descent, or pairs of a grid and linear factors after the first. Steps of a start are not counted.
         flops: floating-point operations of the start and all steps, counted from shapes.
-        seconds: wall time on one processor thread (or the GPU).
+        seconds: wall time on one processor thread (or the GPU), with that of measuring these errors.
         peak_bytes: peak memory in bytes, see PeakMemory.
     """
 

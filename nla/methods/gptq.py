@@ -4,7 +4,8 @@ from nla.codes.feedback import gptq
 from nla.codes.grid_format import GridFormat
 from nla.codes.rounding import Rounded
 from nla.matrix.objective import Norms, Objective
-from nla.methods.grid_method import GridMethod, hessian
+from nla.methods.grid_method import GridMethod
+from nla.methods.rounding import hessian
 from nla.terms.base import Term
 
 

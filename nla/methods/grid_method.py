@@ -2,26 +2,22 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
-from torch import Tensor
 
-from nla.codes.feedback import Hessian
 from nla.codes.grid_format import GridFormat, fitting, least_grid_bits
 from nla.codes.rounding import Rounded
-from nla.kernels.linear import Linear
 from nla.matrix.objective import Objective
-from nla.methods.base import MatrixMethod, Shape
-from nla.solvers.base import Solution, Start, Status
+from nla.methods.base import Shape
+from nla.methods.rounding import Rounding, nothing
+from nla.solvers.base import Start
 from nla.terms.base import Term
 from nla.terms.grid import Grid, grid_of
-from nla.terms.kernel_term import KernelTerm
 
-RTN_FLOPS = 300  # operations for each weight of the search for the best lattices
+RTN_FLOPS = 300  # operations for each weight of the search for the best scales and zero points
 
 
-class GridMethod(MatrixMethod):
+class GridMethod(Rounding):
     """A method whose grid has the most bits of all widths and groups that fit (see `nla.codes.grid_format`)."""
 
     @abstractmethod
@@ -46,25 +42,5 @@ class GridMethod(MatrixMethod):
         assert isinstance(planned, Grid)
         return Start(grid_of(self.rounded(objective, planned.form), planned.form))
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        term = self.start(objective, planned, generator).term
-        return Solution(term, [(0, relative_error(term.dense().detach(), objective))], 0, Status.ROUNDED, None)
-
     def start_flops(self, term: Term) -> int:
         return RTN_FLOPS * term.out_features * term.in_features
-
-
-def relative_error(matrix: Tensor, objective: Objective) -> float:
-    """||(W' - W) S||^2 / ||W S||^2 of a matrix W' (out, in)."""
-    return float(objective.squared(matrix - objective.weight)[0]) / (objective.energy or 1.0)
-
-
-def hessian(objective: Objective) -> Hessian:
-    """The Gram matrix of an activation norm, for rounding with error feedback."""
-    assert objective.factor is not None
-    return Hessian(objective.factor.gram)
-
-
-def nothing(out_features: int, in_features: int, dtype: torch.dtype) -> Term:
-    """The term of a matrix whose bits buy nothing; it stores no number."""
-    return KernelTerm.empty(Linear(), out_features, in_features, 0, 1, dtype)

@@ -23,8 +23,8 @@ from nla.terms.triplet_terms import size, triplet_terms
 class Hybrid(MatrixMethod):
     """W' = linear term + kernel term, fitted in the norm of the layer's outputs.
 
-    The linear term starts from SVD-LLM's solution of its rank. The kernel term starts from a fit of the remainder of the
-    weight. Gradient descent then changes both together.
+    With `solver.start=warm`, the linear term starts from SVD-LLM's solution of its rank, and the kernel term from what that
+    leaves (with `storage=scaled`, some kernels are first fitted to it). Gradient descent then changes both together.
 
     Args:
         storage: how the numbers of the kernel term are kept.

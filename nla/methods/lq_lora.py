@@ -8,6 +8,7 @@ from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
 from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
 from nla.methods.rtn import RTN
+from nla.methods.svd import SVD
 
 
 class LQLoRA(RoundedPlusLowRank):
@@ -22,7 +23,7 @@ class LQLoRA(RoundedPlusLowRank):
     """
 
     def __init__(self, rank: int | None, iterations: int, loss: str, levels: str) -> None:
-        super().__init__(rank, iterations, RTN(levels))
+        super().__init__(rank, iterations, RTN(levels), SVD())
         require_choice("method.loss", loss, ["weight", "inputs"])
         self.needs = frozenset({"gram"} if loss == "inputs" else ())
 

@@ -13,7 +13,8 @@ from nla.machine.errors import UserError
 from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors, spectrum_flops
 from nla.methods.base import MatrixMethod, Shape
-from nla.methods.grid_method import hessian, nothing, relative_error
+from nla.methods.gptq import gptq_flops
+from nla.methods.rounding import hessian, nothing, relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
 from nla.storage.base import Coded, Float, Storage
@@ -25,7 +26,7 @@ GROUP = 128  # numbers of a column of a factor that share a scale and a zero poi
 ROUNDS = 3  # of both factors in turn; the best one is kept
 
 
-def svd_with(storage: Storage) -> MatrixMethod:
+def svd_with(storage: Storage) -> "SVD | PackedSVD":
     """Truncated SVD whose factors are stored so: in the model's type, or as codes.
 
     Raises:
@@ -53,13 +54,13 @@ class PackedSVD(MatrixMethod):
     def __init__(self, width: int) -> None:
         self.form = GridFormat(width, GROUP)
 
-    def bits_of(self, out_features: int, in_features: int, rank: int) -> int:
+    def bits_of(self, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> int:
         """Bits of factors of this rank."""
         return self.form.bits(rank, out_features) + self.form.bits(rank, in_features)
 
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
-        rank = min(bits // self.bits_of(out_features, in_features, 1), out_features, in_features)
-        while rank < min(out_features, in_features) and self.bits_of(out_features, in_features, rank + 1) <= bits:
+        rank = min(bits // self.bits_of(out_features, in_features, 1, dtype), out_features, in_features)
+        while rank < min(out_features, in_features) and self.bits_of(out_features, in_features, rank + 1, dtype) <= bits:
             rank += 1  # zero points of several columns share bytes
         if not rank:
             return nothing(out_features, in_features, dtype)
@@ -67,7 +68,7 @@ class PackedSVD(MatrixMethod):
         return GridFactors.empty(out_features, in_features, rank, form.width, form.group, form.kind, dtype)
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
-        return sum(self.bits_of(m, n, 1) for m, n in shapes)
+        return sum(self.bits_of(m, n, 1, dtype) for m, n in shapes)
 
     def pairs(self, objective: Objective, rank: int) -> Iterator[GridFactors]:
         """The factors after each round."""
@@ -96,4 +97,4 @@ class PackedSVD(MatrixMethod):
 
     def start_flops(self, term: Term) -> int:
         m, n, k = term.out_features, term.in_features, term.rank_bound() or 0
-        return spectrum_flops(m, n) + ROUNDS * (4 * m * n * k + 4 * n * n * k)
+        return spectrum_flops(m, n) + gptq_flops(k, n) + ROUNDS * (4 * m * n * k + 4 * n * n * k)

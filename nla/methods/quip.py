@@ -1,7 +1,6 @@
 """QuIP#: quantisation to points of the lattice E8, after random rotations of outputs and inputs (Tseng et al., 2024)."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch.nn.functional import pad
@@ -10,16 +9,16 @@ from nla.codes.block_ldlq import MULTIPLES, SWEEPS, block_ldlq
 from nla.codes.hadamard import rotated, rotation_flops
 from nla.codes.lattice_format import BLOCK, WIDTHS, RowFormat, blocks
 from nla.matrix.objective import Norms, Objective
-from nla.methods.base import MatrixMethod, Shape
-from nla.methods.grid_method import nothing, relative_error
-from nla.solvers.base import Solution, Start, Status
+from nla.methods.base import Shape
+from nla.methods.rounding import Rounding, nothing
+from nla.solvers.base import Start
 from nla.terms.base import Term
 from nla.terms.lattice_term import LatticeTerm, largest_size, lattice_bits, rotations
 
 SEARCH_FLOPS = 100  # operations for each weight and scale of the search for the nearest lattice point
 
 
-class QuIP(MatrixMethod):
+class QuIP(Rounding):
     """The weight in 1 to 4 bits, the most that fit, rounded in the norm of the layer's outputs. Without fine-tuning.
 
     The paper has whole numbers of bits. Between them, the vectors that are rounded last take one bit more than the others: no
@@ -55,10 +54,6 @@ class QuIP(MatrixMethod):
         rounded = block_ldlq(W, root.T @ root, RowFormat(blocks(n), planned.size))
         scale = torch.tensor(rounded.scale, dtype=weight.dtype, device=weight.device)
         return Start(LatticeTerm(rounded.codes, scale, seed.to(weight.device), n))
-
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        term = self.start(objective, planned, generator).term
-        return Solution(term, [(0, relative_error(term.dense().detach(), objective))], 0, Status.ROUNDED, None)
 
     def start_flops(self, term: Term) -> int:
         m, n = term.out_features, BLOCK * blocks(term.in_features)

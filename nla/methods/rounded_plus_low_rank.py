@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nla.machine.errors import require_integer
 from nla.matrix.objective import Objective
-from nla.matrix.spectrum import spectrum_flops
 from nla.methods.base import MatrixMethod, Shape
-from nla.methods.grid_method import nothing, relative_error
+from nla.methods.packed_svd import PackedSVD
+from nla.methods.rounding import nothing, relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
 from nla.terms.base import Sum, Term
@@ -30,7 +30,7 @@ class RoundedPlusLowRank(MatrixMethod):
             of the bits, and the factors get all that are left.
         iterations: the largest number of pairs.
         rounding: the method that rounds a matrix to Q.
-        factors: the method that fits the linear factors; None: SVD, whose numbers have the model's type.
+        factors: the method that fits the linear factors.
 
     Attributes:
         patience: pairs without a smaller error after which the search ends.
@@ -41,11 +41,11 @@ class RoundedPlusLowRank(MatrixMethod):
 
     patience = 1
 
-    def __init__(self, rank: int | None, iterations: int, rounding: MatrixMethod, factors: MatrixMethod | None = None) -> None:
+    def __init__(self, rank: int | None, iterations: int, rounding: MatrixMethod, factors: SVD | PackedSVD) -> None:
         if rank is not None:
             require_integer("method.rank", rank, 1)
         require_integer("method.iterations", iterations, 1)
-        self.rank, self.iterations, self.rounding, self.factors = rank, iterations, rounding, factors or SVD()
+        self.rank, self.iterations, self.rounding, self.factors = rank, iterations, rounding, factors
 
     @abstractmethod
     def pairs(self, objective: Objective, planned: Pair, generator: torch.Generator) -> Iterator[Pair]:
@@ -78,7 +78,7 @@ class RoundedPlusLowRank(MatrixMethod):
             rest = weight - rounded.dense().detach()
 
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
-        least = self.factors.least_bits([(out_features, in_features)], dtype) * (self.rank or 1)
+        least = self.factors.bits_of(out_features, in_features, self.rank or 1, dtype)
         share = least if self.rank else max(least, int(LOW_RANK_SHARE * bits))
         for beside in (share, least):
             rounded = self.rounding.plan_matrix(out_features, in_features, bits - beside, dtype)
@@ -88,7 +88,8 @@ class RoundedPlusLowRank(MatrixMethod):
         return nothing(out_features, in_features, dtype)
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
-        return self.rounding.least_bits(shapes, dtype) + (self.rank or 1) * self.factors.least_bits(shapes, dtype)
+        beside = sum(self.factors.bits_of(m, n, self.rank or 1, dtype) for m, n in shapes)
+        return self.rounding.least_bits(shapes, dtype) + beside
 
     def terms(self, objective: Objective, planned: Term, generator: torch.Generator) -> Iterator[Term]:
         """The terms of the pairs."""
@@ -117,7 +118,8 @@ class RoundedPlusLowRank(MatrixMethod):
 
     def start_flops(self, term: Term) -> int:
         """Operations of one pair."""
-        return self.rounding.start_flops(term) + spectrum_flops(term.out_features, term.in_features)
+        rounded, low = term.leaves()
+        return self.rounding.start_flops(rounded) + self.factors.start_flops(low)
 
     def step_flops(self, term: Term) -> int:
         return self.start_flops(term)

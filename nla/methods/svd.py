@@ -28,6 +28,10 @@ class SVD(MatrixMethod):
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> KernelTerm:
         return self.storage.plan(self.kernel, out_features, in_features, bits, dtype)
 
+    def bits_of(self, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> int:
+        """Bits of factors of this rank."""
+        return rank * self.storage.least_bits(out_features, in_features, dtype)
+
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         return sum(self.storage.least_bits(m, n, dtype) for m, n in shapes)
 

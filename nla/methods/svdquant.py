@@ -7,6 +7,7 @@ import torch
 from nla.matrix.objective import Norms, Objective
 from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
 from nla.methods.rtn import RTN
+from nla.methods.svd import SVD
 
 
 class SVDQuant(RoundedPlusLowRank):
@@ -21,7 +22,7 @@ class SVDQuant(RoundedPlusLowRank):
     needs = frozenset({"gram"})
 
     def __init__(self, rank: int | None, iterations: int, sequential: bool) -> None:
-        super().__init__(rank, iterations, RTN("uniform"))
+        super().__init__(rank, iterations, RTN("uniform"), SVD())
         self.sequential = sequential
 
     def objective(self, norms: Norms) -> Objective:

@@ -121,6 +121,7 @@ class ModelSource(ABC):
     """A source that one model is loaded from."""
 
     reads: Literal["text", "images"]
+    training: Any = None  # the data set (`tasks.data.base.Data`) that the harness trains the model on, if it does
 
     @abstractmethod
     def configuration(self, cache: Cache) -> dict[str, Any]:

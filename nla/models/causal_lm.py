@@ -53,14 +53,17 @@ def configuration_of(architecture: dict[str, Any]) -> Any:
 
 
 def require_described(folder: Path, architecture: dict[str, Any]) -> None:
-    """Raise UserError if the folder's config.json differs from the settings `model.architecture`, which are in the record."""
+    """Raise UserError if the folder's config.json differs from the settings `model.architecture`, which are in the record.
+
+    A model of another size would get the name of this one.
+    """
     asked, found = configuration_of(architecture), configuration_of(read_config(folder))
     for key in architecture:
         here, there = getattr(asked, key), getattr(found, key, None)
         if here != there:
             raise UserError(
                 f"model.architecture.{key}={here}, but the weights in {folder} were made with {key}={there}; "
-                "leave the setting, or give other weights"
+                f"give other weights, or take these as they are: model=causal_lm model.path={folder}"
             )
 
 
@@ -132,13 +135,15 @@ class HubModel(CausalLM):
     def identity(self, cache: Cache) -> str:
         if self.path is None:
             return ""
-        files = sorted(p for p in self.path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model"})
+        files = sorted(
+            p for p in self.path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
+        )
         return digest({p.name: cache.file_digest(p) for p in files})
 
     def inspect(self, cache: Cache) -> None:
         folder = self.path or self.downloaded()
         if folder is not None:
-            require_described(folder, self.configuration(cache))
+            require_described(folder, self.architecture or self.configuration(cache))
             inspect_folder(folder, self.empty(self.configuration(cache))[0])
 
     def check(self, dtype: str, cache: Cache) -> None:

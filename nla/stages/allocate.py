@@ -1,5 +1,6 @@
 """Distribute the budget over the matrices, if it depends on measurements of the model."""
 
+import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from nla.budget.plan import Plan, PlannedGroup, PlannedMatrix, make_plan
 from nla.compressed.surgery import get_linear, swap
 from nla.harness.request import PreparedRun, without_linear_term
 from nla.machine.cache import digest
+from nla.machine.errors import NonFiniteError
 from nla.machine.provenance import code_digest, target_modules
 from nla.matrix.objective import Norms
 from nla.methods.fit import Fit
@@ -26,7 +28,9 @@ def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> 
         return prepared
     specs, target = [matrix.spec for matrix in prepared.plan.matrices], prepared.target
     with tqdm(desc="budget", unit="look", dynamic_ncols=True) as bar:
-        shares = prepared.budget.look(specs, target, View(prepared, model, calibration, bar))
+        view = View(prepared, model, calibration, bar)
+        with prepared.cache.lock("sensitivities", view.key):  # jobs of other sizes measure the same
+            shares = prepared.budget.look(specs, target, view)
     shares = without_linear_term(shares, specs, prepared.retraining.linear_term, target.width)
     dtype = DTYPES[prepared.values["dtype"]]
     return replace(prepared, plan=make_plan(specs, target, shares, prepared.method, dtype))
@@ -43,7 +47,8 @@ class View:
         values = prepared.values
         code = code_digest("nla.stages.allocate", *target_modules([values["method"], values["model"]]))
         made_from = [calibration.made_from, values["method"], values["seed"], len(self.samples), code]
-        self.journal = prepared.cache.journal("sensitivities", digest(made_from))
+        self.key = digest(made_from)
+        self.journal = prepared.cache.journal("sensitivities", self.key)
 
     @cached_property
     def known(self) -> dict[tuple[str, int], float]:
@@ -96,6 +101,9 @@ class View:
         module, dense = self.model.module, get_linear(self.model.module, name)
         swap(module, {name: fit.term})
         try:
-            return mean_loss(self.model.loss, self.samples, torch.device(self.prepared.device))
+            loss = mean_loss(self.model.loss, self.samples, torch.device(self.prepared.device))
         finally:
             module.set_submodule(name, dense)
+        if math.isnan(loss):
+            raise NonFiniteError(f"with only {name} compressed, the loss is NaN; use dtype=bfloat16 or float32")
+        return loss

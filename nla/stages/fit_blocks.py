@@ -37,7 +37,7 @@ def fit_block_by_block(
     stream = StatisticsStream(model, plan.layers, measured, calibration.samples, store, offload, with_dense)
     refinement = BlockRefinement(prepared, calibration, stream) if prepared.refinement else None
     for block in stream.blocks():
-        stream.measure(block)
+        stream.measure(block, replaced=True)
         if method.correction or (refinement and block in refinement.missing):
             stream.advance_dense(block)
         found = NamedFits()
@@ -49,7 +49,7 @@ def fit_block_by_block(
         if refinement and block.layers:
             refined.append(refinement.refine(block))
         if method.sequential or (refinement and block in refinement.before_missing):
-            stream.advance(block, swapped=True)
+            stream.advance(block)
 
 
 def slowest_first(groups: Iterable[PlannedGroup]) -> list[PlannedGroup]:

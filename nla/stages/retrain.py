@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nla.compressed.contents import matrix_terms
 from nla.harness.estimate_retraining import MOMENTS
 from nla.harness.record import RetrainRecord, RunRecord, write_line
 from nla.harness.recording import kept_parameters
@@ -22,8 +21,7 @@ from nla.retrain.history import Row
 from nla.retrain.stages import checkpoint_keys
 from nla.retrain.trainable import pack_terms, prepare_terms
 from nla.stages.train_here import train_here
-from nla.stages.train_together import train_together
-from nla.terms.state import pack
+from nla.stages.train_together import hand_over, train_together
 from nla.training.processes import OneProcess
 
 
@@ -98,7 +96,7 @@ def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[
     together = prepared.retraining.processes > 1
     with prepared.cache.lock("retrained", key):
         if together:
-            prepared.cache.store_tensors("compressed", key, *pack(matrix_terms(model.module)))
+            prepared.cache.store_tensors("compressed", key, *hand_over(model.module))
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
         try:
             result = load_retrained(prepared, model, key)

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -11,7 +11,9 @@ from threading import Thread
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from nla.compressed.contents import matrix_terms, other_parameters, replace_parameters
 from nla.compressed.surgery import set_form, swap
 from nla.harness.request import PreparedRun, prepare
 from nla.machine.errors import NonFiniteError, UserError
@@ -19,12 +21,12 @@ from nla.models.base import Model
 from nla.retrain.history import Row
 from nla.retrain.trainable import prepare_terms
 from nla.stages.train_here import train_here
-from nla.terms.state import unpack
+from nla.terms.state import pack, unpack
 from nla.training.processes import Place, SeveralProcesses
 
 
 def train_together(prepared: PreparedRun, key: str, show: Callable[[Row], None], modules: Iterable[str]) -> None:
-    """Start `retrain.processes` processes, which load the cache's `compressed` terms and store the retrained ones there.
+    """Start `retrain.processes` processes, which load the cache's `compressed` model and store the retrained one there.
 
     Args:
         show: receives each row of the first process's history.
@@ -54,6 +56,19 @@ def train_together(prepared: PreparedRun, key: str, show: Callable[[Row], None],
             for process in started.values():
                 process.kill()
                 process.join()
+
+
+def hand_over(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The cache's `compressed` entry: the terms, and all other parameters, some of which a refinement has changed."""
+    tensors, info = pack(matrix_terms(module))
+    others = {name: parameter.detach() for name, parameter in other_parameters(module).items()}
+    return tensors | others, info | {"others": list(others)}
+
+
+def take_over(module: nn.Module, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Make the dense model the compressed one that `hand_over` read."""
+    swap(module, unpack(tensors, info))
+    replace_parameters(module, {name: tensors[name] for name in info["others"]})
 
 
 def follow(running: dict[Connection, BaseProcess], show: Callable[[Row], None]) -> None:
@@ -86,8 +101,7 @@ def take_part(place: Place, threads: int, settings: dict[str, Any], key: str, te
         model: Model = prepared.model.load(processes.device, prepared.values["dtype"], prepared.cache)
         entry = prepared.cache.load_tensors("compressed", key)
         assert entry is not None
-        terms = unpack({name: tensor.to(processes.device) for name, tensor in entry[0].items()}, entry[1])
-        swap(model.module, terms)
+        take_over(model.module, {name: tensor.to(processes.device) for name, tensor in entry[0].items()}, entry[1])
         set_form(model.module, prepared.values["forward"])
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
         train_here(prepared, model, key, tell.send if place.rank == 0 else lambda row: None, processes)

@@ -41,7 +41,9 @@ def chain(model: Model, layers: Sequence[str]) -> list[Block]:
         layers: qualified names of the chosen layers.
     """
     path = common_path(layers)
-    while path and not isinstance(model.module.get_submodule(path), nn.ModuleList | nn.Sequential):
+    parents = {layer.rpartition(".")[0] for layer in layers}
+    # a block that is itself a chosen layer would be replaced
+    while path and (path in parents or not isinstance(model.module.get_submodule(path), nn.ModuleList | nn.Sequential)):
         path = path.rpartition(".")[0]
     if not path:
         return [Block("", model.module, model.logits, list(layers))]
@@ -66,40 +68,51 @@ def common_path(names: Sequence[str]) -> str:
 
 
 class CaughtError(Exception):
-    """Ends a forward pass once the first block's input is recorded."""
+    """Ends a forward pass once what it was made for is recorded."""
 
 
 class Stream:
     """The hidden states of all samples between two blocks: tensors (batch, ..., features), and the blocks' other arguments.
 
+    A block's other arguments, such as its mask, may differ from those of other blocks. They depend on the size of the batch
+    only, because samples have one length and no padding.
+
     Args:
+        blocks: the whole chain.
         folder: keep the tensors in memory-mapped files in this folder; None to keep them in the device's memory.
     """
 
     def __init__(
-        self, model: Model, first: Block, samples: Sequence[Sample], device: torch.device, folder: Path | None = None
+        self, model: Model, blocks: Sequence[Block], samples: Sequence[Sample], device: torch.device, folder: Path | None = None
     ) -> None:
         self.device, self.folder = device, folder
-        self.arguments: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # by batch size: only the last batch may be smaller
+        self.arguments: dict[tuple[str, int], tuple[list[Any], dict[str, Any]]] = {}  # by block and batch size
         self.states: list[Tensor] = []
-        if first.module is model.module:
-            self.arguments = {size: ([], {}) for size in range(1, BATCH + 1)}
+        if blocks[0].module is model.module:
+            self.arguments = {(blocks[0].name, size): ([], {}) for size in range(1, BATCH + 1)}
             self.states = [self.kept(batch) for batch in batches(samples)]
             return
-
-        def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            state, *others = arguments
-            self.arguments.setdefault(len(state), (others, keywords))  # samples have one length and no padding
-            self.states.append(self.kept(state))
-            raise CaughtError
-
-        handle = first.module.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+        with ExitStack() as hooks:
+            for block in blocks:
+                handle = block.module.register_forward_pre_hook(self.hook(block, blocks), with_kwargs=True)
+                hooks.callback(handle.remove)
             for batch in batches(samples):
                 with suppress(CaughtError), torch.no_grad():
                     model.logits(batch.to(device))
-        finally:
-            handle.remove()
+
+    def hook(self, block: Block, blocks: Sequence[Block]) -> Callable[..., None]:
+        """Records the first block's states. The first batch of a size goes on to the last block, for all blocks' arguments."""
+
+        def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            state, *others = arguments
+            if block is blocks[0]:
+                self.states.append(self.kept(state))
+            if (blocks[-1].name, len(state)) not in self.arguments:
+                self.arguments[block.name, len(state)] = others, keywords
+            if (blocks[-1].name, len(state)) in self.arguments:
+                raise CaughtError
+
+        return catch
 
     def kept(self, state: Tensor) -> Tensor:
         """A state as it is kept until the next block: itself, or a copy in a memory-mapped file."""
@@ -123,7 +136,7 @@ class Stream:
 
     def run(self, block: Block, state: Tensor) -> Tensor:
         """The output of a block for one batch: (batch, ..., features)."""
-        arguments, keywords = self.arguments[len(state)]
+        arguments, keywords = self.arguments[block.name, len(state)]
         output = block.run(state.to(self.device), *arguments, **keywords)
         return output[0] if isinstance(output, tuple) else output
 

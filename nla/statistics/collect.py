@@ -42,7 +42,7 @@ def collect(
         stream = StatisticsStream(model, layers, streamed, samples, store, offload)
         for block in stream.blocks():
             stream.measure(block)
-            stream.advance(block, swapped=False)
+            stream.advance(block)
     if "fisher" in kinds and any(not store.has("fisher", layer) for layer in layers):
         for layer, value in fisher(model, layers, samples[:fisher_samples]).items():
             store.store("fisher", layer, value)
@@ -76,7 +76,7 @@ class StatisticsStream:
     ) -> None:
         device = next(model.module.parameters()).device
         self.module, self.kinds, self.store, self.chain = model.module, kinds, store, chain(model, layers)
-        self.stream = Stream(model, self.chain[0], samples, device, store.cache.root / "streams" if offload else None)
+        self.stream = Stream(model, self.chain, samples, device, store.cache.root / "streams" if offload else None)
         self.dense = copy(self.stream) if with_dense else None
         self.outputs: list[Tensor] = []
         self.dense_outputs: list[Tensor] = []
@@ -89,8 +89,12 @@ class StatisticsStream:
                 yield block
                 bar.set_postfix_str(f"{self.rows} rows", refresh=False)
 
-    def measure(self, block: Block) -> None:
-        """Compute and store those statistics of the block's layers that the store lacks."""
+    def measure(self, block: Block, replaced: bool = False) -> None:
+        """Compute and store those statistics of the block's layers that the store lacks.
+
+        Args:
+            replaced: the layers will be replaced, so that the outputs of those of now are not kept for `advance`.
+        """
         missing = frozenset(kind for kind, layer in product(self.kinds, block.layers) if not self.store.has(kind, layer))
         self.outputs, self.dense_outputs = [], []
         if missing:
@@ -99,6 +103,8 @@ class StatisticsStream:
                 dense_groups = self.dense.groups() if self.dense and "cross" in missing else repeat(None)
                 for group, dense_group in zip(self.stream.groups(), dense_groups, strict=False):
                     self.measure_group(block, inputs, moments, group, dense_group)
+                    if replaced:
+                        self.outputs = []
             self.rows = moments.store(self.store)
             self.store.store_sources(inputs.source)
 
@@ -119,10 +125,10 @@ class StatisticsStream:
         assert self.dense is not None
         self.dense.states = self.dense_outputs or self.dense.after(block)
 
-    def advance(self, block: Block, swapped: bool) -> None:
-        """Pass all samples through the block as it is now. `swapped`: its layers were replaced after `measure`."""
+    def advance(self, block: Block) -> None:
+        """Pass all samples through the block as it is now."""
         if block is not self.chain[-1]:
-            self.stream.states = self.outputs if self.outputs and not swapped else self.stream.after(block)
+            self.stream.states = self.outputs or self.stream.after(block)
 
 
 def run(stream: Stream, block: Block, inputs: Inputs, group: list[Tensor]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:

@@ -176,9 +176,9 @@ def shares(terms: Sequence[Term]) -> list[tuple[int, int]]:
     """(numbers, bits) stored for each term. A tensor shared by several terms counts for the first of them."""
     known: set[int] = set()
     found = []
-    for term in terms:
+    for parts in [term.stored() for term in terms]:  # all at once: the id of a freed tensor may be given again
         numbers = bits = 0
-        for stored in term.stored():
+        for stored in parts:
             if id(stored.tensor) not in known:
                 known.add(id(stored.tensor))
                 numbers, bits = numbers + stored.numbers, bits + stored.bits

@@ -56,6 +56,20 @@ class Data(ABC):
         """
         raise UserError(f"{self.group}={self.name} cannot be sampled; choose text or images")
 
+    def share_in(self, learnt: "Data") -> float:
+        """The fraction of this data set that another one has, too, as far as this kind of data can tell."""
+        return 0.0
+
+
+def require_apart(measured: Data, learnt: Data) -> None:
+    """Raise UserError if more than a hundredth of what is measured is also in what is learnt from."""
+    share = measured.share_in(learnt)
+    if share > 0.01:
+        raise UserError(
+            f"data={measured.name} and the training split of {learnt.name} have {share:.0%} of the measured data in common; "
+            "measure on data that nothing is learnt from, and give the same held_out to both"
+        )
+
 
 def training_set(setting: str, node: dict[str, Any], kind: str) -> Any:
     """The training split of the data set of this kind in a node of conf/data.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError, require_integer
@@ -101,6 +102,9 @@ class Digits(Images):
 
     def identity(self, cache: Cache) -> str:
         return digest(self.held_out_fraction)
+
+    def share_in(self, learnt: Data) -> float:
+        return max(0.0, 1 - learnt.held_out_fraction / self.held_out_fraction) if isinstance(learnt, Digits) else 0.0
 
 
 class FashionMnist(Images):
@@ -229,6 +233,7 @@ class HubImages(Images):
         key = digest([str(root.resolve()), [[str(path.relative_to(root)), version_of(path)] for path in files]])
         known = cache.load_json("digests", key)
         if known is None:
-            known = digest({str(path.relative_to(root)): file_digest(path) for path in files})
+            told = tqdm(files, f"reading {root}", unit="file", dynamic_ncols=True, delay=2)
+            known = digest({str(path.relative_to(root)): file_digest(path) for path in told})
             cache.remember("digests", key, known)
         return known

