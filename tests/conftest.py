@@ -122,7 +122,7 @@ def run_here(tmp_path, monkeypatch) -> Callable[..., object]:
 
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: path.touch())
     monkeypatch.setattr(LanguageModel, "encode", encode_once)
-    return lambda *arguments: run(check_settings(configuration(*arguments, f"outputs_dir={tmp_path}")))
+    return lambda *arguments: run(check_settings(configuration(*command(tmp_path, *arguments)[1:])))
 
 
 def command(outputs: Path, *arguments: str) -> list[str]:
