@@ -57,7 +57,7 @@ def by_bits(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     Rows are named by the number of matrices, the last training, the method, and the bits that were asked for.
     """
     rows = runs[(runs["model"] == model) & runs["bits"].notna() & runs[f"compressed.{metric}"].notna()]
-    names = [(PAPERS_NAMES.get(row["method"]) or row["kernel"]) + stored_as(row["storage"]) for _, row in rows.iterrows()]
+    names = [name_with_storage(row) for _, row in rows.iterrows()]
     refined = rows["changed"].str.contains("refine=block")
     after = refined.map({False: "fits", True: "refinement"}).where(rows["retrain_steps"] == 0, "retraining")
     last = rows[f"compressed.{metric}"].where(rows["retrain_steps"] == 0, rows.get(f"retrained.{metric}"))
@@ -68,9 +68,25 @@ def by_bits(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     return table.set_index(["matrices", "after", "method", "bits"])[columns].sort_index()
 
 
-def stored_as(storage: str) -> str:
-    """A word on how factors are stored, for the name of a method; nothing for numbers of the model's type."""
-    return "" if storage == "float" else f", {storage}"
+def with_latency(table: pd.DataFrame, runs: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The rows of `by_bits` whose size was also run with `task=latency`, with two more columns.
+
+    `token` is the seconds of a token at batch 1, relative to the dense model's; `read` is the MB of parameters that it reads.
+    """
+    timed = runs[(runs["model"] == model) & runs["bits"].notna() & runs["compressed.latency.decode_1.to_dense"].notna()]
+    timed = timed.assign(
+        method=[name_with_storage(row) for _, row in timed.iterrows()],
+        token=timed["compressed.latency.decode_1.to_dense"],
+        read=timed["compressed.latency.decode_1.parameter_bytes_per_token"] / 1e6,
+    )
+    names = ["matrices", "method", "bits"]
+    return table.join(timed.set_index(names)[["token", "read"]], on=names, how="inner")
+
+
+def name_with_storage(row: pd.Series) -> str:
+    """Name of a method or kernel, with a word on how its factors are stored unless their numbers have the model's type."""
+    name = PAPERS_NAMES.get(row["method"]) or row["kernel"]
+    return name if row["storage"] == "float" else f"{name}, {row['storage']}"
 
 
 def error_by_steps(fits: pd.DataFrame, model: str, select: str) -> pd.DataFrame:

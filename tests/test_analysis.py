@@ -227,7 +227,7 @@ def test_a_table_of_costs_has_the_dense_model_first_and_a_row_per_kernel_and_for
 
 
 def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_what_they_cost():
-    metric = "language_modelling.sotu.perplexity"
+    metric, decode = "language_modelling.sotu.perplexity", "compressed.latency.decode_1."
 
     def row(method, kernel, storage, bits, taken, value, **others):
         found = {"method": method, "kernel": kernel, "storage": storage, "bits": bits, "selected_per_weight": taken}
@@ -243,9 +243,20 @@ def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_what
             row("gptq", "int2", "float", 2.3, 2.28, 35.0, changed="refine=block"),
             row("svd_llm", "factors", "int4", 1.05, 1.04, 80.0, retrain_steps=4, **{f"retrained.{metric}": 60.0}),
             row("svd_llm", "linear", "float", None, 8.0, 50.0),  # asked for a ratio
+            row(
+                "nla",
+                "phase",
+                "angles",
+                2.05,
+                2.04,
+                None,
+                **{decode + "to_dense": 0.9, decode + "parameter_bytes_per_token": 4e6},
+            ),
         ]
     )
     table = tables.by_bits(runs, "m", metric)
+    (timed,) = tables.with_latency(table, runs, "m").reset_index().to_dict("records")
+    assert (timed["method"], timed["figure"], timed["token"], timed["read"]) == ("phase, angles", 30.0, 0.9, 4.0)
     assert table["figure"].to_dict() == {
         (70, "fits", "GPTQ", 2.3): 40.0,
         (70, "fits", "phase, angles", 2.05): 30.0,
