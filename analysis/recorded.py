@@ -23,6 +23,7 @@ AGGREGATES: dict[str, Callable[[list[float]], float]] = {
     "first": lambda values: values[0], "last": lambda values: values[-1], "below 1": lambda values: sum(v < 1 for v in values),
 }  # fmt: skip
 Aggregate = Literal["mean", "std", "min", "max", "sum", "median", "count", "first", "last", "below 1"]
+OF_NONE = ("count", "sum", "below 1")  # aggregates that no values have, too
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "MB": 1e6, "GB": 1e9, "%": 1e-2, "ms": 1e-3, "minutes": 60.0}
 Run = tuple[dict[str, str], RunRecord]  # the settings as typed, and the record
 
@@ -210,8 +211,8 @@ def of_run(figure: Figure, record: RunRecord) -> float:
     values = column(figure.figure, record, figure.where)
     if divided_by:
         values = [a / b for a, b in zip(values, column(divided_by, record, figure.where), strict=True)]
-    if not values and not figure.where:
-        raise NoRecordError(f"{record.name} has no {figure.figure}")
+    if not values and not (figure.where and figure.over in OF_NONE):
+        raise NoRecordError(f"{record.name} has no {figure.figure}" + (f" where {figure.where}" if figure.where else ""))
     return AGGREGATES[figure.over](values)
 
 

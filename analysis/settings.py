@@ -102,7 +102,16 @@ def option(group: str, name: str) -> dict[str, Any]:
     content = dict(read_yaml(CONF / group / f"{name}.yaml") or {})
     bases = [base for base in content.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     own = content[group] if isinstance(content.get(group), dict) else content  # an option of the whole configuration
-    return {key: value for base in bases for key, value in option(group, base).items()} | own
+    whole: dict[str, Any] = {}
+    for layer in [*(option(group, base) for base in bases), own]:
+        whole = merged(whole, layer)
+    return whole
+
+
+def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, with own ones over those of a base."""
+    both = {k: merged(base[k], v) for k, v in own.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | own | both
 
 
 def as_typed(pairs: Iterable[Pair]) -> list[str]:
@@ -135,6 +144,8 @@ def changed_pairs(config: dict[str, Any], stepped: bool) -> list[Pair]:
     top = read_yaml(CONF / "config.yaml")
     statistics = config.get("statistics", top["statistics"])
     pairs += [(f"statistics.{key}", statistics[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
+    drawn = config.get("statistics", config)["seed"]
+    pairs += [("statistics.seed", drawn, config["seed"])] if drawn else []  # older runs have 0, whatever their seed
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
     pairs += [("budget", nearest_option("budget", config["budget"])[0], "uniform")]
     pairs += [("forward", forward_form(config), top["forward"])]
@@ -143,7 +154,22 @@ def changed_pairs(config: dict[str, Any], stepped: bool) -> list[Pair]:
         name, others = nearest_option("refine", config["refine"], NOT_COMPARED)
         changed += [("refine", name), *dotted("refine", others)]
     changed += [("calibration", name) for name in other_calibration(config)]
+    for name in task_names(config):
+        changed += data_pairs("data", config["task"][name]["data"])
+    learnt = [config[group]["data"] for group in ("statistics", "retrain") if "data" in config.get(group, {})]
+    changed += data_pairs("calibration", learnt[0]) if learnt else []
     return [(key, value) for key, value in changed if stepped or key != "solver.steps" or not value]
+
+
+def data_pairs(group: str, data: dict[str, Any]) -> list[Pair]:
+    """(key, value) of the settings of a data set that differ from those of the option with its name, except where it lies."""
+    options = group_options("data").get(data["name"], {})
+    for kind, usual in options.items():
+        if isinstance(usual, dict) and usual.get("name") == data["name"]:
+            own = {key: value for key, value in data.items() if not isinstance(value, dict) and key in usual}
+            fixed = {key: value for key, value in own.items() if not str(usual[key]).startswith("${")}
+            return [(f"{group}.{kind}.{key}", value) for key, value in fixed.items() if value != usual[key]]
+    return []
 
 
 def dotted(group: str, pairs: Iterable[Pair]) -> list[Pair]:

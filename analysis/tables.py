@@ -45,7 +45,8 @@ def by_ratio(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     """
     rows = of_layers(runs, model)
     rows = rows[rows[f"compressed.{metric}"].notna() & ~rows["changed"].str.contains("max_windows=|refine=")]
-    table = rows.pivot(index="name_of_method", columns="ratio", values=f"compressed.{metric}")
+    named = ["name_of_method", "ratio"]
+    table = rows.drop_duplicates(named, keep="last").pivot(index=named[0], columns="ratio", values=f"compressed.{metric}")
     table.insert(0, 0.0, rows.groupby("name_of_method")[f"dense.{metric}"].first())
     return table.rename_axis(index="method", columns="removed")
 
@@ -57,11 +58,14 @@ def by_bits(runs: pd.DataFrame, model: str, metric: str) -> pd.DataFrame:
     Rows are named by the number of matrices, the last training, the method, and the bits that were asked for.
     """
     rows = runs[(runs["model"] == model) & runs["bits"].notna() & runs[f"compressed.{metric}"].notna()]
-    names = [name_with_storage(row) for _, row in rows.iterrows()]
+    names = [name_with_storage(row) + own_settings(row["changed"]) for _, row in rows.iterrows()]
     refined = rows["changed"].str.contains("refine=block")
     after = refined.map({False: "fits", True: "refinement"}).where(rows["retrain_steps"] == 0, "retraining")
     last = rows[f"compressed.{metric}"].where(rows["retrain_steps"] == 0, rows.get(f"retrained.{metric}"))
-    table = rows.assign(method=names, after=after, figure=last, stderr=rows[f"compressed.{metric}_stderr"])
+    final = rows["retrain_steps"] > 0
+    error = rows[f"compressed.{metric}_stderr"].mask(final, rows.get(f"retrained.{metric}_stderr"))
+    table = rows.assign(method=names, after=after, figure=last, stderr=error)
+    table["operations"] = rows["operations"].where(rows["retrain_steps"] == 0)  # a retraining may drop or add triplets
     table = table.assign(times=table["figure"] / table[f"dense.{metric}"])
     table = table.rename(columns={"selected_per_weight": "bits taken", f"dense.{metric}": "dense"})
     columns = ["bits taken", "operations", "dense", "figure", "stderr", "times", "weighted_error", "fit_seconds"]
@@ -81,6 +85,13 @@ def with_latency(table: pd.DataFrame, runs: pd.DataFrame, model: str) -> pd.Data
     )
     names = ["matrices", "method", "bits"]
     return table.join(timed.set_index(names)[["token", "read"]], on=names, how="inner")
+
+
+def own_settings(changed: str) -> str:
+    """The settings that a run has and others of its size have not, in brackets; nothing if there are none."""
+    usual = ("windows=", "dtype=", "loss=activation", "storage=", "refine=", "calibration=", "budget=uniform")
+    own = [pair for pair in changed.split() if not pair.startswith(usual)]
+    return f" ({' '.join(own)})" if own else ""
 
 
 def name_with_storage(row: pd.Series) -> str:

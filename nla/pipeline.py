@@ -116,7 +116,7 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
         model = prepared.model.load(prepared.device, prepared.values["dtype"], prepared.cache)
         if linear_specs(model.module) != prepared.inventory.linears:
             raise UserError("the weights are not of the architecture that the model's configuration describes")
-        require_finite(model.module)
+        require_finite(model.module, "get the weights again, or use a wider dtype=")
         dense = state_of(prepared, model)
         calibration = sample(prepared, model, dense)
         if prepared.training_data is not None:  # a text that is too short is refused now

@@ -15,15 +15,17 @@ from analysis.frames import fits_frame, runs_frame
 from analysis.paper_runs import evaluated
 from analysis.plots import kept_by_matrix, loss_by_layer, retraining
 from analysis.records import IN_GIT, add, load_records, read_collection, read_xz, write_collection, write_xz
-from analysis.settings import nearest_option, typed_settings
+from analysis.settings import changed_settings, nearest_option, typed_settings
 from analysis.tables import accuracy, adaptive_or_not, by_ratio, retrained
 from nla.harness.fits_table import FitRecord
 from nla.harness.record import RunRecord
+from nla.harness.request import prepare
+from nla.harness.settings import check_settings
 from nla.harness.tracked_figures import metric_rows, summary
 from nla.kernels.piecewise import Piecewise
 from nla.machine.errors import UserError
 from tests import forked
-from tests.conftest import SHORT, only_folder
+from tests.conftest import SHORT, configuration, only_folder
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,8 @@ def test_a_table_of_costs_has_the_dense_model_first_and_a_row_per_kernel_and_for
 
 def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_what_they_cost():
     metric, decode = "language_modelling.sotu.perplexity", "compressed.latency.decode_1."
+    retrained = {"retrain_steps": 4, f"retrained.{metric}": 60.0, f"retrained.{metric}_stderr": 0.25}
+    latency = {f"{decode}to_dense": 0.9, f"{decode}parameter_bytes_per_token": 4e6}
 
     def row(method, kernel, storage, bits, taken, value, **others):
         found = {"method": method, "kernel": kernel, "storage": storage, "bits": bits, "selected_per_weight": taken}
@@ -241,21 +245,15 @@ def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_what
             row("nla", "phase", "angles", 2.05, 2.04, 30.0),
             row("gptq", "int2", "float", 2.3, 2.28, 40.0),
             row("gptq", "int2", "float", 2.3, 2.28, 35.0, changed="refine=block"),
-            row("svd_llm", "factors", "int4", 1.05, 1.04, 80.0, retrain_steps=4, **{f"retrained.{metric}": 60.0}),
+            row("svd_llm", "factors", "int4", 1.05, 1.04, 80.0, **retrained),
             row("svd_llm", "linear", "float", None, 8.0, 50.0),  # asked for a ratio
-            row(
-                "nla",
-                "phase",
-                "angles",
-                2.05,
-                2.04,
-                None,
-                **{decode + "to_dense": 0.9, decode + "parameter_bytes_per_token": 4e6},
-            ),
+            row("nla", "phase", "angles", 2.05, 2.04, None, **latency),
         ]
     )
     table = tables.by_bits(runs, "m", metric)
     (timed,) = tables.with_latency(table, runs, "m").reset_index().to_dict("records")
+    final = table.loc[(70, "retraining", "SVD-LLM, int4", 1.05)]
+    assert pd.isna(final["operations"]) and final["stderr"] == 0.25
     assert (timed["method"], timed["figure"], timed["token"], timed["read"]) == ("phase, angles", 30.0, 0.9, 4.0)
     assert table["figure"].to_dict() == {
         (70, "fits", "GPTQ", 2.3): 40.0,
@@ -268,6 +266,13 @@ def test_runs_by_bits_are_named_by_method_storage_and_training_and_drawn_by_what
         axis = plots.by_cost(table.xs("fits", level="after"), cost, "what it costs", [1, 2]).axes[0]
         drawn = {c.get_label(): c.lines[0].get_xdata().tolist() for c in axis.containers}
         assert drawn == {"GPTQ": [2.28 / share], "phase, angles": [2.04 / share]}
+
+
+def test_other_speeches_make_another_run():
+    usual = configuration("method=asvd", "calibration=sotu_since_1960")
+    other = configuration("method=asvd", "calibration=sotu_since_1960", "data.text.held_out=9", "calibration.text.since=1980")
+    found = [changed_settings(prepare(check_settings(c)).values, stepped=False) for c in (usual, other)]
+    assert set(found[1]) - set(found[0]) == {"held_out=9", "since=1980"}
 
 
 def test_fits_in_few_and_in_many_steps_stand_in_one_line_a_method():

@@ -46,6 +46,16 @@ def test_python_topics_are_the_long_topics_of_pythons_help_in_alphabetical_order
         PythonTopics("python_topics", least=13).check()
 
 
+def test_samples_of_a_short_text_begin_at_different_tokens(tmp_path):
+    file = tmp_path / "short.raw"
+    file.write_text("".join(chr(97 + i % 26) for i in range(300)))
+    found = request(tmp_path, "model=tiny_llama", "calibration=wikitext2", f"calibration.path={file}")
+    samples = found.calibration.samples(found.model.load("cpu", "float32", found.cache), 20, 200, seed=0)
+    assert {sample.inputs.shape for sample in samples} == {(1, 200)} and len({int(s.inputs[0, 0]) for s in samples}) > 5
+    with pytest.raises(UserError, match="is shorter than one sample of 301 tokens"):
+        found.calibration.samples(found.model.load("cpu", "float32", found.cache), 1, 301, seed=0)
+
+
 OVERLAPPING = {
     "data.text.held_out=9": "data=sotu and the training split of sotu",
     "calibration.text.held_out=7": "data=sotu and the training split of sotu",

@@ -199,6 +199,7 @@ def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp
     arguments += ["select.include='layers.0'"]
     record = run_here(*TINY, *arguments, "retrain.watch=0", "statistics.windows=4", "statistics.length=32")
     assert record.status == "done" and record.bits.selected_per_weight <= 3.5
+    assert record.history[-1]["kept"] == record.history[-1]["budget"] == sum(fit.n_params for fit in record.fits)
     loaded = nla.load_compressed(folder)
     rounded = [module for module in loaded.modules() if isinstance(module, Grid | LatticeTerm)]
     assert len(rounded) == 7 and sum(8 * b.numel() for term in rounded for b in term.buffers()) > 0

@@ -82,7 +82,7 @@ def test_dropping_masked_triplets_does_not_change_the_rest_of_a_training(tmp_pat
         masks = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score", "loss").tightening([masters], 3 * 19, recipe.steps)
 
         def train_until(moved, masks, key, progress=None, until=None):
-            history = History(Constraints({}, {}), dict.fromkeys(terms, ""), masks, 57, 57, None, recipe, lambda row: None)
+            history = History(Constraints({}, {}), dict.fromkeys(terms, ""), masks, 57, 57, 0, None, recipe, lambda row: None)
             loss = lambda s: (layer(s.inputs) - s.targets).float().square().mean()  # noqa: E731
             return train(moved, loss, lambda step: batch, recipe, Cache(tmp_path), key, "test", history, None, progress, until)
 

@@ -119,7 +119,7 @@ def test_the_papers_kernel_is_retrained_at_the_rate_of_the_others_and_leaps_with
     trained, terms = chosen_parts(layer, ["triplets"]), kernel_terms(layer)
     surface = Constraints(terms if held else {}, {t.name: t for t in trained})
     recipe, rows = Recipe(steps=30, lr=TRAINING_RATE, warmup=0, weight_decay=0.0, clip=1e9), []
-    history = History(surface, dict.fromkeys(terms, ""), None, 1, 1, None, recipe, rows.append)
+    history = History(surface, dict.fromkeys(terms, ""), None, 1, 1, 0, None, recipe, rows.append)
     loss = lambda s: (layer(s.inputs) - s.targets).square().mean()  # noqa: E731
     train(trained, loss, lambda step: [Sample(x, y)], recipe, Cache(tmp_path), "key", "test", history)
     losses = [row["loss"] for row in rows]
@@ -140,7 +140,7 @@ def test_importance_is_that_of_the_losss_gradient_unless_the_constrained_one_is_
     budget = Adaptive(Constant(2.0, 0.0, 0.5, 1), 0.0, 0.0, "score", gradient)
     masks = budget.tightening([Triplets(term.A.detach(), term.B.detach(), term.mu.detach())], 10, 4)
     recipe = Recipe(steps=4, lr=0.1, warmup=0, weight_decay=0.0, clip=1.0)
-    history = History(surface, {"t": "t"}, masks, 10, 10, None, recipe, lambda row: None)
+    history = History(surface, {"t": "t"}, masks, 10, 10, 0, None, recipe, lambda row: None)
     history.after_gradient(0, found)
     for part, sensitivity in zip(PARTS, masks.importance.smoothed[0].tensors, strict=True):
         torch.testing.assert_close(sensitivity, (getattr(term, part).detach() * scored[f"t.{part}"]).abs())

@@ -61,11 +61,9 @@ def require_numbers(source: str, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def require_finite(module: nn.Module) -> None:
+def require_finite(module: nn.Module, remedy: str) -> None:
     """Raise NonFiniteError, which names the tensor, if a parameter or buffer has NaN or infinite values."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        # in one pass, and without a copy: the smallest and the largest number are NaN if any number is
         if tensor.is_floating_point() and tensor.numel() and not all(bool(v.isfinite()) for v in tensor.detach().aminmax()):
-            raise NonFiniteError(
-                f"{name} of the loaded model holds NaN or infinite values in {short(tensor.dtype)}; "
-                "get the weights again, or use a wider dtype="
-            )
+            raise NonFiniteError(f"{name} of the model holds NaN or infinite values in {short(tensor.dtype)}; {remedy}")

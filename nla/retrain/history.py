@@ -30,6 +30,7 @@ class History(Observer):
         matrices: {name of a term: name of its matrix}, in the order of the tightening's triplets.
         tightening: masks the least important triplets; None to keep all triplets.
         budget, kept: numbers of parameters, for the rows, if all triplets are kept.
+        beside: how many of them no triplet has, such as scales.
         watch: measures the loss on samples that are not trained on, as columns of a row; None to measure nothing.
         recipe: determines the steps at which `watch` is called.
         show: called with each new row.
@@ -42,12 +43,13 @@ class History(Observer):
         tightening: Tightening | None,
         budget: int,
         kept: int,
+        beside: int,
         watch: Callable[[], Row] | None,
         recipe: Recipe,
         show: Callable[[Row], None],
     ) -> None:
         self.constraints, self.matrices, self.tightening = constraints, matrices, tightening
-        self.budget, self.kept = budget, kept
+        self.budget, self.kept, self.beside = budget, kept, beside
         self.watch, self.recipe, self.show = watch, recipe, show
         self.rows: list[Row] = []
         self.since = time.perf_counter()
@@ -80,7 +82,7 @@ class History(Observer):
         row: Row = {"step": done, **figures, "budget": self.budget, "kept": self.kept}
         if self.tightening:
             kept = self.tightening.kept()
-            row |= {"budget": self.tightening.budget(done), "kept": sum(kept)}
+            row |= {"budget": self.beside + self.tightening.budget(done), "kept": self.beside + sum(kept)}
             if self.ranking is not None:
                 row["importance"] = torch.quantile(self.ranking.float(), torch.tensor(IMPORTANCE_QUANTILES)).tolist()
                 row["matrices"] = by_matrix(self.matrices.values(), kept)

@@ -153,8 +153,10 @@ class StagedTraining:
             self.show(row)
 
         own = {t.name: t for t in trained if t.owner == self.processes.rank}
-        constraints, kept = Constraints(self.terms, own), sum(term.count() for term in self.terms.values())
-        history = History(constraints, self.matrices, masks, budget or kept, kept, self.watch, recipe, shown)
+        constraints, beside = Constraints(self.terms, own), self.beside
+        kept = beside + sum(term.count() for term in self.terms.values())
+        asked = kept if budget is None else beside + budget
+        history = History(constraints, self.matrices, masks, asked, kept, beside, self.watch, recipe, shown)
         until = masks.cool_down if masks else None
         return train(trained, self.loss, self.batch, recipe, self.cache, key, label, history, self.processes, progress, until)
 
@@ -168,9 +170,13 @@ class StagedTraining:
             Triplets(*(by_name[f"{name}.{part}"].master for part in TENSORS)) if owner == self.processes.rank else term.triplets
             for (name, term), owner in zip(self.terms.items(), owners, strict=True)
         ]
+        return self.budget.tightening(moved, self.final - self.beside, self.settings.steps, self.processes, owners)
+
+    @property
+    def beside(self) -> int:
+        """Numbers of the compressed matrices that no `KernelTerm` has, such as scales and codes."""
         stored, droppable = (sum(n for n, _ in shares(list(t.values()))) for t in (matrix_terms(self.model.module), self.terms))
-        beside = stored - droppable  # numbers that no triplet has, such as scales
-        return self.budget.tightening(moved, self.final - beside, self.settings.steps, self.processes, owners)
+        return stored - droppable
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from math import isfinite
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from nla.compressed.contents import matrix_terms
 from nla.compressed.surgery import swap
-from nla.machine.errors import NonFiniteError, UserError
+from nla.machine.errors import UserError
 from nla.terms.state import empty_term, pack
 
 METHOD = "nla"  # the name of this format among transformers' storage formats
@@ -128,12 +127,3 @@ def require_tensors(module: nn.Module, description: Mapping[str, Any], names: It
         for part in module.get_submodule(name).state_dict():
             if f"{name}.{part}" not in there:
                 raise UserError(f"the folder's files lack the tensor {name}.{part}; copy the whole folder again")
-
-
-@torch.no_grad()
-def require_finite(module: nn.Module) -> None:
-    """Raise NonFiniteError, which names the tensor, if a number of the model is NaN or infinite."""
-    for name, tensor in module.named_parameters():
-        # in one pass, and without a copy: the smallest and the largest number are NaN if any number is
-        if tensor.is_floating_point() and tensor.numel() and not all(map(isfinite, tensor.aminmax())):
-            raise NonFiniteError(f"{name} in the folder has numbers that are NaN or infinite; save the model again")

@@ -9,7 +9,8 @@ from torch import nn
 from nla.machine.errors import UserError
 from nla.machine.sealed_folder import damage
 from nla.models.folder import require_buildable
-from nla.saved.description import check_description, guard, put_empty_layers, require_finite, require_tensors, share
+from nla.models.weights import require_finite
+from nla.saved.description import check_description, guard, put_empty_layers, require_tensors, share
 
 
 def load_compressed(folder: str | Path, device: str = "cpu") -> nn.Module:
@@ -62,5 +63,5 @@ def load_timm(folder: Path, description: dict[str, Any]) -> nn.Module:
     copies = {name: own[other] for name, other in description["shared"].items()}
     module.load_state_dict(own | copies, assign=True)
     share(module, description)
-    require_finite(module)
+    require_finite(module, "save the model again")
     return module.to(next(module.parameters()).dtype)

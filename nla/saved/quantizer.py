@@ -10,13 +10,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nla.compressed.surgery import merge
+from nla.models.weights import require_finite
 from nla.saved.description import (
     METHOD,
     check_description,
     describe,
     guard,
     put_empty_layers,
-    require_finite,
     require_tensors,
     share,
     stored_tensors,
@@ -49,7 +49,7 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         share(model, vars(self.quantization_config))
-        require_finite(model)
+        require_finite(model, "save the model again")
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

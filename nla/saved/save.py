@@ -9,8 +9,9 @@ from torch import nn
 from nla.compressed.contents import count_bits, count_parameters, matrix_terms
 from nla.machine.errors import UserError
 from nla.machine.sealed_folder import make_sealed
+from nla.models.weights import require_finite
 from nla.saved.card import IMAGES, TEXT, About, card
-from nla.saved.description import describe, require_finite, stored_tensors
+from nla.saved.description import describe, stored_tensors
 
 SHARD = "5GB"  # the largest file
 
@@ -32,7 +33,7 @@ def save_compressed(model: nn.Module, folder: str | Path, tokenizer: Any = None,
     require_new(folder)
     if not matrix_terms(model):
         raise UserError("the model has no compressed layer, so it can be saved by its own save_pretrained")
-    require_finite(model)
+    require_finite(model, "it is not saved")
     about = about or About(base=str(getattr(getattr(model, "config", None), "name_or_path", "") or "unknown"))
 
     def make(draft: Path, scratch: Path) -> None:

@@ -51,9 +51,14 @@ class View:
         self.journal = prepared.cache.journal("sensitivities", self.key)
 
     @cached_property
+    def parts(self) -> dict[int, dict]:
+        """The stored parts of the journal."""
+        return self.journal.read()
+
+    @cached_property
     def known(self) -> dict[tuple[str, int], float]:
         """Stored losses by matrix and bits."""
-        return {(part["matrix"], part["bits"]): part["loss"] for part in self.journal.read().values()}
+        return {(part["matrix"], part["bits"]): part["loss"] for part in self.parts.values()}
 
     def norms(self, name: str) -> Norms:
         self.bar.update()
@@ -92,7 +97,9 @@ class View:
         self.bar.update()
         if (name, bits) not in self.known:
             loss = self.loss_with(name, self.fit(name, bits)) if self.planned(name, bits).count() else float("inf")
-            self.journal.append(len(self.known), {"matrix": name, "bits": bits, "loss": loss})
+            number = max(self.parts, default=-1) + 1  # not how many there are: a damaged line is none of them
+            self.parts[number] = {"matrix": name, "bits": bits, "loss": loss}
+            self.journal.append(number, self.parts[number])
             self.known[name, bits] = loss
         return self.known[name, bits]
 

@@ -41,6 +41,6 @@ def evaluate(prepared: PreparedRun, record: RunRecord, model: Model, stage: str,
         code = code_digest(type(task).__module__, type(task.data).__module__)
         metrics[task.name] = task.evaluate(model, prepared.cache, digest([state, code]), stage)
         for figures in metrics[task.name].values():
-            peaks = [int(value) for name, value in figures.items() if name.endswith("peak_bytes")]
+            peaks = [int(value) for name, value in figures.items() if name.endswith("peak_bytes") and "dense" not in name]
             record.peak_bytes[stage] = max([record.peak_bytes.get(stage, 0), *peaks])
         prepared.tracker.measured(record)

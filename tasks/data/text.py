@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError, require_choice, require_integer
@@ -44,7 +45,7 @@ class Text(Data):
         return self.joined()
 
     def samples(self, model: Model, count: int, length: int, seed: int) -> list[Sample]:
-        """Windows of `length` tokens, (1, length) each, that begin at random words of the joined text.
+        """Windows of `length` tokens, (1, length) each, that begin at random words of the joined text (a short one: tokens).
 
         Raises:
             UserError: the text is shorter than one window.
@@ -52,19 +53,23 @@ class Text(Data):
         assert isinstance(model, LanguageModel)
         text, generator = self.whole, torch.Generator().manual_seed(seed)
         last = len(text) - CHARACTERS * length
-        found: list[Sample] = []
-        while len(found) < count:
-            begin = int(torch.randint(max(last, 1), (), generator=generator))
-            word = text.find(" ", begin) + 1
-            tokens = model.encode(text[word : word + CHARACTERS * length])[None, :length]
-            if tokens.shape[1] < length and last <= 0:
+        found: list[Tensor] = []
+        if last <= 0:
+            tokens = model.encode(text)
+            if len(tokens) < length:
                 raise UserError(
                     f"{self.group}={self.name} is shorter than one sample of {length} tokens; "
                     "give more text, or lower statistics.length (of a retraining: retrain.length)"
                 )
-            if tokens.shape[1] == length:
-                found.append(Sample(tokens, tokens))
-        return found
+            begins = torch.randint(len(tokens) - length + 1, (count,), generator=generator).tolist()
+            found = [tokens[begin : begin + length] for begin in begins]
+        while len(found) < count:
+            begin = int(torch.randint(last, (), generator=generator))
+            word = text.find(" ", begin) + 1
+            tokens = model.encode(text[word : word + CHARACTERS * length])[:length]
+            if len(tokens) == length:
+                found.append(tokens)
+        return [Sample(tokens[None], tokens[None]) for tokens in found]
 
     def share_in(self, learnt: Data) -> float:
         """The fraction of the characters. Documents below 100 characters, such as headings, do not count."""
