@@ -69,13 +69,21 @@ def answer(settings: dict[str, Any], command: str | None, arguments: Sequence[st
         with exclusive(folder / ".lock"):
             record = finished_record(folder, name)  # another process may just have written it
             if record is None or not is_saved(record, wanted):
-                return carry_out(prepared, name, made_from, command, folder)
+                kept = files_of(folder) if record else {}
+                return carry_out(prepared, name, made_from, command, folder, kept)
     report.show_result(record, folder, "from the record; delete its folder to run again")
     return record
 
 
-def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: str | None, folder: Path) -> RunRecord:
-    """Carry out all stages of a run, and write its record."""
+def carry_out(
+    prepared: PreparedRun, name: str, made_from: MadeFrom, command: str | None, folder: Path, kept: dict[str, bytes]
+) -> RunRecord:
+    """Carry out all stages of a run, and write its record.
+
+    Args:
+        kept: the files of the same run if it has finished before, and begins again to save its model. They are put back if it
+            fails or is interrupted.
+    """
     record = RunRecord(
         signature=name,
         status="running",
@@ -102,7 +110,10 @@ def carry_out(prepared: PreparedRun, name: str, made_from: MadeFrom, command: st
     except BaseException as error:
         record.status, record.error, record.finished = "failed", str(error) or type(error).__name__, now()
         with suppress(UserError):  # if the record cannot be written either, the first error is the one to tell
-            record.write(folder)
+            for file, contents in kept.items():
+                write_atomically(folder / file, contents)
+            if not kept:
+                record.write(folder)
         raise
     finally:
         prepared.tracker.finish(record, folder)
@@ -149,6 +160,12 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
     record.bits = bits(prepared, dense_bits, model)
     return model
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The figures in a run's folder, {name: contents}; the record is last."""
+    files = [file for pattern in ("*.csv", "*.jsonl", "record.json") for file in sorted(folder.glob(pattern))]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def now() -> str:

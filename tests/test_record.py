@@ -65,6 +65,23 @@ def test_a_stop_between_the_two_files_of_a_run_that_begins_again_leaves_no_finis
     assert read_record(only_folder(tmp_path)).status == "running"
 
 
+def test_a_finished_run_that_begins_again_to_save_its_model_and_is_interrupted_keeps_its_figures(
+    run_here, tmp_path, monkeypatch
+):
+    asked = [*TINY, "method=svd", "retrain.steps=2", "retrain.length=32", "retrain.watch=0"]
+    run_here(*asked)
+    folder = only_folder(tmp_path)
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".csv", ".json", ".jsonl")}
+    shutil.rmtree(tmp_path / "cache")
+    with monkeypatch.context() as stopped:
+        stopped.setattr("nla.pipeline.retrain", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here(*asked, "save=true")
+    assert len(before) == 4 and all((folder / name).read_bytes() == contents for name, contents in before.items())
+    run_here(*asked, "save=true")
+    assert read_record(folder).saved == str(folder / "model")
+
+
 def test_terms_are_read_back_from_their_text():
     terms = Sum([KernelTerm.empty(Linear(), 8, 6, h, r, torch.float32) for h, r in ((43, 20), (0, 1))])
     assert parse_terms(terms.describe()) == [("linear", 43, 20), ("linear", 0, 1)]
