@@ -2,6 +2,7 @@
 
 import gzip
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +221,13 @@ def test_flops_of_a_linear_layer_and_of_a_convolution_are_those_counted_by_hand(
     assert flops(linear, torch.zeros(1, 3, 2, 2)) == 2 * 12 * 5
     convolution = VisionModel(nn.Conv2d(3, 4, 2, stride=2), torch.Tensor)
     assert flops(convolution, torch.zeros(1, 3, 8, 8)) == 2 * (3 * 2 * 2) * 4 * 16
+
+
+def test_the_operations_of_fused_attention_are_those_of_its_two_products():
+    def attend(x: torch.Tensor) -> torch.Tensor:  # (images, heads, tokens, width)
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert flops(SimpleNamespace(logits=attend), torch.zeros(2, 3, 5, 8)) == 2 * 2 * (2 * 3 * 5 * 5 * 8)
 
 
 def test_labels_that_the_model_cannot_give_are_an_error_before_anything_runs(tmp_path):
