@@ -1,8 +1,6 @@
 """Tests of methods that store numbers in few bits: rtn, gptq, and a grid plus linear factors."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,6 +27,7 @@ from nla.terms.grid import Grid
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.lattice_term import LatticeTerm
 from nla.terms.state import pack, unpack
+from tests import forked
 from tests.conftest import TINY, composed
 from tests.samples import compress, correlated, normal
 
@@ -205,7 +204,7 @@ def test_a_quantised_model_is_saved_trained_and_loaded_again(name, run_here, tmp
     assert len(rounded) == 7 and sum(8 * b.numel() for term in rounded for b in term.buffers()) > 0
 
 
-def test_folders_of_all_kinds_of_codes_load_in_a_fresh_process(run_here, tmp_path):
+def test_folders_of_all_kinds_of_codes_load_in_a_process_that_has_made_no_table_of_codes(run_here, tmp_path):
     """transformers builds a model on the meta device, where tables of codes that are made then would have no values."""
     asked = [*TINY, "dtype=bfloat16", "statistics.windows=4", "statistics.length=32", "solver.steps=5", "task.max_windows=1"]
     asked += [r"select.include='layers\.0.*(q_proj|up_proj)'"]
@@ -214,12 +213,10 @@ def test_folders_of_all_kinds_of_codes_load_in_a_fresh_process(run_here, tmp_pat
         run_here(*asked, f"method={name}", f"bits={bits}", f"save={tmp_path / name}")
         expected[name] = float(nla.load_compressed(tmp_path / name)(torch.arange(9)[None]).logits.detach().float().sum())
     code = (
-        "import json, sys, nla, torch; print(json.dumps({path.rpartition('/')[2]: float(nla.load_compressed(path)"
-        "(torch.arange(9)[None]).logits.float().sum()) for path in sys.argv[1:]}))"
+        "import json, nla, torch; print(json.dumps({path.rpartition('/')[2]: float(nla.load_compressed(path)"
+        f"(torch.arange(9)[None]).logits.float().sum()) for path in {[str(tmp_path / name) for name in expected]}}}))"
     )
-    paths = [str(tmp_path / name) for name in expected]
-    end = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-    assert json.loads(end.stdout) == expected
+    assert json.loads(forked.finish(["-c", code]).stdout) == expected
 
 
 def test_caldera_with_factors_of_four_bits_gets_more_rank_in_the_same_bits():
