@@ -118,7 +118,7 @@ def compare(steps: int, kernel: Kernel, adaptive: bool, cache: Cache) -> dict[st
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
     masks = tightening if adaptive else None
     clock = Clock(
-        Constraints(terms, by_name), {name: name for name in names}, masks, kept, kept, None, recipe, lambda row: None
+        Constraints(terms, by_name), {name: name for name in names}, masks, kept, kept, 0, None, recipe, lambda row: None
     )
     others: list[float] = []
 
