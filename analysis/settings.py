@@ -144,7 +144,7 @@ def changed_pairs(config: dict[str, Any], stepped: bool) -> list[Pair]:
     top = read_yaml(CONF / "config.yaml")
     statistics = config.get("statistics", top["statistics"])
     pairs += [(f"statistics.{key}", statistics[key], top["statistics"][key]) for key in COMPARED_STATISTICS]
-    drawn = config.get("statistics", config)["seed"]
+    drawn = config["statistics"]["seed"] if "statistics" in config else config["seed"]
     pairs += [("statistics.seed", drawn, config["seed"])] if drawn else []  # older runs have 0, whatever their seed
     pairs += [("seed", config["seed"], top["seed"]), ("dtype", config["dtype"], config["model"]["dtype"])]
     pairs += [("budget", nearest_option("budget", config["budget"])[0], "uniform")]

@@ -89,7 +89,7 @@ def with_latency(table: pd.DataFrame, runs: pd.DataFrame, model: str) -> pd.Data
 
 def own_settings(changed: str) -> str:
     """The settings that a run has and others of its size have not, in brackets; nothing if there are none."""
-    usual = ("windows=", "dtype=", "loss=activation", "storage=", "refine=", "calibration=", "budget=uniform")
+    usual = ("windows=", "dtype=", "loss=activation", "storage=", "refine=", "calibration=")
     own = [pair for pair in changed.split() if not pair.startswith(usual)]
     return f" ({' '.join(own)})" if own else ""
 

@@ -65,9 +65,7 @@ def test_a_stop_between_the_two_files_of_a_run_that_begins_again_leaves_no_finis
     assert read_record(only_folder(tmp_path)).status == "running"
 
 
-def test_a_finished_run_that_begins_again_to_save_its_model_and_is_interrupted_keeps_its_figures(
-    run_here, tmp_path, monkeypatch
-):
+def test_a_finished_run_that_fails_when_it_begins_again_to_save_its_model_keeps_its_figures(run_here, tmp_path, monkeypatch):
     asked = [*TINY, "method=svd", "retrain.steps=2", "retrain.length=32", "retrain.watch=0"]
     run_here(*asked)
     folder = only_folder(tmp_path)

@@ -85,7 +85,8 @@ class PreparedRun:
     def check_inputs(self) -> None:
         """Raise UserError if weights, data, the cache or enough GPUs are missing, or if what is measured is also learnt from.
 
-        Missing weights and data are all named."""
+        Missing weights and data are all named.
+        """
         processes, there = self.retraining.processes, torch.cuda.device_count()
         if self.retraining.steps and self.device.startswith("cuda") and processes > there:
             raise UserError(f"retrain.processes={processes} need a GPU each; torch sees {there}; allowed here: 1 to {there}")
