@@ -130,13 +130,11 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
         require_finite(model.module, "get the weights again, or use a wider dtype=")
         dense = state_of(prepared, model)
         calibration = sample(prepared, model, dense)
-        if prepared.training_data is not None:  # a text that is too short is refused now
-            prepared.training_data.samples(model, 1, prepared.retraining.length, 0)
+        for data in filter(None, (prepared.training_data, prepared.watched)):  # a text that is too short is refused now
+            data.samples(model, 1, prepared.retraining.length, 0)
     before, dense_bits = count_parameters(model.module), count_bits(model.module)
 
-    with timed(record, "dense"):
-        continue_prompt(prepared, record, model, "dense", dense)
-        evaluate(prepared, record, model, "dense", dense)
+    measure(prepared, record, model, "dense", dense)
     with timed(record, "statistics"):
         if prepared.dense_needs:
             record.peak_bytes["statistics"] = measure_inputs(prepared, model, calibration)
@@ -147,19 +145,21 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
     set_form(model.module, prepared.values["forward"])
     record.write(folder)
     compressed = state_of(prepared, model)
-    with timed(record, "compressed"):
-        continue_prompt(prepared, record, model, "compressed", compressed)
-        evaluate(prepared, record, model, "compressed", compressed)
+    measure(prepared, record, model, "compressed", compressed)
     if prepared.retraining.steps:
         with timed(record, "retrain"):
             retrain(prepared, record, model, folder, key_of(prepared, compressed, dense))
-        retrained = state_of(prepared, model)
-        with timed(record, "retrained"):
-            continue_prompt(prepared, record, model, "retrained", retrained)
-            evaluate(prepared, record, model, "retrained", retrained)
+        measure(prepared, record, model, "retrained", state_of(prepared, model))
     record.parameters = parameters(prepared, before, count_parameters(model.module), kept_parameters(model))
     record.bits = bits(prepared, dense_bits, model)
     return model
+
+
+def measure(prepared: PreparedRun, record: RunRecord, model: Model, stage: str, state: str) -> None:
+    """Let the model continue the prompt, and carry out all tasks. `state` is the digest of the model."""
+    with timed(record, stage):
+        continue_prompt(prepared, record, model, stage, state)
+        evaluate(prepared, record, model, stage, state)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

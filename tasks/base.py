@@ -7,13 +7,19 @@ data err together: the difference between their figures is known better than eac
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, Literal
 
+import torch
 from torch import nn
+from tqdm import tqdm
 
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
+from nla.machine.threads import ordered_map
 from nla.models.base import Inventory, Model
+from tasks.data import SETS
 from tasks.data.base import Data
 
 Figures = dict[str, float]
@@ -45,6 +51,43 @@ class Task(ABC):
             state: identifies the weights, code and type of the model, as a part of the cache's keys.
             label: shown before the progress bar.
         """
+
+
+def require_same_kind(data: Data, inventory: Inventory) -> None:
+    """Raise UserError if a task of any data got text for a model of images, or the other way round."""
+    if inventory.reads != data.kind:
+        raise UserError(
+            f"data={data.name} holds {data.kind}, the model reads {inventory.reads}; choose data={SETS[inventory.reads]}"
+        )
+
+
+def scored_in_parts(
+    score: Callable[[int], dict[str, Any]],
+    count: int,
+    cache: Cache,
+    place: tuple[str, str],
+    device: torch.device,
+    shown: tuple[str, str],
+    whole: Callable[[int, dict[str, Any]], bool] = lambda number, result: True,
+) -> list[dict[str, Any]]:
+    """The results of score(0), ..., score(count - 1). Each is stored as soon as it is there, and not computed again.
+
+    Args:
+        place: kind and key of the results in the cache.
+        shown: text before the progress bar, and what a part is.
+        whole: whether a stored result is of the whole part with this number.
+    """
+    label, unit = shown
+    with cache.lock(*place):
+        journal = cache.journal(*place)
+        results = journal.read()
+        missing = [i for i in range(count) if i not in results or not whole(i, results[i])]
+        with closing(ordered_map(score, missing, device)) as scored:
+            pairs, done = zip(missing, scored, strict=True), count - len(missing)
+            for i, result in tqdm(pairs, label, count, initial=done, unit=unit, dynamic_ncols=True):
+                journal.append(i, result)
+                results[i] = result
+    return [results[i] for i in range(count)]
 
 
 STDERR = "_stderr"

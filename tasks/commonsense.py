@@ -57,6 +57,7 @@ class Commonsense(Task):
     def evaluate(self, model: LanguageModel, cache: Cache, state: str, label: str) -> dict[str, Figures]:  # type: ignore[override]
         """Figures of each task as in `summary`, and their `average`. Each shard is stored as soon as it is scored."""
         prefix, figures = self.data.prefix, {}
+        state = digest([state, model.tokenizer_identity()])
         with quiet():
             tasks = self.data.tasks()
             shards = [shard for name, task in tasks.items() for shard in self.shards(name, task, state)]

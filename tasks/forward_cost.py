@@ -13,7 +13,7 @@ from nla.machine.cache import Cache
 from nla.machine.errors import UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
 from nla.models.base import Inventory, LanguageModel, Model, Sample
-from tasks.base import Figures, Task, resident_bytes
+from tasks.base import Figures, Task, require_same_kind, resident_bytes
 from tasks.data import SETS
 from tasks.data.base import Data
 
@@ -43,11 +43,7 @@ class ForwardCost(Task):
         self.data, self.samples, self.length, self.repeats, self.seed = data, samples, length, repeats, seed
 
     def check(self, inventory: Inventory) -> None:
-        if inventory.reads != self.data.kind:
-            raise UserError(
-                f"data={self.data.name} holds {self.data.kind}, the model reads {inventory.reads}; "
-                f"choose data={SETS[inventory.reads]}"
-            )
+        require_same_kind(self.data, inventory)
         if inventory.reads == "text" and self.length > inventory.limit:
             raise UserError(f"task.length={self.length} is longer than the {inventory.limit} tokens the model can read")
 

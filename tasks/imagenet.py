@@ -1,7 +1,6 @@
 """Accuracy of an image classifier on labelled images."""
 
 import time
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -9,14 +8,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from nla.machine.cache import Cache, digest
 from nla.machine.errors import NonFiniteError, UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
-from nla.machine.threads import ordered_map
 from nla.models.base import Inventory, VisionModel
-from tasks.base import Figures, Task, accuracy, resident_bytes
+from tasks.base import Figures, Task, accuracy, resident_bytes, scored_in_parts
 from tasks.data.images import Images, Items
 
 
@@ -55,26 +52,19 @@ class ImageNet(Task):
         parts = list(range(len(items))[: self.max_images])
         batches = [parts[i : i + self.batch] for i in range(0, len(parts), self.batch)]
         key = digest([state, self.data.name, self.data.split, self.data.identity(cache), len(items), self.batch])
-        journal, device = cache.journal("images", key), next(model.module.parameters()).device
+        device = next(model.module.parameters()).device
 
         def score(i: int) -> dict[str, float]:
             where = f"data={self.data.name}, batch {i} (images {batches[i][0]} to {batches[i][-1]})"
             return score_batch(model, *opened(model, items, batches[i]), where)
 
-        with cache.lock("images", key):
-            results = journal.read()
+        def whole(i: int, result: dict[str, Any]) -> bool:
             # an earlier run with a smaller max_images may have stored a smaller last batch
-            missing = [i for i, part in enumerate(batches) if results.get(i, {}).get("images") != len(part)]
-            done = len(batches) - len(missing)
-            with closing(ordered_map(score, missing, device)) as scored:
-                pairs = zip(missing, scored, strict=True)
-                for i, result in tqdm(pairs, label, len(batches), initial=done, unit="batch", dynamic_ncols=True):
-                    journal.append(i, result)
-                    results[i] = result
+            return bool(result["images"] == len(batches[i]))
+
+        results = scored_in_parts(score, len(batches), cache, ("images", key), device, (label, "batch"), whole)
         first, _ = opened(model, items, [0])
-        figures = summary(
-            [results[i] for i in range(len(batches))], len(items), flops(model, first), resident_bytes(model.module)
-        )
+        figures = summary(results, len(items), flops(model, first), resident_bytes(model.module))
         return {self.data.name: figures}
 
 

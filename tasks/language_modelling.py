@@ -2,21 +2,18 @@
 
 import math
 import time
-from contextlib import closing
 from statistics import stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from nla.machine.cache import Cache, digest, tensor_digest
 from nla.machine.errors import UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
-from nla.machine.threads import ordered_map
 from nla.models.base import Inventory, LanguageModel
-from tasks.base import STDERR, Figures, Task, resident_bytes
+from tasks.base import STDERR, Figures, Task, resident_bytes, scored_in_parts
 from tasks.data.text import Text
 
 CHUNK = 256  # tokens whose logits are converted to fp32 at once
@@ -69,22 +66,13 @@ class LanguageModelling(Task):
         """Figures as in `summary`. Each window is stored as soon as it is scored."""
         windows = self.windows(model)
         key = digest([state, tensor_digest(windows)])
-        chosen, journal = windows[: self.max_windows], cache.journal("windows", key)
-        device = next(model.module.parameters()).device
+        chosen, device = windows[: self.max_windows], next(model.module.parameters()).device
 
         def score(i: int) -> dict[str, float]:
             return score_window(model, chosen[i].to(device))
 
-        with cache.lock("windows", key):
-            results = journal.read()
-            missing = [i for i in range(len(chosen)) if i not in results]
-            done = len(chosen) - len(missing)
-            with closing(ordered_map(score, missing, device)) as scored:
-                pairs = zip(missing, scored, strict=True)
-                for i, result in tqdm(pairs, label, len(chosen), initial=done, unit="window", dynamic_ncols=True):
-                    journal.append(i, result)
-                    results[i] = result
-        figures = summary([results[i] for i in range(len(chosen))], self.window - 1)
+        results = scored_in_parts(score, len(chosen), cache, ("windows", key), device, (label, "window"))
+        figures = summary(results, self.window - 1)
         figures |= {"windows_available": len(windows), "resident_bytes": resident_bytes(model.module)}
         return {self.data.name: figures}
 

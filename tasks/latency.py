@@ -16,7 +16,7 @@ from nla.machine.errors import UserError, require_integer
 from nla.machine.peak_memory import PeakMemory
 from nla.machine.timing import in_turns, quartiles_of_ratio, quartiles_of_timings
 from nla.models.base import Inventory, LanguageModel, Model
-from tasks.base import Figures, Task, resident_bytes
+from tasks.base import Figures, Task, require_same_kind, resident_bytes
 from tasks.data import SETS
 from tasks.data.base import Data
 from tasks.works import Work, decoding, parameter_bytes, reading_images, reading_prompt
@@ -89,11 +89,7 @@ class Latency(Task):
         self.rounds, self.seconds, self.compile = rounds, float(seconds), compile
 
     def check(self, inventory: Inventory) -> None:
-        if inventory.reads != self.data.kind:
-            raise UserError(
-                f"data={self.data.name} holds {self.data.kind}, the model reads {inventory.reads}; "
-                f"choose data={SETS[inventory.reads]}"
-            )
+        require_same_kind(self.data, inventory)
         if inventory.reads == "text":
             for setting, length in (("prompts", max(self.prompts)), ("context", self.context + 1)):
                 if length > inventory.limit:

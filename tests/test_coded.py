@@ -78,6 +78,15 @@ def test_numbers_in_bf16_are_trained_as_the_values_that_are_stored(kind, width):
     assert book.snapped(numbers).dtype == torch.bfloat16 and distance.max() < 0.02  # bf16's own error, below 8
 
 
+@pytest.mark.parametrize("kind", ["angle", "int"])
+def test_numbers_in_training_are_held_row_by_row(kind):
+    """Checkpoints restore the optimiser's moments so, and a fused optimiser reads both in memory order."""
+    kernel, codebook = (Phase() if kind == "angle" else Linear()), codebook_of(kind, 3)
+    triplets = Triplets(normal(5, 3, 2), normal(4, 3, 2, seed=1), torch.ones(3))
+    term = CodedTerm.of(kernel, codebook, triplets, torch.ones(5), torch.ones(4)).trainable()
+    assert all(p.is_contiguous() for p in term.parameters())
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(list(KERNELS)), st.integers(1, 8), st.integers(1, 200), st.integers(1, 200), st.floats(0.3, 9))
 def test_a_plan_has_the_most_triplets_that_the_bits_allow_and_counts_what_is_stored(kind, width, m, n, per_weight):
@@ -93,7 +102,7 @@ def test_a_forward_pass_of_many_parts_in_bf16_is_about_as_exact_as_one_product()
     with torch.no_grad():
         term = rounded("angle", 4, 64, 48, 16 * CHUNK).packed().as_stored(torch.bfloat16)
         x = normal(100, 48, seed=8).bfloat16()
-        left, right = term.factors(term.triplets())
+        left, right = term.factors()
         exact = x.float() @ right.float() @ left.float().T
         of_parts, of_one = (float((y - exact).norm()) for y in (term(x), (x @ right) @ left.T))
     assert 0 < of_parts < 1.5 * of_one

@@ -3,12 +3,14 @@
 from pydoc_data import topics
 
 import pytest
+import torch
 from hydra.utils import instantiate
 
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
+from nla.models.base import LanguageModel
 from tasks.data import SETS
 from tasks.data.base import Data
 from tasks.data.manual import PythonTopics
@@ -56,6 +58,25 @@ def test_samples_of_a_short_text_begin_at_different_tokens(tmp_path):
         found.calibration.samples(found.model.load("cpu", "float32", found.cache), 1, 301, seed=0)
 
 
+def test_samples_of_a_text_without_spaces_begin_at_different_characters(tmp_path):
+    file = tmp_path / "cjk.raw"
+    file.write_text("".join(chr(0x4E00 + i * 7919 % 20000) for i in range(20_000)))
+    found = request(tmp_path, "model=tiny_llama", "calibration=wikitext2", f"calibration.path={file}")
+    samples = found.calibration.samples(found.model.load("cpu", "float32", found.cache), 20, 64, seed=0)
+    assert len({tuple(s.inputs[0].tolist()) for s in samples}) == 20
+
+
+def test_a_text_whose_tokens_are_too_long_for_a_sample_is_refused(tmp_path):
+    class Coarse(LanguageModel):
+        def encode(self, text):
+            return torch.zeros(len(text) // 100, dtype=torch.long)  # 100 characters a token
+
+    (tmp_path / "text.raw").write_text("word " * 20_000)
+    found = request(tmp_path, "model=tiny_llama", "calibration=wikitext2", f"calibration.path={tmp_path / 'text.raw'}")
+    with pytest.raises(UserError, match=r"gives fewer than 64 tokens for 512 characters; lower statistics\.length"):
+        found.calibration.samples(Coarse(None, None), 2, 64, seed=0)
+
+
 OVERLAPPING = {
     "data.text.held_out=9": "data=sotu and the training split of sotu",
     "calibration.text.held_out=7": "data=sotu and the training split of sotu",
@@ -71,6 +92,22 @@ def test_a_run_never_learns_from_what_it_is_measured_on(tmp_path, asked, said):
     file.write_text("".join(f"paragraph {i} of a text that is both measured and learnt from {'so ' * 20}\n" for i in range(9)))
     with pytest.raises(UserError, match=rf"{said}.* have \d+% of the measured data in common"):
         request(tmp_path, "model=tiny_llama", *asked.replace("FILE", str(file)).split()).check_inputs()
+
+
+def test_lines_that_are_all_short_count_as_measured_and_learnt_from(tmp_path):
+    file = tmp_path / "lines.raw"
+    file.write_text("".join(f"{i} short line\n" for i in range(900)))
+    path = [f"data.path={file}", f"calibration.path={file}", "data.text.lines=text", "calibration.text.lines=text"]
+    with pytest.raises(UserError, match="have 100% of the measured data in common"):
+        request(tmp_path, "model=tiny_llama", "data=wikitext2", "calibration=wikitext2", *path).check_inputs()
+
+
+def test_another_split_of_the_hub_is_other_data(tmp_path):
+    identities = {
+        request(tmp_path, "model=swin_base", "data=imagenet", *split).tasks[0].data.identity(Cache(tmp_path))
+        for split in ([], ["data.images.splits.test.split=train"])
+    }
+    assert len(identities) == 2
 
 
 def test_text_is_learnt_from_the_calibration_set_and_its_own_path(tmp_path):

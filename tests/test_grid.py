@@ -92,7 +92,6 @@ def test_a_grid_is_the_same_matrix_in_every_type_and_after_saving(form):
     assert torch.equal(wide.scaled(0.25).dense(), wide.dense() / 4)
     restored = unpack(*pack({"w": term}))["w"]
     assert restored.config() == term.config() and torch.equal(restored.dense(), term.dense())
-    assert not term.zero(normal(1)).dense().any()
 
 
 def test_the_nf4_table_is_the_published_one():

@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from nla.budget.base import Target
-from nla.budget.marginal import gain_of_each_rank, gradient_of_outputs
+from nla.budget.marginal import gain_of_each_rank, gradient_of_outputs, offers
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms
 from nla.matrix.triplets import triplet_size
@@ -53,6 +53,31 @@ def test_no_other_ranks_within_the_budget_have_a_smaller_expected_loss(fishers):
     allowed = [ranks for ranks in itertools.product(range(1, 5), repeat=3) if sum(ranks) <= 6]
     assert sum(found) == 6
     assert expected(found) == pytest.approx(min(map(expected, allowed)))
+
+
+def test_no_other_shares_have_a_smaller_expected_loss_where_matrices_can_stay_dense():
+    values = [[3.0] * 8, [2.0, 1.9, 1.8, 0.2], [4.0, 3.0, 2.5, 2.4, 2.3]]
+    found = shares(of_ranks(8), view([of_values(12, 8, v, seed=i) for i, v in enumerate(values)]))
+    spent = [bits // 32 for bits in found.values()]
+    assert spent[0] == 12 * 8  # a flat spectrum: ranks would cost more
+    options = [*((rank * COST, rank) for rank in range(1, 5)), (12 * 8, 8)]
+
+    def loss(chosen):
+        return sum(sum(x**2 for x in v[dict(options)[numbers] :]) for v, numbers in zip(values, chosen, strict=True))
+
+    allowed = [chosen for chosen in itertools.product(dict(options), repeat=3) if sum(chosen) <= 8 * COST]
+    assert sum(spent) <= 8 * COST and loss(spent) == pytest.approx(min(map(loss, allowed)))
+
+
+def test_offers_fall_and_lead_to_the_dense_matrix():
+    gains = torch.tensor([5.0, 4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4], dtype=torch.float64)
+    found = offers(12, 8, gains, 0)
+    assert [offer.numbers for offer in found] == [COST, 12 * 8 - COST]  # the other 7 ranks are cheaper together
+    assert found[1].rate == pytest.approx(float(gains[1:].sum()) / (12 * 8 - COST))
+    falling = offers(12, 8, 0.1 ** torch.arange(8.0), 0)
+    rates = [offer.rate for offer in falling]
+    assert rates == sorted(rates, reverse=True) and sum(offer.numbers for offer in falling) == 12 * 8
+    assert [offer.numbers for offer in offers(1, 3, torch.ones(1), 0)] == [5]  # larger than the dense matrix
 
 
 def test_every_matrix_gets_a_rank_and_none_more_than_its_dense_size():

@@ -14,10 +14,9 @@ from nla.matrix.triplets import Triplets, triplet_size
 from nla.saved import convert
 from nla.saved.convert import pivot
 from nla.terms.base import Sum
-from nla.terms.kernel_term import KernelTerm
+from nla.terms.kernel_term import KernelTerm, nothing
 from nla.terms.pivoted import pivoted
 from nla.terms.state import empty_term
-from nla.terms.thin import thin_factors
 from tests import samples
 from tests.conftest import make_kernel
 
@@ -42,10 +41,10 @@ def test_any_matrix_of_low_rank_is_its_pivot_rows_and_coefficients(m, n, k, lost
 def test_the_thin_factors_of_a_term_make_its_matrix(kernel):
     generator = torch.Generator().manual_seed(0)
     terms = [KernelTerm(k, k.random_start(9, 7, 2, 2, generator)) for k in (make_kernel(f"kernel={kernel}"), Linear())]
-    left, right = thin_factors(Sum(terms))
+    left, right = Sum(terms).wide_factors()
     torch.testing.assert_close((left @ right.T).float(), Sum(terms).dense(), rtol=1e-5, atol=1e-5)
     gaussian = make_kernel("kernel=gaussian")
-    assert thin_factors(Sum([terms[0], KernelTerm(gaussian, gaussian.random_start(9, 7, 2, 2, generator))])) is None
+    assert Sum([terms[0], KernelTerm(gaussian, gaussian.random_start(9, 7, 2, 2, generator))]).wide_factors() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,5 +72,5 @@ def test_terms_that_pivot_rows_would_not_keep_stay_as_they_are(monkeypatch):
     swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": wide})  # rank 6 of 8 by 3 angles a row
     (line,) = pivot(module)
     assert module[0].term is wide and "would take" in line
-    swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": wide.zero(normal(8, 8).float())})
+    swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": nothing(8, 8, torch.float32)})
     assert pivot(module) == ["0: kept, because the matrix is zero"]

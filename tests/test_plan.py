@@ -25,7 +25,9 @@ from nla.storage.base import Float
 from nla.terms.triplet_terms import triplet_terms
 from tests.conftest import configuration
 
-SPECS = [LinearSpec("block.q_proj", 24, 16), LinearSpec("block.k_proj", 24, 16), LinearSpec("block.v_proj", 24, 16)]
+RANKS = (1, 4, 9)
+SAME = [LinearSpec(f"{i}.q_proj", 24, 16) for i in range(3)]  # of one kind
+SPECS = [LinearSpec(f"{i}.{kind}_proj", 24, 16) for i in range(3) for kind in "qkv"]
 
 
 def of_values(m: int, n: int, values: list[float], seed: int = 0) -> torch.Tensor:
@@ -54,8 +56,8 @@ class View(SimpleNamespace):
 
 
 def view(grams=None) -> View:
-    ranks = {"block.q_proj": 1, "block.k_proj": 4, "block.v_proj": 9}
-    return View(weights={name: of_values(24, 16, [1.0] * r, seed=r) for name, r in ranks.items()}, grams=grams or {})
+    weights = [of_values(24, 16, [1.0] * rank, seed=rank) for rank in RANKS]
+    return View(weights={spec.name: weights[int(spec.name[0])] for spec in SPECS}, grams=grams or {})
 
 
 def budget(**changes) -> EffectiveRank:
@@ -63,26 +65,32 @@ def budget(**changes) -> EffectiveRank:
 
 
 def test_the_rank_of_a_matrix_is_in_proportion_to_the_root_of_its_effective_rank_over_its_size():
-    shares = budget().look(SPECS, Target(8.0, 32, "ratio=0.75"), view())
-    ranks = {name: bits / 32 / (24 + 16) for name, bits in shares.items()}
-    assert ranks["block.k_proj"] / ranks["block.q_proj"] == pytest.approx(2, rel=1e-2)  # sqrt(4 / 40) to sqrt(1 / 40)
-    assert ranks["block.v_proj"] / ranks["block.q_proj"] == pytest.approx(3, rel=1e-2)
-    total = 8 * sum(s.n_params for s in SPECS)
-    assert total - len(SPECS) <= sum(shares.values()) <= total
+    first, second, third = budget().look(SAME, Target(8.0, 32, "ratio=0.75"), view()).values()
+    assert second / first == pytest.approx(2, rel=1e-2)  # sqrt(4 / 40) to sqrt(1 / 40)
+    assert third / first == pytest.approx(3, rel=1e-2)
+    total = 8 * sum(s.n_params for s in SAME)
+    assert total - len(SAME) <= first + second + third <= total
+
+
+def test_matrices_of_another_kind_get_none_of_it():
+    specs = [*SAME, LinearSpec("0.v_proj", 24, 16), LinearSpec("2.v_proj", 24, 16)]
+    shares = budget().look(specs, Target(8.0, 32, "ratio=0.75"), view())
+    assert {name: bits for name, bits in shares.items() if "q" in name} == budget().look(SAME, Target(8.0, 32, ""), view())
+    assert shares["2.v_proj"] / shares["0.v_proj"] == pytest.approx(3, rel=1e-2)
 
 
 def test_effective_rank_is_that_of_the_whitened_weight():
     """Inputs that only ever point one way leave one singular value of W L."""
     direction = torch.zeros(16, 16)
     direction[0, 0] = 100.0
-    shares = budget().look(SPECS, Target(8.0, 32, ""), view({"block.v_proj": direction + 1e-6 * torch.eye(16)}))
-    assert shares["block.v_proj"] == pytest.approx(shares["block.q_proj"], rel=0.02)
+    shares = budget().look(SAME, Target(8.0, 32, ""), view({"2.q_proj": direction + 1e-6 * torch.eye(16)}))
+    assert shares["2.q_proj"] == pytest.approx(shares["0.q_proj"], rel=0.02)
 
 
 def test_a_fraction_of_queries_and_keys_moves_to_values_but_never_more_than_they_can_hold():
     target = Target(8.0, 32, "")
     before, after = (budget(moved=m).look(SPECS, target, view()) for m in (0.0, 0.25))
-    for name in ("block.q_proj", "block.k_proj"):
+    for name in ("1.q_proj", "1.k_proj"):
         assert after[name] == pytest.approx(0.75 * before[name], rel=1e-3)
     assert sum(after.values()) == pytest.approx(sum(before.values()), abs=4)
     full = budget(moved=0.9).look(SPECS, Target(24.0, 32, ""), view())

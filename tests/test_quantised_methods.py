@@ -56,10 +56,10 @@ def test_the_factors_have_the_rank_that_is_asked_for_also_where_its_zero_points_
 @given(st.sampled_from(["rtn", *PAIRED]), st.integers(1, 300), st.integers(1, 300), st.floats(0.5, 15))
 def test_a_planned_term_never_exceeds_its_bits_and_exists_from_the_least_bits_on(name, m, n, per_weight):
     method, bits = make_method(name), int(per_weight * m * n)
-    term = method.plan([(m, n)], bits, torch.bfloat16)[0]
+    term = method.plan_matrix(m, n, bits, torch.bfloat16)
     least = method.least_bits([(m, n)], torch.bfloat16)
     assert term.bits() <= bits and (term.count() > 0) == (bits >= least)
-    assert method.plan([(m, n)], least, torch.bfloat16)[0].bits() == least
+    assert method.plan_matrix(m, n, least, torch.bfloat16).bits() == least
 
 
 def test_a_grid_gets_the_most_bits_that_fit_and_a_pair_keeps_a_sixteenth_for_its_factors():

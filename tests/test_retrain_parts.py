@@ -163,6 +163,16 @@ def test_recomputing_blocks_gives_the_same_gradient_and_restores_their_forward(t
     assert not any("forward" in vars(m) for m in model.module.modules())
 
 
+def test_a_forward_that_a_block_has_of_its_own_is_put_back_after_recomputing(tmp_path):
+    """accelerate puts one there if a model is spread over several GPUs."""
+    request, model = compressed(tmp_path)
+    block = model.module.model.layers[0]
+    own = block.forward = partial(type(block).forward, block)
+    with recomputed_blocks(model, request.plan.layers):
+        assert block.forward is not own
+    assert block.forward is own
+
+
 @pytest.mark.parametrize("losses", [[], ["retrain.logits=1", "retrain.features=1"]])
 def test_bfloat16_products_give_nearly_the_gradient_of_float32(tmp_path, losses):
     found = []

@@ -265,6 +265,26 @@ def test_text_for_retraining_that_is_shorter_than_a_sample_is_refused_before_any
     assert record["status"] == "failed" and not record["metrics"]
 
 
+def test_a_measured_text_shorter_than_a_retraining_sample_is_refused_before_anything_is_fitted(run_here, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words\n" * 20)
+    short = [
+        "data=wikitext2",
+        f"data.path={tmp_path / 'short.txt'}",
+        "retrain.steps=2",
+        "retrain.length=512",
+        "retrain.watch=1",
+    ]
+    with pytest.raises(UserError, match=r"data=wikitext2 is shorter than one sample of 512 tokens.*retrain\.length"):
+        run_here(*TINY, *short)
+    assert not only_record(tmp_path)["metrics"] and not (tmp_path / "cache" / "fits").exists()
+
+
+@pytest.mark.parametrize("wrong", ["solver.optimiser.betas=[1.0,0.99]", "solver.optimiser._target_=torch.optim.SGD"])
+def test_an_optimiser_that_cannot_be_built_is_refused_before_anything_is_loaded(run_here, wrong):
+    with pytest.raises(UserError, match=r"solver\.optimiser cannot be built: .*(beta|argument)"):
+        run_here(*FAST, wrong, "dry_run=true")
+
+
 def test_another_architecture_with_the_same_weights_is_measured_again(run_here, tmp_path):
     """The number of heads does not change the shape of a weight, so only the configuration shows the difference."""
     for heads in (4, 2):

@@ -62,6 +62,20 @@ def generated(model) -> torch.Tensor:
     return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=50, min_new_tokens=50, do_sample=False)
 
 
+@pytest.mark.parametrize("asked", ["method=hybrid", "bits=4.3 method=rtn", "bits=4.3 method=quip", "bits=3 method=nla_angles"])
+@pytest.mark.parametrize(("own", "other"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_folder_loads_in_another_type_than_its_own(asked, own, other, run_here, tmp_path):
+    few = ["statistics.windows=4", "statistics.length=32", "solver.steps=2", r"select.include='layers\.1'"]
+    ratio = [] if "bits" in asked else ["ratio=0.5"]
+    run_here(*TINY, *asked.split(), *ratio, *few, f"dtype={own}", f"save={tmp_path / 'kept'}")
+    dtype = getattr(torch, other)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    expected = nla.load_compressed(tmp_path / "kept").to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, expected(PROMPT).logits, rtol=0.05, atol=0.01)
+
+
 LOADED = """
 import sys, nla
 assert 'torch' not in sys.modules or 'tests.preloaded' in sys.modules

@@ -1,7 +1,6 @@
 """Tests of fits: against Eckart-Young and the theory of the piecewise kernel, on real weights, and bit for bit."""
 
 import functools
-from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +31,7 @@ def fit(kernel, weight, h, r=1, seed=0, factor=None, **changes):
     scale = float(weight.square().mean().sqrt())
     unit, generator = weight / scale, torch.Generator().manual_seed(seed)
     solver, objective = make_solver(**changes), Objective(unit, factor)
-    solution = descend_triplets(solver, solver.begin(kernel, objective, h, r, generator), objective, ExitStack())
+    solution = descend_triplets(solver, solver.begin(kernel, objective, h, r, generator), objective)
     triplets = solution.term.scaled(scale).triplets.map(torch.Tensor.detach)
     return SimpleNamespace(**vars(solution), triplets=triplets)
 

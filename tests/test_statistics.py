@@ -1,5 +1,6 @@
 """Statistics of layer inputs, compared with plain hooks for all models, thread counts and sample orders; and their memory."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,11 @@ from analysis.benchmarks.table import read_tables
 from nla.machine.cache import Cache
 from nla.machine.errors import NonFiniteError, UserError
 from nla.machine.peak_memory import PeakMemory
+from nla.models.base import Sample
 from nla.models.select import linear_specs, select_linears
 from nla.models.untrained import UntrainedModel
 from nla.statistics.blocks import chain
-from nla.statistics.collect import collect, mirror
+from nla.statistics.collect import StatisticsStream, collect, mirror
 from nla.statistics.fisher import fisher
 from nla.statistics.store import StatisticsStore
 from tasks.data.base import training_set
@@ -81,6 +83,61 @@ def test_every_block_gets_the_masks_and_position_embeddings_that_the_model_gives
     store = collected(model, layers, samples, tmp_path)
     for layer, x in hooked(model, layers, samples).items():
         torch.testing.assert_close(store.load(BOTH, layer, CPU).gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+class Between(nn.Module):
+    """Two blocks of one linear layer each; `between` is added before the second, and `extra` is its further argument."""
+
+    def __init__(self, between: float, extra) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.between, self.extra = between, extra
+
+    def forward(self, x):
+        x = self.blocks[0](x, None)
+        return self.blocks[1](x + self.between if self.between else x, self.extra(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, extra):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "extra", "said"),
+    [
+        (0.0, lambda x: {"mask": [torch.ones(3), None, 2]}, None),
+        (1.0, lambda x: None, r"changes what blocks\.1 reads between two blocks; use a method that reads no inputs"),
+        (0.0, lambda x: {"embeddings": x}, r"blocks\.1 reads more than hidden states, masks and positions"),
+    ],
+)
+def test_a_model_whose_blocks_cannot_be_run_one_by_one_is_refused(between, extra, said, tmp_path):
+    module = Between(between, extra)
+    model = SimpleNamespace(module=module, logits=module)
+    samples = [Sample(torch.randn(1, 512, 4), torch.zeros(1)) for _ in range(6)]
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        collected(model, ["blocks.0.fc", "blocks.1.fc"], samples, tmp_path)
+
+
+def test_blocks_that_are_never_called_are_refused(tmp_path):
+    module = Between(0.0, lambda x: None)
+    model = SimpleNamespace(module=module, logits=lambda x: x)
+    with pytest.raises(UserError, match=r"the model does not call blocks\.0"):
+        collected(model, ["blocks.0.fc", "blocks.1.fc"], [Sample(torch.randn(1, 512, 4), torch.zeros(1))], tmp_path)
+
+
+def test_outputs_that_no_block_reads_are_not_kept(tmp_path):
+    """Of a model that is its only block, they are logits."""
+    model, _, samples = tiny("tiny_llama", tmp_path)
+    store = StatisticsStore(Cache(tmp_path), "key")
+    stream = StatisticsStream(model, ["model.layers.0.mlp.up_proj", "lm_head"], BOTH, samples, store, offload=False)
+    (block,) = stream.blocks()
+    stream.measure(block)
+    assert block.module is model.module and stream.outputs == []
 
 
 def test_layers_that_read_the_same_input_share_one_file(tmp_path):

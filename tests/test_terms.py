@@ -138,9 +138,6 @@ class Diagonal(Term):
     def as_stored(self, dtype):
         return Diagonal(self.diagonal.to(dtype))
 
-    def zero(self, like):
-        return Diagonal(like.new_zeros(len(self.diagonal)))
-
 
 def test_a_term_of_a_new_kind_stands_in_a_model_is_counted_measured_and_trained():
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from nla.machine.cache import Cache
 from nla.machine.errors import NonFiniteError
-from nla.models.base import Sample
+from nla.models.base import LanguageModel, Sample
 from nla.pretrain.language_model import END, learn_tokenizer
 from nla.training.checkpoints import Checkpoints, Progress
 from nla.training.loop import Recipe, train
@@ -112,6 +112,18 @@ def test_the_tokeniser_is_lossless_and_has_the_size_it_was_asked_for():
     assert len(tokenizer) == 300 and tokenizer.eos_token == END and tokenizer.eos_token_id == 0
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("these truths")["input_ids"]) < len("these truths") / 2
+
+
+def test_models_with_other_tokenisers_are_told_apart():
+    one, other = (LanguageModel(None, learn_tokenizer("these truths " * 30, size)).tokenizer_identity() for size in (260, 262))
+    again = LanguageModel(None, learn_tokenizer("these truths " * 30, 260)).tokenizer_identity()
+    assert one == again != other
+
+
+@pytest.mark.parametrize(("model", "each"), [("opt_micro", 2), ("swin_micro", 32)])
+def test_a_batch_whose_parts_would_count_unequally_is_refused(model, each):
+    with pytest.raises(Exception, match=rf"model\.batch={each + 1} must be a multiple of {each}"):
+        instantiate(configuration(f"model={model}", f"model.batch={each + 1}").model, _convert_="all")
 
 
 def test_the_micro_opt_is_made_once_from_its_recipe_and_not_from_held_out_speeches(tmp_path):

@@ -320,7 +320,7 @@ def test_an_image_moves_by_the_shift_and_its_border_is_repeated():
 
 
 def test_a_swin_trained_here_is_the_same_every_time_and_trained_once(tmp_path):
-    short = ["model.recipe.steps=3", "model.recipe.warmup=1", "model.batch=40", "model.architecture.embed_dim=16"]
+    short = ["model.recipe.steps=3", "model.recipe.warmup=1", "model.batch=64", "model.architecture.embed_dim=16"]
     weights = []
     for folder, threads in (("one", 1), ("two", 2)):
         before = torch.get_num_threads()

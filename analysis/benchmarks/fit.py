@@ -32,7 +32,14 @@ def fit(m: int = 4096, n: int = 4096, ratio: float = 0.5, steps: int = 200) -> p
     for settings in (["method=svd_llm"], ["method=hybrid", f"solver.steps={steps}"]):
         method = instantiate(composed(*settings)["method"], _convert_="all")
         (found,) = method.compress([weight], bits, [statistics], generator)
-        rows.append({"method": settings[0].partition("=")[2], "steps": found.steps, "seconds": found.seconds, "tflop": found.flops / 1e12})
+        rows.append(
+            {
+                "method": settings[0].partition("=")[2],
+                "steps": found.steps,
+                "seconds": found.seconds,
+                "tflop": found.flops / 1e12,
+            }
+        )
     return pd.DataFrame(rows)
 
 

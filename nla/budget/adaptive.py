@@ -41,9 +41,10 @@ class Adaptive(Budget):
         self.schedule, self.beta1, self.beta2, self.rank, self.gradient = schedule, beta1, beta2, rank, gradient
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """{matrix: bits at the start}: b0 times the uniform share, but at most the dense matrix."""
-        bits = min(target.width, self.schedule.b0 * target.bits)
-        return {s.name: int(bits * s.n_params) for s in specs}
+        """{matrix: bits at the start}: b0 times the uniform share, but less than the dense matrix."""
+        bits = self.schedule.b0 * target.bits
+        # below the dense matrix, which would be kept as it is and has no triplets
+        return {s.name: min(int(bits * s.n_params), target.width * s.n_params - 1) for s in specs}
 
     def check_retraining(self, steps: int, train: list[list[str]]) -> None:
         if steps == 0:

@@ -49,24 +49,18 @@ class Budget(ABC):
     """Divides the bits of a target among the matrices.
 
     Attributes:
-        needs: statistics of inputs that look() reads.
-        looks: the shares depend on more than shapes, and only look() gives the final ones.
+        needs: statistics of inputs that the shares depend on.
         samples: number of calibration samples for `ModelView.loss`.
         tightens: the shares are those at the start of retraining, which ends within the target.
     """
 
     needs: frozenset[str] = frozenset()
-    looks = False
     samples = 0
     tightens = False
 
     @abstractmethod
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
         """{matrix: bits}, from shapes alone. The sum is at most the target's, unless the budget `tightens`."""
-
-    def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
-        """{matrix: bits}, from measurements of the model; by default those of `allocate`."""
-        return self.allocate(specs, target)
 
     def check_retraining(self, steps: int, train: list[list[str]]) -> None:  # noqa: B027 (most budgets go with any)
         """Raise UserError if the budget cannot be used with `steps` retraining steps and these stages (see `Retraining`)."""

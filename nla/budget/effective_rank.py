@@ -2,19 +2,23 @@
 
 import re
 
-from nla.budget.base import Budget, ModelView, Target
-from nla.budget.uniform import Uniform
+from nla.budget.base import ModelView, Target
+from nla.budget.measured import MeasuredBudget
 from nla.machine.errors import require_fraction
 from nla.matrix.spectrum import Spectrum
 from nla.models.select import LinearSpec
 
 
-class EffectiveRank(Budget):
-    """The rank of a matrix is in proportion to sqrt(E / (out + in)). Each rank costs out + in numbers.
+class EffectiveRank(MeasuredBudget):
+    """Matrices of one kind share their bits: their ranks are in proportion to sqrt(E / (out + in)).
 
+    A kind are the matrices with the same last name, such as all `q_proj` of a model. Each rank costs out + in numbers.
     E = exp(-sum p log p) is the effective rank, where p are the squared singular values divided by their sum. The singular
     values are those of the whitened weight W L, where L L^T is the Gram matrix of the layer's inputs (the sum of x x^T). No
-    matrix gets more than its dense size; the rest goes to the others.
+    matrix gets more than its dense size; the rest goes to the others of its kind.
+
+    The authors' code also keeps uniform shares for gate projections, and for kinds whose summed error that lowers. This class
+    does not.
 
     Args:
         givers, takers: regular expressions that are searched in qualified names.
@@ -23,23 +27,25 @@ class EffectiveRank(Budget):
     """
 
     needs = frozenset({"gram"})
-    looks = True
 
     def __init__(self, givers: str, takers: str, moved: float) -> None:
         require_fraction("budget.moved", moved)
         self.givers, self.takers, self.moved = re.compile(givers), re.compile(takers), moved
-
-    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """Uniform shares, used until the spectra are known."""
-        return Uniform().allocate(specs, target)
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
         # share = rank * (out + in), in proportion to sqrt(E * (out + in))
         ranks = {s.name: effective_rank(view.norms(s.name).outputs.spectrum) for s in specs}
         weights = {s.name: (ranks[s.name] * (s.out_features + s.in_features)) ** 0.5 for s in specs}
         most = {s.name: float(target.width * s.n_params) for s in specs}
-        found = in_proportion(weights, most, target.bits * sum(s.n_params for s in specs))
-        return {name: int(bits) for name, bits in self.move(found, most).items()}
+        kinds: dict[str, list[LinearSpec]] = {}
+        for spec in specs:
+            kinds.setdefault(spec.name.rpartition(".")[2], []).append(spec)
+        found: dict[str, float] = {}
+        for same in kinds.values():
+            own = {spec.name: weights[spec.name] for spec in same}
+            found |= in_proportion(own, most, target.bits * sum(spec.n_params for spec in same))
+        moved = self.move({spec.name: found[spec.name] for spec in specs}, most)
+        return {name: int(bits) for name, bits in moved.items()}
 
     def move(self, bits: dict[str, float], most: dict[str, float]) -> dict[str, float]:
         """{matrix: bits} after each block's givers gave to its takers. No taker gets more than `most`."""

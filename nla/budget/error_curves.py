@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nla.budget.base import Budget, ModelView, Target
+from nla.budget.base import ModelView, Target
 from nla.budget.marginal import gradient_of_outputs
-from nla.budget.uniform import Uniform
+from nla.budget.measured import MeasuredBudget
 from nla.machine.errors import UserError, require_positive
 from nla.matrix.objective import Norms
 from nla.methods.fit import Fit, errors
@@ -18,7 +18,7 @@ Point = tuple[int, float]  # bits, and the expected rise of the loss
 GAP = 1e-6  # relative distance to the smallest sum at which the search ends
 
 
-class ErrorCurves(Budget):
+class ErrorCurves(MeasuredBudget):
     """Minimises the expected rise of the model's loss, summed over the matrices, for any method.
 
     The method fits each matrix at several sizes. The rise is (|g|^2 / out)^emphasis times the squared error of the outputs, as
@@ -34,17 +34,12 @@ class ErrorCurves(Budget):
     """
 
     needs = frozenset({"gram", "fisher"})
-    looks = True
 
     def __init__(self, emphasis: float, candidates: list[float]) -> None:
         require_positive("budget.emphasis", emphasis)
         if not candidates or not all(isinstance(c, int | float) and c > 0 for c in candidates) or min(candidates) > 1:
             raise UserError(f"budget.candidates={candidates} must be multiples of a uniform share, with one of 1 at most")
         self.emphasis, self.candidates = emphasis, sorted(candidates)
-
-    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """Uniform shares, used until the errors are known."""
-        return Uniform().allocate(specs, target)
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
         most = target.bits * sum(spec.n_params for spec in specs)

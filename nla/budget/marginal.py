@@ -1,17 +1,26 @@
 """Shares by marginal gain: the next rank goes where it lowers the model's expected loss most for each number it costs."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from nla.budget.base import Budget, ModelView, Target
-from nla.budget.uniform import Uniform
+from nla.budget.base import ModelView, Target
+from nla.budget.measured import MeasuredBudget
 from nla.machine.errors import UserError, require_positive
 from nla.matrix.objective import Norms
 from nla.matrix.triplets import triplet_size
 from nla.models.select import LinearSpec
 
 
-class MarginalGain(Budget):
+class Offer(NamedTuple):
+    """What a matrix can get next: by how much that lowers the expected loss for each number it costs, and these numbers."""
+
+    rate: float
+    numbers: int
+
+
+class MarginalGain(MeasuredBudget):
     """Minimises the expected rise of the model's loss, summed over the matrices, for linear factors in the activation norm.
 
     A matrix of rank R leaves an output error of sum_{k > R} s_k^2, where s_k are the singular values of the whitened weight
@@ -19,9 +28,10 @@ class MarginalGain(Budget):
     is the gradient of the loss with respect to the output. With e in a random direction, that is in proportion to
     |g|^2 |e|^2 / out. |g|^2 comes from one backward pass (see `gradient_of_outputs`).
 
-    Rank R + 1 lowers the sum by |g|^2 s_{R+1}^2 / out and costs out + in + 1 numbers. The gains of a matrix fall with R, so the
-    best shares take the largest gains per number. (WeLore has one threshold for all matrices too, for normalised singular
-    values of the plain weight.) The curves are those of linear factors; other kernels get the same shares.
+    Rank R + 1 lowers the sum by |g|^2 s_{R+1}^2 / out and costs out + in + 1 numbers. A matrix of rank R can also become dense,
+    which leaves no error and costs out * in - R (out + in + 1) numbers. What is offered for a matrix falls, so the best shares
+    take the largest gains per number. (WeLore has one threshold for all matrices too, for normalised singular values of the
+    plain weight.) The curves are those of linear factors; other kernels get the same shares.
 
     Args:
         emphasis: exponent of |g|^2 / out. 1 is the second-order estimate. Large errors in several matrices raise the loss by
@@ -33,7 +43,6 @@ class MarginalGain(Budget):
     """
 
     needs = frozenset({"gram", "fisher"})
-    looks = True
 
     def __init__(self, emphasis: float, least: float) -> None:
         require_positive("budget.emphasis", emphasis)
@@ -41,24 +50,46 @@ class MarginalGain(Budget):
             raise UserError(f"budget.least={least} must be a fraction, from 0 to 1")
         self.emphasis, self.least = emphasis, least
 
-    def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """Uniform shares, used until the spectra are known."""
-        return Uniform().allocate(specs, target)
-
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
-        gains, costs, owners = [], [], []
-        for i, spec in enumerate(specs):
-            cost = triplet_size(spec.out_features, spec.in_features, 1)
-            found = gain_of_each_rank(view.norms(spec.name), self.emphasis)[: max(1, spec.n_params // cost)] / cost
-            found[: max(1, int(self.least * target.kept * spec.n_params / cost))] = torch.inf  # every matrix keeps these
-            gains.append(found)
-            costs.append(torch.full_like(found, cost * target.width))
-            owners.append(torch.full_like(found, i, dtype=torch.long))
-        order = torch.cat(gains).sort(descending=True, stable=True).indices
-        spent, owner = torch.cat(costs)[order], torch.cat(owners)[order]
-        bought = spent.cumsum(0) <= target.bits * sum(spec.n_params for spec in specs)
-        total = torch.zeros(len(specs), dtype=spent.dtype).scatter_add_(0, owner[bought], spent[bought])
-        return {spec.name: int(bits) for spec, bits in zip(specs, total.tolist(), strict=True)}
+        offered = []
+        for spec in specs:
+            gains = gain_of_each_rank(view.norms(spec.name), self.emphasis)
+            least = int(self.least * target.kept * spec.n_params)
+            offered += [(offer, spec.name) for offer in offers(spec.out_features, spec.in_features, gains, least)]
+        offered = [pair for pair in offered if pair[0].rate > 0]
+        offered.sort(key=lambda pair: -pair[0].rate)  # stable: the offers of a matrix stay in order
+        left = int(target.bits * sum(spec.n_params for spec in specs)) // target.width
+        bought, closed = dict.fromkeys((spec.name for spec in specs), 0), set()
+        for offer, name in offered:
+            if name in closed or offer.numbers > left:
+                closed.add(name)  # a later offer of a matrix needs the earlier ones
+                continue
+            bought[name] += offer.numbers
+            left -= offer.numbers
+        return {name: numbers * target.width for name, numbers in bought.items()}
+
+
+def offers(out_features: int, in_features: int, gains: Tensor, least: int) -> list[Offer]:
+    """What a matrix can get, in falling order: one rank after the other, and then, in one step, all that makes it dense.
+
+    The step to the dense matrix comes after the rank R from which it gains least for each number. So the points (numbers, loss)
+    after each offer are the lower convex hull of those of all ranks and of the dense matrix.
+
+    Args:
+        gains: of each rank (ranks,), as `gain_of_each_rank` gives them.
+        least: numbers that the matrix gets in any case; these ranks have an infinite rate. It gets one rank at least.
+    """
+    dense, cost = out_features * in_features, triplet_size(out_features, in_features, 1)
+    ranks, first = max(1, (dense - 1) // cost), max(1, least // cost)
+    rates = gains[:ranks] / cost
+    rates[:first] = torch.inf
+    left = gains.sum() - gains.cumsum(0)[:ranks]  # after each rank
+    further = dense - cost * torch.arange(1, len(left) + 1).to(left)
+    if further[0] <= 0:
+        return [Offer(torch.inf, cost)]  # one rank takes as many numbers as the dense matrix
+    last = max(first, int((left / further).argmin()) + 1)
+    step = Offer(float(left[last - 1] / further[last - 1]), int(further[last - 1]))
+    return [*(Offer(rate, cost) for rate in rates[:last].tolist()), step]
 
 
 def gain_of_each_rank(norms: Norms, emphasis: float) -> Tensor:

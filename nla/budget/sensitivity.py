@@ -1,16 +1,17 @@
 """Shares by sensitivity: a matrix keeps more if its compression raises the loss more (ASVD's search, Yuan et al., 2023)."""
 
-from nla.budget.base import Budget, ModelView, Target
-from nla.budget.uniform import Uniform
+from nla.budget.base import ModelView, Target
+from nla.budget.measured import MeasuredBudget
 from nla.machine.errors import UserError, require_integer
 from nla.models.select import LinearSpec
 
 
-class Sensitivity(Budget):
+class Sensitivity(MeasuredBudget):
     """More bits for the matrices whose compression alone raises the model's loss most.
 
     Each matrix alone is compressed to each candidate size, and the loss on calibration samples is measured. Every matrix then
-    gets the smallest candidate whose loss is below a common bound. The bound is the lowest for which all fit the target.
+    gets the smallest candidate whose loss is below a common bound, or stays dense if there is none. The bound is the lowest
+    for which all fit the target.
 
     Args:
         candidates: fractions of a matrix that may be kept.
@@ -20,8 +21,6 @@ class Sensitivity(Budget):
         UserError: an argument is out of range; it names the setting.
     """
 
-    looks = True
-
     def __init__(self, candidates: list[float], samples: int) -> None:
         require_integer("budget.samples", samples, 1)
         if not candidates or not all(0 < c < 1 for c in candidates):
@@ -29,17 +28,19 @@ class Sensitivity(Budget):
         self.candidates, self.samples = sorted(candidates), samples
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
-        """Uniform shares, used until the losses are measured. Raises UserError if all candidates exceed the target."""
+        """Raises UserError if all candidates exceed the target."""
         if self.candidates[0] > target.kept:
             raise UserError(
                 f"budget.candidates={self.candidates} keep more than {target.asked} leaves; "
                 f"add one of {target.kept:.3g} at most"
             )
-        return Uniform().allocate(specs, target)
+        return super().allocate(specs, target)
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
         sizes = {s.name: [target.width * int(c * s.n_params) for c in self.candidates] for s in specs}
         losses = {name: [view.loss(name, bits) for bits in options] for name, options in sizes.items()}
+        for spec in specs:
+            sizes[spec.name].append(target.width * spec.n_params)  # dense
         most = target.bits * sum(s.n_params for s in specs)
         found = {name: options[0] for name, options in sizes.items()}
         for bound in sorted({loss for measured in losses.values() for loss in measured}, reverse=True):
@@ -51,5 +52,5 @@ class Sensitivity(Budget):
 
     @staticmethod
     def smallest(options: list[int], losses: list[float], bound: float) -> int:
-        """The smallest option (bits) whose loss is below the bound, or the largest option if no loss is."""
-        return next((bits for bits, loss in zip(options, losses, strict=True) if loss < bound), options[-1])
+        """The smallest option (bits) whose loss is below the bound, or the last, which has no loss, if there is none."""
+        return next((bits for bits, loss in zip(options, losses, strict=False) if loss < bound), options[-1])

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nla.codes.damped import DAMPING, damped_factor
+from nla.codes.damped import damped, upper_factor
 from nla.codes.lattice_format import BLOCK, RowFormat
-from nla.kernels.tiled import slices
 from nla.machine.peak_memory import measured_once
+from nla.matrix.parts import slices
 
 CHUNK = 128  # inputs between two uses of all earlier errors
 MULTIPLES = (0.95, 1.0, 1.05, 1.1, 1.15, 1.2)  # of the size of the weight; feedback widens what is rounded
@@ -23,17 +23,17 @@ class RoundedToLattice(NamedTuple):
 
 
 def block_ldlq(weight: Tensor, hessian: Tensor, form: RowFormat) -> RoundedToLattice:
-    """The rounding W' of a weight W (rows, n) that makes tr((W' - W) H (W' - W)^T) small.
+    """The rounding W' of a weight W (rows, n) that makes tr((W' - W) H (W' - W)^T) small, where H is damped.
 
-    Source: Tseng et al., "QuIP#", ICML 2024, section 4.1, and the sweeps of the authors' code. Of several scales, that with
-    the smallest error before the sweeps is taken.
+    Source: Tseng et al., "QuIP#", ICML 2024, section 4.1, and the damping and the sweeps of the authors' code. Of several
+    scales, that with the smallest error before the sweeps is taken.
 
     Args:
         weight: fp32; n is a multiple of eight.
-        hessian: H (n, n), fp64, positive semidefinite, not zero.
+        hessian: H (n, n) before damping, fp64, positive semidefinite, not zero.
     """
-    H = hessian.to(weight.dtype)
-    A = feedback(hessian).to(weight.dtype)
+    wide = damped(hessian)
+    H, A = wide.to(weight.dtype), feedback(wide).to(weight.dtype)
     size = float(weight.double().square().mean().sqrt())
     found, least = None, torch.inf
     for number, multiple in enumerate(MULTIPLES):
@@ -75,13 +75,12 @@ def swept(weight: Tensor, hessian: Tensor, rounded: RoundedToLattice, form: RowF
     scale, codes = rounded.scale, rounded.codes.clone()
     Q = form.values(codes)
     target, product = weight @ hessian, Q @ hessian  # (rows, n)
-    damping = DAMPING * hessian.diagonal().mean() * torch.eye(BLOCK).to(hessian)
     for sweep in range(SWEEPS):
         with measured_once(sweep):
             for number, block in enumerate(slices(weight.shape[1], BLOCK)):
                 vector, place = form.vector(number)
                 own, G = hessian[block, block], product[:, block] - target[:, block] / scale
-                best = Q[:, block] - torch.linalg.solve(own + damping, G, left=False)
+                best = Q[:, block] - torch.linalg.solve(own, G, left=False)
                 tried = vector.nearest(best)
                 step = vector.values(tried) - Q[:, block]
                 lower = (step * (step @ own + 2 * G)).sum(1, keepdim=True) < 0
@@ -96,12 +95,12 @@ def swept(weight: Tensor, hessian: Tensor, rounded: RoundedToLattice, form: RowF
 
 
 def feedback(hessian: Tensor) -> Tensor:
-    """A (n, n), fp64, zero except above the diagonal of blocks, with H + damping = (I + A) D (I + A)^T and D of blocks.
+    """A (n, n), fp64, zero except above the diagonal of blocks, with H = (I + A) D (I + A)^T and D of blocks.
 
     The block decomposition follows from H = R R^T, where R is upper triangular: I + A is R with each block of columns times
     the inverse of its block on the diagonal.
     """
-    R = damped_factor(hessian)
+    R = upper_factor(hessian)
     A = torch.zeros_like(R)
     for block in slices(len(R), BLOCK):
         above = slice(0, block.start)

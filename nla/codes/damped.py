@@ -1,4 +1,4 @@
-"""The triangular factor that rounding with error feedback takes of a Hessian."""
+"""The damping of a Hessian, and its triangular factor, which rounding with error feedback reads."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,11 @@ from torch import Tensor
 DAMPING = 0.01  # fraction of the mean of the diagonal that is added to it, as in the authors' codes of GPTQ and QuIP#
 
 
-def damped_factor(hessian: Tensor) -> Tensor:
-    """R (n, n), fp64, upper triangular, with R R^T = H + damping: a Cholesky factor with rows and columns in reverse."""
-    n = len(hessian)
-    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(n, dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+def damped(hessian: Tensor) -> Tensor:
+    """H + damping (n, n), fp64. Without it, rounding buys a little less error with huge errors where inputs are hardly ever."""
+    return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
+
+
+def upper_factor(hessian: Tensor) -> Tensor:
+    """R (n, n), fp64, upper triangular, with R R^T = H: a Cholesky factor with rows and columns in reverse."""
+    return torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)

@@ -6,11 +6,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nla.codes.damped import damped_factor
+from nla.codes.damped import damped, upper_factor
 from nla.codes.grid_format import GridFormat
 from nla.codes.rounding import Rounded, Scaling, best_scaling, nearest_codes, rounded_to_nearest
-from nla.kernels.tiled import slices
 from nla.machine.peak_memory import unmeasured
+from nla.matrix.parts import slices
 
 BLOCK = 128  # inputs between two updates of all later ones
 
@@ -132,5 +132,5 @@ def feedback(gram: Tensor) -> Tensor:
 
     The damped G is R R^T with R upper triangular, so that U = R^-1.
     """
-    R = damped_factor(gram)
+    R = upper_factor(damped(gram))
     return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nla.codes.grid_format import GridFormat
-from nla.kernels.tiled import TILE, slices
+from nla.matrix.parts import TILE, slices
 
 STARTS = 38  # about how many scales are tried for a group at once
 ROUNDS = 3  # of codes for the scale, then the best scale for the codes; neither raises the error

@@ -15,7 +15,6 @@ from nla.compressed.layer import CompressedLinear
 from nla.terms.base import Sum, Term
 from nla.terms.grid import Grid
 from nla.terms.pivoted import Pivoted
-from nla.terms.thin import thin_factors
 
 ALIGNED = 8  # the number of columns of 16-bit factors is a multiple of this, so that rows begin at multiples of 16 bytes
 WORTH = 0.9  # of the matrix's numbers: with more, too few bytes are saved for the call of a second product (a chosen limit)
@@ -86,7 +85,7 @@ def inference_layer(term: Term, bias: Tensor | None) -> nn.Module:
     if isinstance(term, Pivoted) and term.count() <= WORTH * m * n:
         rows, coefficients = term.rows.contiguous(), term.coefficients.contiguous()
         return PivotedLinear(bias, rows=rows, coefficients=coefficients, places=term.places())
-    factors = thin_factors(term)
+    factors = term.wide_factors()
     if factors is None:
         return sum_or_dense(term, bias)
     left, right = factors

@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from nla.budget.base import Budget, Target
+from nla.budget.measured import MeasuredBudget
 from nla.budget.plan import Plan, make_plan
 from nla.harness.checks import check_gradients, check_masks, check_refinement, check_retraining, check_samples
 from nla.harness.track import Tracker
@@ -65,7 +66,16 @@ class PreparedRun:
     @property
     def dense_needs(self) -> frozenset[str]:
         """Statistics of the dense model's inputs that method and budget read."""
-        return self.budget.needs | (frozenset() if self.method.sequential and not self.budget.looks else self.method.needs)
+        if self.method.sequential and not isinstance(self.budget, MeasuredBudget):
+            return self.budget.needs
+        return self.budget.needs | self.method.needs
+
+    @property
+    def watched(self) -> Data | None:
+        """The data on which retraining shows its progress: those of the first task that the model can read, or None."""
+        if not self.retraining.steps or not self.retraining.watch:
+            return None
+        return next((task.data for task in self.tasks if task.data.kind == self.inventory.reads), None)
 
     @property
     def final_numbers(self) -> int:

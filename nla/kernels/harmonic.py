@@ -6,9 +6,9 @@ from torch import Tensor
 from nla.kernels.angles import AngleKernel, angles_of_pairs
 from nla.kernels.factored import CoarseToFine
 from nla.kernels.phase import Phase
-from nla.kernels.tiled import widen
 from nla.machine.errors import require_integer, require_positive
 from nla.matrix.objective import Objective
+from nla.matrix.parts import widen
 from nla.matrix.spectrum import mixed_factors
 from nla.matrix.triplets import Triplets
 

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nla.matrix.parts import PANEL, TILE, slices, widen
 from nla.matrix.triplets import Triplets
-
-PANEL = 2**19  # numbers of W' in memory at once; enough rows for a matrix product at full speed
-TILE = {"cpu": 2**17, "cuda": 2**25}  # numbers evaluated at once: 0.5 MiB in fp32 fits a core's cache; a GPU needs larger ones
 
 
 class PairKernel(Protocol):
@@ -84,14 +82,3 @@ def tiles(t: Triplets, panel: slice) -> Iterator[tuple[slice, list[slice]]]:
     blocks = list(slices(t.h, tile // pairs))
     for row in slices(panel.stop - panel.start, tile // (pairs * max(t.h, 1))):
         yield slice(panel.start + row.start, panel.start + row.stop), blocks
-
-
-def slices(total: int, width: int) -> Iterator[slice]:
-    """Slices of `width`, at least 1, that cover range(total)."""
-    width = max(1, width)
-    return (slice(start, min(start + width, total)) for start in range(0, total, width))
-
-
-def widen(p: Tensor) -> Tensor:
-    """The tensor in fp32, or unchanged if its type is wider."""
-    return p.to(torch.promote_types(p.dtype, torch.float32))

@@ -3,7 +3,6 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from nla.methods.fit import Fit, equal_rank, measured
 from nla.models.select import LinearSpec
 from nla.solvers.base import Solution, Start, Status
 from nla.terms.base import Term
+from nla.terms.dense import Dense, dense_bits
+from nla.terms.kernel_term import nothing
 
 Shape = tuple[int, int]  # (out, in)
 
@@ -74,7 +75,10 @@ class Method(ABC):
 
 
 class MatrixMethod(Method):
-    """A method that compresses each matrix alone. `plan_matrix` gives the size of its term; `start` computes the term."""
+    """A method that compresses each matrix alone. `plan_matrix` gives the size of its term; `start` computes the term.
+
+    A matrix that gets the bits of its dense form stays dense.
+    """
 
     @abstractmethod
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
@@ -84,11 +88,8 @@ class MatrixMethod(Method):
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         """A term of the planned size with a small error in the objective's norm."""
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        """The fitted term. The default returns the start, which must be the optimum.
-
-        Peak memory is measured while `memory` is open. An implementation may close it once memory cannot rise any more.
-        """
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator) -> Solution:
+        """The fitted term. The default returns the start, which must be the optimum."""
         start = self.start(objective, planned, generator)
         assert start.optimum is not None
         return Solution(start.term, [(0, start.optimum)], 0, Status.OPTIMAL, start.optimum)
@@ -98,8 +99,8 @@ class MatrixMethod(Method):
         return norms.plain
 
     def plan(self, shapes: Sequence[Shape], bits: int, dtype: torch.dtype) -> list[Term]:
-        ((out_features, in_features),) = shapes
-        return [self.plan_matrix(out_features, in_features, bits, dtype)]
+        ((m, n),) = shapes
+        return [Dense.empty(m, n, dtype) if bits >= dense_bits(m, n, dtype) else self.plan_matrix(m, n, bits, dtype)]
 
     def compress(
         self, weights: Sequence[Tensor], bits: int, statistics: Sequence[Statistics], generator: torch.Generator
@@ -112,18 +113,18 @@ class MatrixMethod(Method):
         begun, (m, n) = time.perf_counter(), weight.shape
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError("the weight holds NaN or infinite values")
-        planned = self.plan_matrix(m, n, bits, weight.dtype)
-        scale = float(weight.double().square().mean().sqrt())
+        (planned,) = self.plan([(m, n)], bits, weight.dtype)
+        scale = 1.0 if isinstance(planned, Dense) else float(weight.double().square().mean().sqrt())
         unit = weight.float() / (scale or 1.0)
         norms = Norms(unit, statistics, self.correction)
         objective = norms.plain if scale == 0 else self.objective(norms)
-        memory = PeakMemory(weight.device)
-        with ExitStack() as stack:
-            stack.enter_context(memory)
+        with PeakMemory(weight.device) as memory:
             if scale == 0:
-                solution = Solution(planned.zero(unit), [(0, 0.0)], 0, Status.ZERO, 0.0)
+                solution = Solution(nothing(m, n, unit.dtype, unit.device), [(0, 0.0)], 0, Status.ZERO, 0.0)
+            elif isinstance(planned, Dense):
+                solution = Solution(Dense(unit), [(0, 0.0)], 0, Status.DENSE, 0.0)
             else:
-                solution = self.find(objective, planned, generator, stack)
+                solution = self.find(objective, planned, generator)
         stored = solution.term.scaled(scale or 1.0).as_stored(weight.dtype)
         if not stored.is_finite():
             raise NonFiniteError(f"the fitted numbers overflow {weight.dtype}; use dtype=bfloat16 or float32")
@@ -136,7 +137,7 @@ class MatrixMethod(Method):
             optimum=solution.optimum,
             **measured(norms, stored, scale or 1.0, equal_rank(m, n, bits, weight.dtype)),  # type: ignore[arg-type]
             steps=solution.steps,
-            flops=self.start_flops(planned) + solution.steps * self.step_flops(planned),
+            flops=0 if isinstance(planned, Dense) else self.start_flops(planned) + solution.steps * self.step_flops(planned),
             seconds=time.perf_counter() - begun,
             peak_bytes=memory.peak_bytes,
         )

@@ -1,15 +1,11 @@
 """CALDERA: a rounded matrix and linear factors, fitted in turn to the layer's outputs (Saha et al., 2024)."""
 
-from collections.abc import Iterator
-
-import torch
-
 from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
 from nla.methods.gptq import GPTQ
 from nla.methods.packed_svd import svd_with
 from nla.methods.quip import QuIP
-from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
+from nla.methods.rounded_plus_low_rank import RoundedPlusLowRank
 from nla.storage.base import Storage
 
 ROUNDINGS = {"lattice": QuIP, "gptq": GPTQ}
@@ -30,14 +26,12 @@ class Caldera(RoundedPlusLowRank):
     """
 
     needs = frozenset({"gram"})
+    pairs = RoundedPlusLowRank.rounded_first
 
     def __init__(self, rank: int | None, iterations: int, rounding: str, sequential: bool, storage: Storage) -> None:
         require_choice("method.rounding", rounding, list(ROUNDINGS))
-        super().__init__(rank, iterations, ROUNDINGS[rounding](False), svd_with(storage))
+        super().__init__(rank, iterations, ROUNDINGS[rounding](sequential=False), svd_with(storage))
         self.sequential, self.patience = sequential, self.iterations
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
-
-    def pairs(self, objective: Objective, planned: Pair, generator: torch.Generator) -> Iterator[Pair]:
-        return self.rounded_first(objective, planned, generator)

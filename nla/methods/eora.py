@@ -1,12 +1,8 @@
 """EoRA: linear factors that make up for the error of a grid in the layer's outputs (Liu et al., 2024)."""
 
-from collections.abc import Iterator
-
-import torch
-
 from nla.matrix.objective import Norms, Objective
 from nla.methods.gptq import GPTQ
-from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
+from nla.methods.rounded_plus_low_rank import RoundedPlusLowRank
 from nla.methods.svd import SVD
 
 
@@ -21,13 +17,11 @@ class EoRA(RoundedPlusLowRank):
     """
 
     needs = frozenset({"gram"})
+    pairs = RoundedPlusLowRank.rounded_first
 
     def __init__(self, rank: int | None, sequential: bool) -> None:
-        super().__init__(rank, 1, GPTQ(False), SVD())
+        super().__init__(rank, 1, GPTQ(sequential=False), SVD())
         self.sequential = sequential
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs
-
-    def pairs(self, objective: Objective, planned: Pair, generator: torch.Generator) -> Iterator[Pair]:
-        return self.rounded_first(objective, planned, generator)

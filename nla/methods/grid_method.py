@@ -9,10 +9,11 @@ from nla.codes.grid_format import GridFormat, fitting, least_grid_bits
 from nla.codes.rounding import Rounded
 from nla.matrix.objective import Objective
 from nla.methods.base import Shape
-from nla.methods.rounding import Rounding, nothing
+from nla.methods.rounding import Rounding
 from nla.solvers.base import Start
 from nla.terms.base import Term
 from nla.terms.grid import Grid, grid_of
+from nla.terms.kernel_term import nothing
 
 RTN_FLOPS = 300  # operations for each weight of the search for the best scales and zero points
 

@@ -1,7 +1,6 @@
 """A hybrid: a linear term and a term of another kernel, fitted together."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -83,8 +82,8 @@ class Hybrid(MatrixMethod):
         second = self.storage.start(self.kernel, self.solver, remaining, other, generator).term
         return Start(Sum([first, second.scaled(scale)]))
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        solution = self.storage.fit(self.solver, self.start(objective, planned, generator), objective, memory)
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator) -> Solution:
+        solution = self.storage.fit(self.solver, self.start(objective, planned, generator), objective)
         return no_worse(self.fallback, solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:

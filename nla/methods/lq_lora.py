@@ -1,12 +1,8 @@
 """LQ-LoRA: linear factors and a grid, each fitted to what the other leaves (Guo et al., 2024)."""
 
-from collections.abc import Iterator
-
-import torch
-
 from nla.machine.errors import require_choice
 from nla.matrix.objective import Norms, Objective
-from nla.methods.rounded_plus_low_rank import Pair, RoundedPlusLowRank
+from nla.methods.rounded_plus_low_rank import RoundedPlusLowRank
 from nla.methods.rtn import RTN
 from nla.methods.svd import SVD
 
@@ -22,6 +18,8 @@ class LQLoRA(RoundedPlusLowRank):
         UserError: a value is not known.
     """
 
+    pairs = RoundedPlusLowRank.factors_first
+
     def __init__(self, rank: int | None, iterations: int, loss: str, levels: str) -> None:
         super().__init__(rank, iterations, RTN(levels), SVD())
         require_choice("method.loss", loss, ["weight", "inputs"])
@@ -34,6 +32,3 @@ class LQLoRA(RoundedPlusLowRank):
         squares = gram.diagonal().double().clamp(min=0)
         least = 1e-6 * squares.mean().clamp(min=1e-30)  # an input that is never on counts little
         return norms.scaled((squares + least).sqrt())
-
-    def pairs(self, objective: Objective, planned: Pair, generator: torch.Generator) -> Iterator[Pair]:
-        return self.factors_first(objective, planned, generator)

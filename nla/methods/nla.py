@@ -1,7 +1,6 @@
 """The paper's method: triplets of a kernel, fitted by a solver."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -65,9 +64,9 @@ class NLA(MatrixMethod):
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         return self.storage.start(self.kernel, self.solver, objective, planned, generator)
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator) -> Solution:
         start = self.start(objective, planned, generator)
-        solution = self.storage.fit(self.solver, start, objective, memory)
+        solution = self.storage.fit(self.solver, start, objective)
         return no_worse(self.fallback, solution, planned, objective)
 
     def start_flops(self, term: Term) -> int:

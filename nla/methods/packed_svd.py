@@ -1,7 +1,6 @@
 """Linear factors in few bits, fitted in any norm."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -14,13 +13,14 @@ from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors, spectrum_flops
 from nla.methods.base import MatrixMethod, Shape
 from nla.methods.gptq import gptq_flops
-from nla.methods.rounding import hessian, nothing, relative_error
+from nla.methods.rounding import hessian, relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
 from nla.storage.base import Coded, Float, Storage
 from nla.terms.base import Term
 from nla.terms.grid import grid_of
 from nla.terms.grid_factors import GridFactors
+from nla.terms.kernel_term import nothing
 
 GROUP = 128  # numbers of a column of a factor that share a scale and a zero point
 ROUNDS = 3  # of both factors in turn; the best one is kept
@@ -86,9 +86,9 @@ class PackedSVD(MatrixMethod):
             right = refitted_right(weight, columns.dense(form).T.double())
 
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
-        return Start(self.find(objective, planned, generator, ExitStack()).term)
+        return Start(self.find(objective, planned, generator).term)
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator) -> Solution:
         assert isinstance(planned, GridFactors)
         terms = list(self.pairs(objective, planned.rank_bound()))
         losses = [(step, relative_error(term.dense().detach(), objective)) for step, term in enumerate(terms)]

@@ -10,9 +10,10 @@ from nla.codes.hadamard import rotated, rotation_flops
 from nla.codes.lattice_format import BLOCK, WIDTHS, RowFormat, blocks
 from nla.matrix.objective import Norms, Objective
 from nla.methods.base import Shape
-from nla.methods.rounding import Rounding, nothing
+from nla.methods.rounding import Rounding
 from nla.solvers.base import Start
 from nla.terms.base import Term
+from nla.terms.kernel_term import nothing
 from nla.terms.lattice_term import LatticeTerm, largest_size, lattice_bits, rotations
 
 SEARCH_FLOPS = 100  # operations for each weight and scale of the search for the nearest lattice point

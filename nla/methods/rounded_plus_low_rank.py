@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from itertools import islice
 
 import torch
@@ -12,10 +11,11 @@ from nla.machine.errors import require_integer
 from nla.matrix.objective import Objective
 from nla.methods.base import MatrixMethod, Shape
 from nla.methods.packed_svd import PackedSVD
-from nla.methods.rounding import nothing, relative_error
+from nla.methods.rounding import relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
 from nla.terms.base import Sum, Term
+from nla.terms.kernel_term import nothing
 
 LOW_RANK_SHARE = 1 / 16  # fraction of the bits that the linear factors get at least, if no rank is given
 
@@ -100,7 +100,7 @@ class RoundedPlusLowRank(MatrixMethod):
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         return Start(next(self.terms(objective, planned, generator)))
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator) -> Solution:
         losses: list[tuple[int, float]] = []
         for step, term in enumerate(self.terms(objective, planned, generator)):
             losses.append((step, relative_error(term.dense().detach(), objective)))

@@ -1,23 +1,19 @@
 """What methods share that round a matrix once: the start is the whole fit."""
 
-from contextlib import ExitStack
-
 import torch
 from torch import Tensor
 
 from nla.codes.feedback import Hessian
-from nla.kernels.linear import Linear
 from nla.matrix.objective import Objective
 from nla.methods.base import MatrixMethod
 from nla.solvers.base import Solution, Status
 from nla.terms.base import Term
-from nla.terms.kernel_term import KernelTerm
 
 
 class Rounding(MatrixMethod):
     """A method whose `start` rounds the matrix. No step follows."""
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator) -> Solution:
         term = self.start(objective, planned, generator).term
         return Solution(term, [(0, relative_error(term.dense().detach(), objective))], 0, Status.ROUNDED, None)
 
@@ -31,8 +27,3 @@ def hessian(objective: Objective) -> Hessian:
     """The Gram matrix of an activation norm, for rounding with error feedback."""
     assert objective.factor is not None
     return Hessian(objective.factor.gram)
-
-
-def nothing(out_features: int, in_features: int, dtype: torch.dtype) -> Term:
-    """The term of a matrix whose bits buy nothing; it stores no number."""
-    return KernelTerm.empty(Linear(), out_features, in_features, 0, 1, dtype)

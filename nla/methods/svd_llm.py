@@ -1,7 +1,6 @@
 """SVD-LLM: truncation-aware SVD of the whitened weight (Wang et al., 2025)."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -42,8 +41,8 @@ class SVDLLM(MatrixMethod):
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         return self.factors.start(objective, planned, generator)
 
-    def find(self, objective: Objective, planned: Term, generator: torch.Generator, memory: ExitStack) -> Solution:
-        return self.factors.find(objective, planned, generator, memory)
+    def find(self, objective: Objective, planned: Term, generator: torch.Generator) -> Solution:
+        return self.factors.find(objective, planned, generator)
 
     def start_flops(self, term: Term) -> int:
         whiten = term.in_features**3 // 3 + 2 * term.out_features * term.in_features**2

@@ -43,6 +43,12 @@ class LanguageModel:
         """text -> token ids (tokens,)"""
         return self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
 
+    def tokenizer_identity(self) -> str:
+        """A digest of all that decides which tokens a text has."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = self.tokenizer.get_vocab() if backend is None else backend.to_str()
+        return digest([rules, {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}])
+
     def logits(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) -> (batch, tokens, vocabulary)"""
         return self.module(tokens, use_cache=False).logits

@@ -91,6 +91,11 @@ def load_pretrained(
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if device_map is None:
         model.to(torch.device(device))  # type: ignore[arg-type]
+    elif any(p.is_meta for p in model.parameters()):
+        raise UserError(
+            f"{source} does not fit on the GPUs that model.device_map={device_map} uses; use more of them, or "
+            "model.device_map=null device=cpu"
+        )
     return LanguageModel(model.eval(), tokenizer)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nla.machine.cache import Cache, digest
-from nla.machine.errors import require_integer
+from nla.machine.errors import UserError, require_integer
 from nla.machine.provenance import code_digest, computing_packages
 from nla.machine.sealed_folder import sealed_folder
 from nla.models.base import Sample, VisionModel
@@ -33,7 +33,7 @@ class MicroModel(ImageClassifier):
         name: shown in messages, and part of the folder's name.
         training: a node of conf/data. The model is trained on the training split of its images.
         weights_seed: seed of the initial weights and of the batches.
-        batch: images per step, drawn with replacement. Micro-batches of 32 have equal weights, so use a multiple of 32.
+        batch: images per step, drawn with replacement. Micro-batches of 32 have equal weights, so it is a multiple of 32.
         shift: largest random shift of an image, in pixels of the model's input, vertically and horizontally.
         recipe: steps, lr, warmup, weight_decay, clip as in `nla.training.loop.Recipe`.
         dtype: the run's default type, which the configuration reads; not used here.
@@ -52,6 +52,8 @@ class MicroModel(ImageClassifier):
         architecture: dict[str, Any],
     ) -> None:
         require_integer("model.batch", batch, 1)
+        if batch > MICRO_BATCH and batch % MICRO_BATCH:
+            raise UserError(f"model.batch={batch} must be a multiple of {MICRO_BATCH}, so that all images count alike")
         require_integer("model.weights_seed", weights_seed, 0)
         require_integer("model.shift", shift, 0)
         self.training: Images = training_set("calibration", training, "images")

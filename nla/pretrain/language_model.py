@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nla.machine.cache import Cache, digest
-from nla.machine.errors import require_integer
+from nla.machine.errors import UserError, require_integer
 from nla.machine.provenance import code_digest, computing_packages
 from nla.machine.sealed_folder import sealed_folder
 from nla.models.base import LanguageModel, Sample
@@ -34,7 +34,7 @@ class MicroLanguageModel(CausalLM):
         training: a node of conf/data. The model and its tokeniser (a byte-level BPE) are trained on the training split of
             its text.
         weights_seed: seed of the initial weights and of the batches.
-        batch: windows per step, each as long as the model can read. Micro-batches of 2 have equal weights, so use a multiple.
+        batch: windows per step, each as long as the model can read. Micro-batches of 2 have equal weights, so it is a multiple.
         recipe: steps, lr, warmup, weight_decay, clip as in `nla.training.loop.Recipe`.
         dtype: the run's default type, which the configuration reads; not used here.
         architecture: a transformers configuration. The tokeniser has `vocab_size` tokens.
@@ -51,6 +51,8 @@ class MicroLanguageModel(CausalLM):
         architecture: dict[str, Any],
     ) -> None:
         require_integer("model.batch", batch, 1)
+        if batch > MICRO_BATCH and batch % MICRO_BATCH:
+            raise UserError(f"model.batch={batch} must be a multiple of {MICRO_BATCH}, so that all windows count alike")
         require_integer("model.weights_seed", weights_seed, 0)
         self.training: Text = training_set("model.training", training, "text")
         self.name, self.weights_seed, self.batch = name, weights_seed, batch

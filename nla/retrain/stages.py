@@ -227,6 +227,7 @@ def watched_loss(model: Model, data: Data, count: int, length: int, seed: int) -
 def recomputed_blocks(model: Model, layers: Sequence[str]) -> Iterator[None]:
     """Context in which blocks keep only their inputs and recompute activations in the backward pass (Chen et al., 2016)."""
     blocks = [block.module for block in chain(model, layers)]
+    own = [vars(block).get("forward") for block in blocks]  # a model over several GPUs has its hooks there
     for block in blocks:
         forward = block.forward
 
@@ -237,5 +238,7 @@ def recomputed_blocks(model: Model, layers: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for block in blocks:
+        for block, before in zip(blocks, own, strict=True):
             del block.forward
+            if before is not None:
+                block.forward = before

@@ -14,6 +14,7 @@ from nla.machine.errors import UserError
 from nla.matrix.triplets import Triplets
 from nla.models.select import part_of
 from nla.terms.base import Sum, Term
+from nla.terms.dense import Dense
 from nla.terms.kernel_term import TENSORS, KernelTerm
 from nla.terms.rounded import RoundedTerm
 from nla.training.parameters import TrainedParameter
@@ -84,7 +85,8 @@ def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True
         kind, term, rate = name.rpartition(".")[2], term_of.get(name), 1.0
         holder = module.get_submodule(name.rpartition(".")[0])
         if term is not None:
-            chosen = kind in wanted or "triplets" in wanted or (isinstance(term, AddedTerm) and "linear_term" in wanted)
+            compressed = "triplets" in wanted and not isinstance(term, Dense)
+            chosen = kind in wanted or compressed or (isinstance(term, AddedTerm) and "linear_term" in wanted)
             if own_rates and isinstance(term, KernelTerm | RoundedTerm):
                 rate = term.kernel.training_rate / TRAINING_RATE
         else:

@@ -15,7 +15,6 @@ from nla.machine.errors import UserError
 from nla.saved import pairs
 from nla.saved.save import SHARD
 from nla.terms.pivoted import pivoted
-from nla.terms.thin import thin_factors
 
 LARGEST_ERROR = 4.0  # relative error that pivot rows may have, as a multiple of the precision of the numbers' type
 
@@ -43,7 +42,7 @@ def pivot(model: nn.Module) -> list[str]:
     """Replace terms by pivot rows, in place, where these have fewer bits and are precise enough. Returns a line per layer."""
     lines = []
     for name, layer in compressed_layers(model).items():
-        factors, before = thin_factors(layer.term), layer.term.bits()
+        factors, before = layer.term.wide_factors(), layer.term.bits()
         if factors is None:
             lines.append(f"{name}: kept, because its kernel has no thin factors")
             continue
@@ -93,7 +92,7 @@ def write_pairs(model: Any, folder: Path, multiple: int) -> str:
     """
     ranks = {}
     for name, layer in compressed_layers(model).items():
-        factors = thin_factors(layer.term)
+        factors = layer.term.wide_factors()
         if factors is None:
             raise UserError(
                 f"{name} ({layer.term.describe()}) has no thin factors, so it is no pair of linear layers; use --to dense"

@@ -9,6 +9,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from nla.compressed.contents import compressed_layers
 from nla.compressed.surgery import merge
 from nla.models.weights import require_finite
 from nla.saved.description import (
@@ -49,6 +50,9 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         share(model, vars(self.quantization_config))
+        for layer in compressed_layers(model).values():  # the caller may ask for another type than that of the folder
+            for p in layer.term.parameters():
+                p.data = p.data.to(model.dtype)
         require_finite(model, "save the model again")
         return model
 

@@ -14,6 +14,7 @@ class Status(str, Enum):
     STEP_LIMIT = "all steps were taken; solver.steps=... goes on"
     LINEAR = "linear factors of the same size have a smaller error than the fit, and were taken instead"
     ROUNDED = "rounded to few bits; the global optimum at this size is not known"
+    DENSE = "kept dense: the budget gave the matrix all its bits"
     ZERO = "the matrix is zero and needs no triplets"
 
     @property

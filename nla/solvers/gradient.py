@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from copy import copy
 from typing import NamedTuple
 
@@ -11,7 +10,15 @@ from torch import Tensor
 
 from nla.kernels.base import Kernel, random_like
 from nla.machine.device import PRODUCTS
-from nla.machine.errors import NonFiniteError, require_at_least_zero, require_choice, require_integer, require_positive
+from nla.machine.errors import (
+    NonFiniteError,
+    UserError,
+    require_at_least_zero,
+    require_choice,
+    require_integer,
+    require_positive,
+)
+from nla.machine.peak_memory import measured_once
 from nla.matrix.objective import Objective
 from nla.solvers.base import Start, Status
 from nla.terms.kernel_term import KernelTerm
@@ -76,6 +83,10 @@ class GradientFit:
         self.optimiser, self.start, self.steps, self.lr = optimiser, start, steps, lr
         self.warmup, self.schedule, self.tolerance = warmup, schedule, tolerance
         self.patience, self.interval, self.products = patience, interval, PRODUCTS[products]
+        try:
+            optimiser([{"params": [torch.zeros(1)], "lr": lr}])
+        except Exception as error:  # whatever torch says of its arguments
+            raise UserError(f"solver.optimiser cannot be built: {error}") from error
 
     def begin(self, kernel: Kernel, objective: Objective, h: int, r: int, generator: torch.Generator) -> Start:
         """The start of a fit of one kernel with h triplets of r columns: random or warm, as `start` says."""
@@ -84,16 +95,13 @@ class GradientFit:
         triplets, optimum = kernel.warm_start(objective, h, r, generator)
         return Start(KernelTerm(kernel, triplets), optimum)
 
-    def descend(
-        self, numbers: Sequence[Tensor], evaluate: Evaluate, ended: Ended, measured: ExitStack, slower: float = 1.0
-    ) -> Descent:
+    def descend(self, numbers: Sequence[Tensor], evaluate: Evaluate, ended: Ended, slower: float = 1.0) -> Descent:
         """Change the numbers in place until `ended` or the last step. They end as the best iterate, never worse than the start.
 
         Args:
             numbers: contiguous. A fused optimiser needs numbers and gradients of the same memory layout, and does not check.
             evaluate: whether gradients are needed -> the loss of the numbers as they are, and its gradients.
             ended: (step, smallest loss, numbers that have it) -> how the fit ended, or None if it goes on.
-            measured: context that measures peak memory. It is closed once memory cannot rise any more, to save time.
             slower: factor of the learning rate.
 
         Raises:
@@ -105,22 +113,21 @@ class GradientFit:
         optimiser = self.optimiser(groups)
         best, smallest, losses, status = list(numbers), math.inf, list[tuple[int, float]](), None
         for step in range(self.steps + 1):
-            if step == 2:  # the optimiser's state exists now, and later steps need no more memory
-                measured.close()
-            loss, gradients = evaluate(step < self.steps)
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"the loss is {loss} at step {step}; try solver.lr={self.lr / 3:.2g}")
-            if loss < smallest:
-                best, smallest = [p.detach().clone() for p in numbers], loss
-            if step % self.interval == 0 or step == self.steps:
-                losses.append((step, loss))
-            status = ended(step, smallest, best)
-            if status or step == self.steps:
-                break
-            for group, p, g, size in zip(optimiser.param_groups, numbers, gradients, sizes, strict=True):
-                group["lr"] = lr * size * self.rate(step)
-                p.grad = g.contiguous()
-            optimiser.step()
+            with measured_once(max(0, step - 1)):  # from step 1 on, the optimiser's state exists
+                loss, gradients = evaluate(step < self.steps)
+                if not math.isfinite(loss):
+                    raise NonFiniteError(f"the loss is {loss} at step {step}; try solver.lr={self.lr / 3:.2g}")
+                if loss < smallest:
+                    best, smallest = [p.detach().clone() for p in numbers], loss
+                if step % self.interval == 0 or step == self.steps:
+                    losses.append((step, loss))
+                status = ended(step, smallest, best)
+                if status or step == self.steps:
+                    break
+                for group, p, g, size in zip(optimiser.param_groups, numbers, gradients, sizes, strict=True):
+                    group["lr"] = lr * size * self.rate(step)
+                    p.grad = g.contiguous()
+                optimiser.step()
         with torch.no_grad():
             for p, kept in zip(numbers, best, strict=True):
                 p.copy_(kept)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from nla.terms.kernel_term import KernelTerm
 AT_OPTIMUM = 1e-4  # relative distance to a known optimum at which it counts as reached
 
 
-def descend_triplets(solver: GradientFit, start: Start, objective: Objective, measured: ExitStack) -> Solution:
+def descend_triplets(solver: GradientFit, start: Start, objective: Objective) -> Solution:
     """Minimise ||(W' - W) S||^2 / ||W S||^2, where W' is the start's term, a KernelTerm or a Sum of them. See `descend`.
 
     Args:
@@ -37,7 +36,7 @@ def descend_triplets(solver: GradientFit, start: Start, objective: Objective, me
         loss, found = squared_error(kernels, moved, objective, solver.products)
         return float(loss) / objective.energy, [p.div_(objective.energy) for t in found for p in t.tensors]
 
-    descent = solver.descend(numbers, evaluate, ending, measured, min(kernel.fitting_rate for kernel in kernels))
+    descent = solver.descend(numbers, evaluate, ending, min(kernel.fitting_rate for kernel in kernels))
     return Solution(sum_of(kernels, moved), descent.losses, descent.steps, descent.status, start.optimum)
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
+from nla.budget.measured import MeasuredBudget
 from nla.budget.plan import Plan, PlannedGroup, PlannedMatrix, make_plan
 from nla.compressed.surgery import get_linear, swap
 from nla.harness.request import PreparedRun, without_linear_term
@@ -23,8 +24,8 @@ from nla.training.mean_loss import mean_loss
 
 
 def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> PreparedRun:
-    """The run with its final plan. The plan changes only if the budget measures the model (`Budget.looks`)."""
-    if not prepared.budget.looks:
+    """The run with its final plan. The plan changes only if the budget measures the model."""
+    if not isinstance(prepared.budget, MeasuredBudget):
         return prepared
     specs, target = [matrix.spec for matrix in prepared.plan.matrices], prepared.target
     with tqdm(desc="budget", unit="look", dynamic_ncols=True) as bar:

@@ -32,12 +32,13 @@ def continue_prompt(prepared: PreparedRun, record: RunRecord, model: Model, stag
     prompt = prepared.values.get("prompt")
     if prompt is None or not isinstance(model, LanguageModel):
         return
-    length, limit = len(model.encode(prompt)), prepared.inventory.limit
+    tokens, limit = model.encode(prompt), prepared.inventory.limit
+    length = len(tokens)
     if not 0 < length <= limit - TOKENS:
         raise UserError(
             f"prompt= has {length} tokens; allowed: 1 to {limit - TOKENS} ({TOKENS} of the {limit} are for its end)"
         )
-    key = digest([state, prompt, TOKENS, code_digest(__name__)])
+    key = digest([state, tokens.tolist(), TOKENS, code_digest(__name__)])
     known = prepared.cache.load_json("continuations", key)
     if known is None:
         with decoded(model.module):

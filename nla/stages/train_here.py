@@ -13,10 +13,9 @@ from nla.training.processes import OneProcess
 def train_here(prepared: PreparedRun, model: Model, key: str, show: Callable[[Row], None], processes: OneProcess) -> None:
     """Train the model, whose terms must be prepared, and store the result in the cache under `key`."""
     settings, values = prepared.retraining, prepared.values
-    data = next((task.data for task in prepared.tasks if task.data.kind == model.reads), None)
     watch = None
-    if data is not None and settings.watch and processes.rank == 0:
-        watch = watched_loss(model, data, settings.watch, settings.length, values["seed"])
+    if prepared.watched is not None and processes.rank == 0:
+        watch = watched_loss(model, prepared.watched, settings.watch, settings.length, values["seed"])
     train_in_stages(
         model,
         prepared.plan.layers,

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla.machine.errors import UserError
 from nla.machine.files import naming
 from nla.machine.threads import ordered_map
 from nla.models.base import Model, Sample
 
 BATCH = 1024  # rows (tokens, or image positions) that one worker runs at once: enough for full-speed matrix products
 GROUP = 8 * BATCH  # rows whose layer inputs are in memory together
+CHECKED = 2  # batches on which a model is checked to be a chain of blocks
+REMEDY = "use a method that reads no inputs, such as method=svd, without refine="
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,16 @@ class CaughtError(Exception):
 class Stream:
     """The hidden states of all samples between two blocks: tensors (batch, ..., features), and the blocks' other arguments.
 
-    A block's other arguments, such as its mask, may differ from those of other blocks. They depend on the size of the batch
-    only, because samples have one length and no padding.
+    A block's other arguments, such as its mask, may differ from those of other blocks. They must depend on the size of the
+    batch only, as masks and positions do, because samples have one length and no padding. And a block must read what the block
+    before it returns. Both are checked on the first two batches.
 
     Args:
         blocks: the whole chain.
         folder: keep the tensors in memory-mapped files in this folder; None to keep them in the device's memory.
+
+    Raises:
+        UserError: the model is no such chain.
     """
 
     def __init__(
@@ -88,31 +95,43 @@ class Stream:
         self.device, self.folder = device, folder
         self.arguments: dict[tuple[str, int], tuple[list[Any], dict[str, Any]]] = {}  # by block and batch size
         self.states: list[Tensor] = []
+        self.checked = 0  # batches that went through the whole chain
+        self.returned: Tensor | None = None  # by the block that ran last
         if blocks[0].module is model.module:
             self.arguments = {(blocks[0].name, size): ([], {}) for size in range(1, BATCH + 1)}
             self.states = [self.kept(batch) for batch in batches(samples)]
             return
         with ExitStack() as hooks:
             for block in blocks:
-                handle = block.module.register_forward_pre_hook(self.hook(block, blocks), with_kwargs=True)
-                hooks.callback(handle.remove)
+                hooks.callback(block.module.register_forward_pre_hook(self.hook(block, blocks), with_kwargs=True).remove)
+                hooks.callback(block.module.register_forward_hook(self.remember).remove)
             for batch in batches(samples):
                 with suppress(CaughtError), torch.no_grad():
                     model.logits(batch.to(device))
+        self.returned = None
+        if not self.states:
+            raise UserError(f"the model does not call {blocks[0].name}, so that its blocks cannot be run one by one; {REMEDY}")
 
     def hook(self, block: Block, blocks: Sequence[Block]) -> Callable[..., None]:
-        """Records the first block's states. The first batch of a size goes on to the last block, for all blocks' arguments."""
+        """Records the first block's states. The first batches, and the first of each size, go on to the last block."""
 
         def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             state, *others = arguments
+            place, last = (block.name, len(state)), block is blocks[-1]
             if block is blocks[0]:
                 self.states.append(self.kept(state))
-            if (blocks[-1].name, len(state)) not in self.arguments:
-                self.arguments[block.name, len(state)] = others, keywords
-            if (blocks[-1].name, len(state)) in self.arguments:
+            elif not same(state, self.returned):
+                raise UserError(f"the model changes what {block.name} reads between two blocks; {REMEDY}")
+            if not same(self.arguments.setdefault(place, (others, keywords)), (others, keywords)):
+                raise UserError(f"{block.name} reads more than hidden states, masks and positions; {REMEDY}")
+            self.checked += last
+            if last or (self.checked >= CHECKED and (blocks[-1].name, len(state)) in self.arguments):
                 raise CaughtError
 
         return catch
+
+    def remember(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        self.returned = output[0] if isinstance(output, tuple) else output
 
     def kept(self, state: Tensor) -> Tensor:
         """A state as it is kept until the next block: itself, or a copy in a memory-mapped file."""
@@ -172,6 +191,17 @@ def batch_size(each: int) -> int:
 def rows(state: Tensor) -> int:
     """Number of positions: of features (..., features) or token ids (batch, tokens); of images, rows of pixels."""
     return state.numel() // state.shape[-1] if state.is_floating_point() else state.numel()
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two arguments of a block are equal: tensors by their numbers, lists, tuples and dictionaries by their parts."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first is second or torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return type(first) is type(second) and bool(first == second)
 
 
 class Inputs:

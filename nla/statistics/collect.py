@@ -103,7 +103,7 @@ class StatisticsStream:
                 dense_groups = self.dense.groups() if self.dense and "cross" in missing else repeat(None)
                 for group, dense_group in zip(self.stream.groups(), dense_groups, strict=False):
                     self.measure_group(block, inputs, moments, group, dense_group)
-                    if replaced:
+                    if replaced or block is self.chain[-1]:  # nobody reads them; of a whole model, they are logits
                         self.outputs = []
             self.rows = moments.store(self.store)
             self.store.store_sources(inputs.source)

@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -48,8 +47,8 @@ class Storage(ABC):
         """The start of a fit of a term of the planned size."""
 
     @abstractmethod
-    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
-        """The fit from this start. `memory` is as in `MatrixMethod.find`."""
+    def fit(self, solver: GradientFit, start: Start, objective: Objective) -> Solution:
+        """The fit from this start."""
 
     def start_flops(self, kernel: Kernel, solver: GradientFit, out_features: int, in_features: int, h: int, r: int) -> int:
         """Floating-point operations of start(), to first order."""
@@ -75,8 +74,8 @@ class Float(Storage):
         assert isinstance(planned, KernelTerm)
         return solver.begin(kernel, objective, planned.h, planned.r, generator)
 
-    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
-        return descend_triplets(solver, start, objective, memory)
+    def fit(self, solver: GradientFit, start: Start, objective: Objective) -> Solution:
+        return descend_triplets(solver, start, objective)
 
 
 COARSE = 2  # a coarse kernel is fitted in the solver's steps divided by this
@@ -122,7 +121,7 @@ class FloatAndScales(Storage):
         start = Start(Scaled(KernelTerm(first, triplets), *ones(objective)))
         if not isinstance(kernel, CoarseToFine):
             return start
-        found = self.fit(solver.with_steps(solver.steps // COARSE), start, objective, ExitStack()).term
+        found = self.fit(solver.with_steps(solver.steps // COARSE), start, objective).term
         assert isinstance(found, Scaled) and isinstance(found.inner, KernelTerm)
         rest = Objective(objective.weight - found.dense().detach(), objective.factor)
         finer = kernel.finer(found.inner.triplets.map(torch.detach), rest, generator)
@@ -134,8 +133,8 @@ class FloatAndScales(Storage):
             return flops
         return flops + solver.steps // COARSE * (kernel.coarse.fit_flops(*size) + kernel.coarse.weighting_flops(*size))
 
-    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
-        return descend_factored(solver, start, objective, memory, self.damping)
+    def fit(self, solver: GradientFit, start: Start, objective: Objective) -> Solution:
+        return descend_factored(solver, start, objective, self.damping)
 
 
 DAMPING = 0.02  # of the fits with few bits, see `Objective.damped`
@@ -198,9 +197,9 @@ class Coded(Storage):
         triplets = first_triplets(solver, kernel, objective, planned.h, planned.r, generator)
         return Start(RoundedTerm(kernel, planned.codebook, planned.codebook.scaled(kernel, triplets), *ones(objective)))
 
-    def fit(self, solver: GradientFit, start: Start, objective: Objective, memory: ExitStack) -> Solution:
+    def fit(self, solver: GradientFit, start: Start, objective: Objective) -> Solution:
         assert isinstance(start.term, RoundedTerm)
-        return descend_rounded(solver, self.rounds, start.term, objective.damped(DAMPING), memory)
+        return descend_rounded(solver, self.rounds, start.term, objective.damped(DAMPING))
 
 
 def first_triplets(

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+Factors = tuple[Tensor, Tensor]  # L (out, k) and R (in, k) of a matrix L R^T
+
 
 class Stored(NamedTuple):
     """A tensor that storing a term requires, how many of its numbers are stored, and the bits that these take."""
@@ -14,6 +16,11 @@ class Stored(NamedTuple):
     tensor: Tensor
     numbers: int
     bits: int
+
+    @classmethod
+    def all_of(cls, *tensors: Tensor) -> "list[Stored]":
+        """Tensors of which every number is stored, each in its type."""
+        return [cls(p, p.numel(), 8 * p.numel() * p.element_size()) for p in tensors]
 
 
 class Term(nn.Module, ABC):
@@ -70,9 +77,14 @@ class Term(nn.Module, ABC):
     def as_stored(self, dtype: torch.dtype) -> "Term":
         """The term as a model stores it: with numbers of this type, and without numbers that have no effect."""
 
-    @abstractmethod
-    def zero(self, like: Tensor) -> "Term":
-        """The smallest term of this kind whose matrix is zero, with the type and device of `like`."""
+    def factors(self) -> Factors | None:
+        """L (out, k) and R (in, k) with dense() = L R^T, differentiable; None if the term is no product of thin factors."""
+        return None
+
+    def wide_factors(self) -> Factors | None:
+        """The same in float64, not differentiable, and such that they can be rounded to 16 bits: columns do not cancel."""
+        found = self.factors()
+        return found and (found[0].detach().double(), found[1].detach().double())
 
     def trainable(self) -> "Term":
         """A term of the same matrix in which all numbers are parameters that can be trained. `packed` leads back."""
@@ -160,8 +172,11 @@ class Sum(Term):
     def packed(self) -> "Sum":
         return Sum(term.packed() for term in self.summands)
 
-    def zero(self, like: Tensor) -> "Sum":
-        return Sum(term.zero(like) for term in self.summands)
+    def factors(self) -> Factors | None:
+        return side_by_side([term.factors() for term in self.summands])
+
+    def wide_factors(self) -> Factors | None:
+        return side_by_side([term.wide_factors() for term in self.summands])
 
     def rank_bound(self) -> int | None:
         bounds = [term.rank_bound() for term in self.summands]
@@ -170,6 +185,15 @@ class Sum(Term):
     def leaves(self) -> Iterator[Term]:
         for term in self.summands:
             yield from term.leaves()
+
+
+def side_by_side(summands: Sequence[Factors | None]) -> Factors | None:
+    """The factors of a sum of matrices, given those of each; None if one has none."""
+    known = [factors for factors in summands if factors is not None]
+    if len(known) < len(summands):
+        return None
+    lefts, rights = zip(*known, strict=True)
+    return torch.cat(lefts, 1), torch.cat(rights, 1)
 
 
 def shares(terms: Sequence[Term]) -> list[tuple[int, int]]:
@@ -184,6 +208,11 @@ def shares(terms: Sequence[Term]) -> list[tuple[int, int]]:
                 numbers, bits = numbers + stored.numbers, bits + stored.bits
         found.append((numbers, bits))
     return found
+
+
+def type_name(tensor: Tensor) -> str:
+    """The name of a tensor's type, such as `bfloat16`."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def class_path(value: object) -> str:

@@ -9,7 +9,7 @@ from nla.codes.codebook import Codebook, codebook_of, kind_of
 from nla.codes.packed import packed, packed_width, unpacked
 from nla.kernels.factored import FactoredKernel, apply_flops
 from nla.matrix.triplets import Triplets
-from nla.terms.base import Stored, Term, class_path
+from nla.terms.base import Factors, Stored, Term, class_path, type_name
 
 CHUNK = 64  # triplets that a forward pass unpacks at a time
 
@@ -33,7 +33,7 @@ class CodebookTerm(Term):
             "in_features": self.in_features,
             "h": self.h,
             "r": self.r,
-            "dtype": str(self.mu.dtype).removeprefix("torch."),
+            "dtype": type_name(self.mu),
         }
 
     def describe(self) -> str:
@@ -113,21 +113,28 @@ class CodedTerm(CodebookTerm):
 
         return Triplets(numbers(self.A, self.out_features), numbers(self.B, self.in_features), self.mu[begin:end])
 
-    def factors(self, triplets: Triplets) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
+        return self.factors_of(self.triplets())
+
+    def factors_of(self, triplets: Triplets) -> Factors:
         """Factors (out, k) and (in, k) of the part of the matrix that these of the term's triplets make."""
         left, right = self.kernel.factors(triplets)
         return left * self.rows[:, None], right * self.columns[:, None]
+
+    def wide_factors(self) -> Factors:
+        left, right = self.kernel.factors_to_round(self.triplets().map(lambda p: p.detach().double()))
+        return left * self.rows.detach()[:, None], right * self.columns.detach()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         # summed in fp32: rounded after each part, a sum in bf16 has twice the error of a single product
         y = x.new_zeros(*x.shape[:-1], self.out_features, dtype=torch.promote_types(x.dtype, torch.float32))
         for begin in range(0, self.h, CHUNK):
-            left, right = self.factors(self.triplets(begin, min(begin + CHUNK, self.h)))
+            left, right = self.factors_of(self.triplets(begin, min(begin + CHUNK, self.h)))
             y += (x @ right) @ left.T  # (..., in) -> (..., k) -> (..., out)
         return y.to(x.dtype)
 
     def dense(self) -> Tensor:
-        left, right = self.factors(self.triplets())
+        left, right = self.factors()
         return left @ right.T
 
     def stored(self) -> list[Stored]:
@@ -135,7 +142,7 @@ class CodedTerm(CodebookTerm):
             return []  # the matrix is zero
         sides = ((self.A, self.out_features), (self.B, self.in_features))
         codes = [Stored(p, n * self.h * self.r, 8 * p.numel()) for p, n in sides]
-        return codes + [Stored(p, p.numel(), 8 * p.numel() * p.element_size()) for p in (self.mu, self.rows, self.columns)]
+        return codes + Stored.all_of(self.mu, self.rows, self.columns)
 
     def scaled(self, factor: float) -> "CodedTerm":
         return self.with_numbers(self.mu * factor, self.rows, self.columns)
@@ -151,11 +158,6 @@ class CodedTerm(CodebookTerm):
         from nla.terms.rounded import RoundedTerm
 
         return RoundedTerm(self.kernel, self.codebook, self.triplets(), self.rows, self.columns)
-
-    def zero(self, like: Tensor) -> "CodedTerm":
-        A, B = (torch.zeros(0, p.shape[1], dtype=torch.uint8, device=like.device) for p in (self.A, self.B))
-        rows, columns = like.new_ones(self.out_features), like.new_ones(self.in_features)
-        return CodedTerm(self.kernel, self.codebook, self.r, A, B, like.new_zeros(0), rows, columns)
 
 
 def coded_size(out_features: int, in_features: int, r: int, width: int, bits: int, number: int) -> int:

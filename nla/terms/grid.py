@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from nla.codes.grid_format import SCALE_BITS, GridFormat
 from nla.codes.packed import packed, packed_width, unpacked
 from nla.codes.rounding import Rounded
-from nla.kernels.tiled import PANEL, slices, widen
-from nla.terms.base import Stored, Term, class_path
+from nla.matrix.parts import PANEL, slices, widen
+from nla.terms.base import Stored, Term, class_path, type_name
 
 
 class Grid(Term):
@@ -102,7 +102,7 @@ class Grid(Term):
             "width": self.form.width,
             "group": self.form.group,
             "levels": self.form.kind,
-            "dtype": str(self.scales.dtype).removeprefix("torch."),
+            "dtype": type_name(self.scales),
         }
 
     def describe(self) -> str:
@@ -125,9 +125,6 @@ class Grid(Term):
 
         return UnpackedGrid(self)
 
-    def zero(self, like: Tensor) -> "Grid":
-        return zero_grid(self.out_features, self.in_features, self.in_features, like)
-
 
 def grid(codes: Tensor, zeros: Tensor, scales: Tensor, form: GridFormat) -> Grid:
     """The term of these codes (out, in), zero points and scales (out, groups), which are numbers of any type."""
@@ -138,10 +135,3 @@ def grid(codes: Tensor, zeros: Tensor, scales: Tensor, form: GridFormat) -> Grid
 def grid_of(rounded: Rounded, form: GridFormat) -> Grid:
     """The term of a rounded matrix."""
     return grid(rounded.codes, rounded.scaling.zeros, rounded.scaling.scales, form)
-
-
-def zero_grid(out_features: int, in_features: int, group: int, like: Tensor) -> Grid:
-    """The smallest grid of this shape and group, of zeros, with the type and device of `like`."""
-    nothing = torch.zeros(out_features, in_features, device=like.device)
-    column = nothing[:, :1].to(like.dtype)
-    return grid(nothing, column, column, GridFormat(1, group))

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla.terms.base import Stored, Term, class_path
-from nla.terms.grid import Grid, zero_grid
+from nla.terms.base import Factors, Stored, Term, class_path
+from nla.terms.grid import Grid
 from nla.terms.unpacked import UnpackedGrid
 
 
@@ -36,6 +36,9 @@ class GridFactors(Term):
 
     def dense(self) -> Tensor:
         return self.left.dense().T @ self.right.dense()
+
+    def factors(self) -> Factors:
+        return self.left.dense().T, self.right.dense().T
 
     def stored(self) -> list[Stored]:
         return [*self.left.stored(), *self.right.stored()]
@@ -68,10 +71,6 @@ class GridFactors(Term):
     def packed(self) -> Term:
         assert isinstance(self.left, UnpackedGrid) and isinstance(self.right, UnpackedGrid)
         return GridFactors(self.left.packed(), self.right.packed())
-
-    def zero(self, like: Tensor) -> "GridFactors":
-        sides = (self.out_features, self.in_features)
-        return GridFactors(*(zero_grid(1, n, max(sides), like) for n in sides))
 
     def rank_bound(self) -> int:
         return self.left.out_features

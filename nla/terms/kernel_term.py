@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from nla.kernels.base import Kernel
+from nla.kernels.factored import FactoredKernel
+from nla.kernels.linear import Linear
 from nla.matrix.triplets import Triplets
-from nla.terms.base import Stored, Term, class_path
+from nla.terms.base import Factors, Stored, Term, class_path, type_name
 
 TENSORS = ("A", "B", "mu")
 
@@ -61,6 +63,14 @@ class KernelTerm(Term):
     def dense(self) -> Tensor:
         return self.kernel.dense(self.triplets)  # (out, in)
 
+    def factors(self) -> Factors | None:
+        return self.kernel.factors(self.triplets) if isinstance(self.kernel, FactoredKernel) else None
+
+    def wide_factors(self) -> Factors | None:
+        if not isinstance(self.kernel, FactoredKernel):
+            return None
+        return self.kernel.factors_to_round(self.triplets.map(lambda p: p.detach().double()))
+
     def stored(self) -> list[Stored]:
         t, h = self.triplets, int((self.mu != 0).sum())
         numbers = (h * t.r * t.out_features, h * t.r * t.in_features, h)
@@ -75,7 +85,7 @@ class KernelTerm(Term):
             "in_features": t.in_features,
             "h": t.h,
             "r": t.r,
-            "dtype": str(t.mu.dtype).removeprefix("torch."),
+            "dtype": type_name(t.mu),
         }
 
     def describe(self) -> str:
@@ -95,10 +105,12 @@ class KernelTerm(Term):
     def scaled(self, factor: float) -> "KernelTerm":
         return KernelTerm(self.kernel, self.triplets.scaled(factor))
 
-    def zero(self, like: Tensor) -> "KernelTerm":
-        A, B = (like.new_zeros(n, 0, self.triplets.r) for n in (self.out_features, self.in_features))
-        return KernelTerm(self.kernel, Triplets(A, B, like.new_zeros(0)))
-
     def as_stored(self, dtype: torch.dtype) -> "KernelTerm":
         t = self.kernel.canonical(self.triplets)
         return KernelTerm(self.kernel, t.prune(t.mu != 0).map(lambda p: p.to(dtype)))
+
+
+def nothing(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> KernelTerm:
+    """The term of a matrix of zeros, or of one whose bits buy nothing. It stores no number."""
+    A, B, mu = (torch.empty(shape, dtype=dtype, device=device) for shape in ((out_features, 0, 1), (in_features, 0, 1), (0,)))
+    return KernelTerm(Linear(), Triplets(A, B, mu))

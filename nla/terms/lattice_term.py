@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nla.codes.hadamard import random_signs, rotated, rotated_back, rotation_flops
 from nla.codes.lattice_format import BLOCK, WIDTHS, RowFormat, blocks
-from nla.kernels.tiled import PANEL, slices, widen
-from nla.terms.base import Stored, Term, class_path
+from nla.matrix.parts import PANEL, slices, widen
+from nla.terms.base import Stored, Term, class_path, type_name
 
 SEED_BITS = 64
 
@@ -99,7 +99,7 @@ class LatticeTerm(Term):
             "out_features": self.out_features,
             "in_features": self.in_features,
             "size": self.size,
-            "dtype": str(self.scale.dtype).removeprefix("torch."),
+            "dtype": type_name(self.scale),
         }
 
     def describe(self) -> str:
@@ -123,11 +123,6 @@ class LatticeTerm(Term):
         from nla.terms.unpacked import UnpackedLattice
 
         return UnpackedLattice(self)
-
-    def zero(self, like: Tensor) -> "LatticeTerm":
-        codes = torch.zeros(self.out_features, 0, dtype=torch.uint8, device=like.device)
-        seed = torch.zeros((), dtype=torch.int64, device=like.device)
-        return LatticeTerm(codes, like.new_zeros(()), seed, self.in_features)
 
 
 def rotations(seed: int, out_features: int, in_features: int, device: torch.device) -> list[Tensor]:

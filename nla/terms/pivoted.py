@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nla.terms.base import Stored, Term, class_path
+from nla.terms.base import Stored, Term, class_path, type_name
 
 
 class Pivoted(Term):
@@ -51,8 +51,10 @@ class Pivoted(Term):
         return self.in_order(self.rows.T, (self.coefficients @ self.rows).T).T
 
     def stored(self) -> list[Stored]:
-        numbers = [Stored(p, p.numel(), 8 * p.numel() * p.element_size()) for p in (self.rows, self.coefficients)]
-        return [*numbers, Stored(self.pivots, 0, 8 * self.pivots.numel() * self.pivots.element_size())]
+        return [
+            *Stored.all_of(self.rows, self.coefficients),
+            Stored(self.pivots, 0, 8 * self.pivots.numel() * self.pivots.element_size()),
+        ]
 
     def config(self) -> dict[str, Any]:
         return {
@@ -60,7 +62,7 @@ class Pivoted(Term):
             "out_features": self.out_features,
             "in_features": self.in_features,
             "rank": len(self.rows),
-            "dtype": str(self.rows.dtype).removeprefix("torch."),
+            "dtype": type_name(self.rows),
         }
 
     def describe(self) -> str:
@@ -77,10 +79,6 @@ class Pivoted(Term):
 
     def as_stored(self, dtype: torch.dtype) -> "Pivoted":
         return Pivoted(self.rows.to(dtype), self.coefficients.to(dtype), self.pivots)
-
-    def zero(self, like: Tensor) -> "Pivoted":
-        empty = self.pivots[:0].to(like.device)
-        return Pivoted(like.new_zeros(0, self.in_features), like.new_zeros(self.out_features, 0), empty)
 
     def rank_bound(self) -> int:
         return len(self.rows)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from nla.codes.codebook import Codebook, codebook_of
 from nla.kernels.factored import FactoredKernel
 from nla.matrix.triplets import Triplets
-from nla.terms.base import Stored, Term
+from nla.terms.base import Factors, Stored, Term
 from nla.terms.coded import CodebookTerm, CodedTerm
 
 PARTS = ("A", "B", "mu", "rows", "columns")
@@ -33,7 +33,8 @@ class RoundedTerm(CodebookTerm):
         self.kernel, self.codebook, self.h, self.r = kernel, codebook, triplets.h, triplets.r
         self.out_features, self.in_features = triplets.out_features, triplets.in_features
         for part, tensor in zip(PARTS, (*triplets.tensors, rows, columns), strict=True):
-            setattr(self, part, nn.Parameter(tensor.detach()))
+            # a fused optimiser needs its moments in the same memory order, and checkpoints restore them row by row
+            setattr(self, part, nn.Parameter(tensor.detach().contiguous()))
 
     @classmethod
     def empty(  # type: ignore[override]
@@ -56,8 +57,7 @@ class RoundedTerm(CodebookTerm):
         """The rounded triplets."""
         return Triplets(self.codebook.rounded(self.A), self.codebook.rounded(self.B), self.mu)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Factors (out, k) and (in, k) of the matrix."""
+    def factors(self) -> Factors:
         left, right = self.kernel.factors(self.triplets)
         return left * self.rows[:, None], right * self.columns[:, None]
 
@@ -78,9 +78,6 @@ class RoundedTerm(CodebookTerm):
     def with_numbers(self, A: Tensor, B: Tensor, mu: Tensor, rows: Tensor, columns: Tensor) -> "RoundedTerm":
         """A term of the same kernel and codebook with these numbers."""
         return RoundedTerm(self.kernel, self.codebook, Triplets(A, B, mu), rows, columns)
-
-    def zero(self, like: Tensor) -> Term:
-        return self.packed().zero(like)
 
     def as_stored(self, dtype: torch.dtype) -> Term:
         return self.packed().as_stored(dtype)

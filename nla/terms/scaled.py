@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nla.terms.base import Stored, Term, class_path
+from nla.terms.base import Factors, Stored, Term, class_path, type_name
 
 
 class Scaled(Term):
@@ -48,11 +48,10 @@ class Scaled(Term):
         inner = self.inner.stored()
         if not sum(stored.numbers for stored in inner):
             return []  # the matrix is zero
-        return inner + [Stored(p, p.numel(), 8 * p.numel() * p.element_size()) for p in (self.rows, self.columns)]
+        return inner + Stored.all_of(self.rows, self.columns)
 
     def config(self) -> dict[str, Any]:
-        dtype = str(self.rows.dtype).removeprefix("torch.")
-        return {"class": class_path(self), "terms": [self.inner.config()], "dtype": dtype}
+        return {"class": class_path(self), "terms": [self.inner.config()], "dtype": type_name(self.rows)}
 
     def describe(self) -> str:
         return f"{self.inner.describe()} scaled"
@@ -78,8 +77,13 @@ class Scaled(Term):
     def packed(self) -> "Scaled":
         return self.around(self.inner.packed())
 
-    def zero(self, like: Tensor) -> Term:
-        return self.inner.zero(like)  # needs no scales
+    def factors(self) -> Factors | None:
+        inner = self.inner.factors()
+        return inner and (inner[0] * self.rows[:, None], inner[1] * self.columns[:, None])
+
+    def wide_factors(self) -> Factors | None:
+        inner = self.inner.wide_factors()
+        return inner and (inner[0] * self.rows.detach()[:, None], inner[1] * self.columns.detach()[:, None])
 
     def around(self, term: Term) -> "Scaled":
         """The same scales around another term."""

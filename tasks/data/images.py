@@ -226,7 +226,7 @@ class HubImages(Images):
     def identity(self, cache: Cache) -> str:
         """Digest of all images of a local folder. It is cached until a file's name, size or modification time changes."""
         if self.path is None:
-            return digest([self.dataset, self.revision])
+            return digest([self.dataset, self.revision, self.splits[self.split]])
         self.items()
         root = self.path / self.folder
         files = sorted(path for path in root.glob("*/*") if path.is_file())

@@ -23,6 +23,8 @@ from tasks.data.hub import fetched
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+LONGEST_WORD = 1000  # characters between two spaces; other texts have no spaces, and a window begins anywhere
+TRIES = 20  # windows with too few tokens, for each wanted one, before the text is refused
 CHARACTERS = 8  # per token, more than the average, so that a cut of CHARACTERS * length holds `length` tokens
 
 
@@ -54,6 +56,7 @@ class Text(Data):
         text, generator = self.whole, torch.Generator().manual_seed(seed)
         last = len(text) - CHARACTERS * length
         found: list[Tensor] = []
+        short = 0
         if last <= 0:
             tokens = model.encode(text)
             if len(tokens) < length:
@@ -65,18 +68,24 @@ class Text(Data):
             found = [tokens[begin : begin + length] for begin in begins]
         while len(found) < count:
             begin = int(torch.randint(last, (), generator=generator))
-            word = text.find(" ", begin) + 1
+            word = text.find(" ", begin, begin + LONGEST_WORD) + 1 or begin  # some scripts have no spaces
             tokens = model.encode(text[word : word + CHARACTERS * length])[:length]
             if len(tokens) == length:
                 found.append(tokens)
+            elif (short := short + 1) > TRIES * count:
+                raise UserError(
+                    f"{self.group}={self.name} gives fewer than {length} tokens for {CHARACTERS * length} characters; lower "
+                    "statistics.length (of a retraining: retrain.length)"
+                )
         return [Sample(tokens[None], tokens[None]) for tokens in found]
 
     def share_in(self, learnt: Data) -> float:
-        """The fraction of the characters. Documents below 100 characters, such as headings, do not count."""
+        """The fraction of the characters. Documents below 100 characters, such as headings, count only if all are so short."""
         if not isinstance(learnt, Text):
             return 0.0
-        own, theirs = ([d for d in data.documents() if len(d) >= 100] for data in (self, learnt))
-        common = set(own).intersection(theirs)
+        own = self.documents()
+        own = [d for d in own if len(d) >= 100] or own
+        common = set(own).intersection(learnt.documents())
         return sum(len(d) for d in own if d in common) / max(1, sum(map(len, own)))
 
 
