@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hydra.utils import instantiate
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nla.kernels.linear import Linear
