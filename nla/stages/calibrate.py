@@ -48,7 +48,7 @@ def compressed_blocks(prepared: PreparedRun, calibration: Calibration) -> list[A
     """JSON values that identify all that the compressed (and refined) blocks depend on."""
     budgets = [[matrix.spec.name, matrix.bits] for matrix in prepared.plan.matrices]
     method, refine, seed = prepared.values["method"], prepared.values.get("refine"), prepared.values["seed"]
-    code = code_digest(*target_modules(method), *(["nla.refine.block"] if refine else []))
+    code = code_digest("nla.stages.fit_blocks", *target_modules(method), *(["nla.refine.block"] if refine else []))
     return [calibration.made_from, budgets, method, refine, seed, prepared.device.partition(":")[0], computing_packages(), code]
 
 

@@ -22,8 +22,8 @@ def fit_block_by_block(
 ) -> Iterator[NamedFits]:
     """The fits of all groups, block by block. The terms of a block are put into the model before the next block begins.
 
-    A sequential method is fitted to inputs that passed the compressed earlier blocks, and may correct their errors. A
-    refinement trains the terms of a block on such inputs.
+    A sequential method is fitted to inputs that passed all that was compressed before: the earlier blocks, and those layers of
+    the block that run earlier. It may correct their errors. A refinement trains the terms of a block on such inputs.
 
     Args:
         refined: gets the result of each refined block.
@@ -37,15 +37,16 @@ def fit_block_by_block(
     stream = StatisticsStream(model, plan.layers, measured, calibration.samples, store, offload, with_dense)
     refinement = BlockRefinement(prepared, calibration, stream) if prepared.refinement else None
     for block in stream.blocks():
-        stream.measure(block, replaced=True)
+        for layers in stream.parts(block) if method.sequential else [block.layers]:
+            stream.measure(block, layers, replaced=True)
+            groups = slowest_first(plan.of_layers(layers).groups)
+            found = NamedFits()
+            for fits in fit_groups(model.module, groups, method, settings, seed, kinds, store, bar):
+                found |= fits
+                yield fits
+            swap(model.module, {name: result.term for name, result in found.items()})
         if method.correction or (refinement and block in refinement.missing):
-            stream.advance_dense(block)
-        found = NamedFits()
-        groups = slowest_first(plan.of_layers(block.layers).groups)
-        for fits in fit_groups(model.module, groups, method, settings, seed, kinds, store, bar):
-            found |= fits
-            yield fits
-        swap(model.module, {name: result.term for name, result in found.items()})
+            stream.advance_dense()
         if refinement and block.layers:
             refined.append(refinement.refine(block))
         if method.sequential or (refinement and block in refinement.before_missing):

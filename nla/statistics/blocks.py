@@ -4,15 +4,16 @@ are in memory."""
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nla.compressed.surgery import copy_with_same_tensors
 from nla.machine.errors import UserError
 from nla.machine.files import naming
 from nla.machine.threads import ordered_map
@@ -32,6 +33,17 @@ class Block:
     module: nn.Module
     run: Callable[..., Any]
     layers: list[str]
+
+    def copied(self, model: Model) -> "Block":
+        """The block with its layers of now, which share their tensors. The model's own layers may then be replaced."""
+        module = copy_with_same_tensors(self.module)
+        whole = self.module is model.module
+        return replace(self, module=module, run=replace(model, module=module).logits if whole else module)
+
+    def submodules(self, layers: Sequence[str]) -> dict[str, nn.Module]:
+        """{layer: its module} of some of the block's layers."""
+        prefix = f"{self.name}." if self.name else ""
+        return {layer: self.module.get_submodule(layer.removeprefix(prefix)) for layer in layers}
 
 
 def chain(model: Model, layers: Sequence[str]) -> list[Block]:
@@ -207,15 +219,14 @@ def same(first: Any, second: Any) -> bool:
 class Inputs:
     """Context that records the inputs (rows, in) of some layers, each once: for the first layer that reads it."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self.model, self.layers = model, layers
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
         self.local, self.hooks = threading.local(), ExitStack()
         self.source: dict[str, str] = {}  # layer -> the first layer that reads the same input
 
     def __enter__(self) -> "Inputs":
-        for name in self.layers:
-            handle = self.model.get_submodule(name).register_forward_pre_hook(self.hook(name))
-            self.hooks.callback(handle.remove)
+        for name, module in self.layers.items():
+            self.hooks.callback(module.register_forward_pre_hook(self.hook(name)).remove)
         return self
 
     def __exit__(self, *exc: object) -> None:

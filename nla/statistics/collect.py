@@ -52,8 +52,8 @@ class StatisticsStream:
     """Passes all samples through a model, one block after the other, and collects statistics of the layers' inputs.
 
     Call `measure` and then `advance` for each of `blocks()`, in order. Between the two calls, the layers of the block may be
-    replaced. The following blocks then read the outputs of the new layers. `advance_dense` passes the samples through the dense
-    blocks; call it after `measure`, while the layers of the block are still the dense ones.
+    replaced. Layers that are measured after that, and the following blocks, then read the outputs of the new layers.
+    `advance_dense` passes the samples through the dense block.
 
     Args:
         layers, kinds, offload: as in `collect`; `cross` needs with_dense and `advance_dense`.
@@ -75,55 +75,66 @@ class StatisticsStream:
         with_dense: bool = False,
     ) -> None:
         device = next(model.module.parameters()).device
-        self.module, self.kinds, self.store, self.chain = model.module, kinds, store, chain(model, layers)
+        self.model, self.kinds, self.store, self.chain = model, kinds, store, chain(model, layers)
         self.stream = Stream(model, self.chain, samples, device, store.cache.root / "streams" if offload else None)
         self.dense = copy(self.stream) if with_dense else None
         self.outputs: list[Tensor] = []
         self.dense_outputs: list[Tensor] = []
+        self.dense_block = self.chain[0]  # the current block with its dense layers
         self.rows = 0
 
     def blocks(self) -> Iterator[Block]:
         """The blocks in order, with a progress bar."""
         with tqdm(self.chain, "statistics" if self.kinds else "blocks", unit="block", dynamic_ncols=True) as bar:
             for block in bar:
+                self.dense_block = block.copied(self.model) if self.dense and block.layers else block
+                self.outputs, self.dense_outputs = [], []
                 yield block
                 bar.set_postfix_str(f"{self.rows} rows", refresh=False)
 
-    def measure(self, block: Block, replaced: bool = False) -> None:
+    def parts(self, block: Block) -> list[list[str]]:
+        """The chosen layers of a block in the order in which it calls them. Those that read the same input are one part."""
+        with Inputs(block.submodules(block.layers)) as inputs:
+            inputs.of(lambda: self.stream.through(block, self.stream.states[0]))
+        found: dict[str, list[str]] = {}
+        for layer, first in inputs.source.items():
+            found.setdefault(first, []).append(layer)
+        uncalled = [layer for layer in block.layers if layer not in inputs.source]
+        return [*found.values(), *([uncalled] if uncalled else [])]
+
+    def measure(self, block: Block, layers: Sequence[str] | None = None, replaced: bool = False) -> None:
         """Compute and store those statistics of the block's layers that the store lacks.
 
         Args:
-            replaced: the layers will be replaced, so that the outputs of those of now are not kept for `advance`.
+            layers: of the block; None for all.
+            replaced: layers will be replaced, so that the outputs of those of now are not kept for `advance`.
         """
-        missing = frozenset(kind for kind, layer in product(self.kinds, block.layers) if not self.store.has(kind, layer))
-        self.outputs, self.dense_outputs = [], []
+        layers = block.layers if layers is None else layers
+        missing = frozenset(kind for kind, layer in product(self.kinds, layers) if not self.store.has(kind, layer))
         if missing:
             moments = Moments(missing, self.stream.device)
-            with Inputs(self.module, block.layers) as inputs:
-                dense_groups = self.dense.groups() if self.dense and "cross" in missing else repeat(None)
+            crossed = self.dense is not None and "cross" in missing
+            dense_groups = self.dense.groups() if self.dense and crossed else repeat(None)
+            dense_layers = self.dense_block.submodules(layers) if crossed else {}
+            read = not replaced and block is not self.chain[-1]  # of a whole model, outputs are logits
+            self.dense_outputs = []
+            with Inputs(block.submodules(layers)) as inputs, Inputs(dense_layers) as dense_inputs:
                 for group, dense_group in zip(self.stream.groups(), dense_groups, strict=False):
-                    self.measure_group(block, inputs, moments, group, dense_group)
-                    if replaced or block is self.chain[-1]:  # nobody reads them; of a whole model, they are logits
-                        self.outputs = []
+                    outputs, caught = run(self.stream, block, inputs, group)
+                    moments.add(caught)
+                    if read:
+                        self.outputs += [self.stream.kept(output) for output in outputs]
+                    if self.dense and dense_group:
+                        outputs, dense_caught = run(self.dense, self.dense_block, dense_inputs, dense_group)
+                        self.dense_outputs += [self.dense.kept(output) for output in outputs]
+                        moments.add_cross(dense_caught, caught)
             self.rows = moments.store(self.store)
             self.store.store_sources(inputs.source)
 
-    def measure_group(
-        self, block: Block, inputs: Inputs, moments: "Moments", group: list[Tensor], dense_group: list[Tensor] | None
-    ) -> None:
-        """Run states through the block, and the dense model's states of the same tokens, and add the inputs to the sums."""
-        outputs, caught = run(self.stream, block, inputs, group)
-        self.outputs += outputs
-        moments.add(caught)
-        if self.dense and dense_group:
-            outputs, dense_caught = run(self.dense, block, inputs, dense_group)
-            self.dense_outputs += outputs
-            moments.add_cross(dense_caught, caught)
-
-    def advance_dense(self, block: Block) -> None:
-        """Pass all samples of the dense model through the block, whose layers are still the dense ones."""
+    def advance_dense(self) -> None:
+        """Pass all samples of the dense model through the dense block. Call it after the last `measure` of the block."""
         assert self.dense is not None
-        self.dense.states = self.dense_outputs or self.dense.after(block)
+        self.dense.states = self.dense_outputs or self.dense.after(self.dense_block)
 
     def advance(self, block: Block) -> None:
         """Pass all samples through the block as it is now."""
@@ -138,7 +149,7 @@ def run(stream: Stream, block: Block, inputs: Inputs, group: list[Tensor]) -> tu
         return inputs.of(lambda: stream.through(block, state))
 
     with closing(ordered_map(forward, group, stream.device)) as ran:
-        outputs, caught = zip(*((stream.kept(output), read) for output, read in ran), strict=True)
+        outputs, caught = zip(*ran, strict=True)
     return list(outputs), {name: [read[name].float() for read in caught] for name in caught[0]}
 
 
