@@ -28,7 +28,7 @@ class Method(ABC):
 
     Attributes:
         needs: names of the statistics (`nla.matrix.inputs.Statistics`) that compress() reads.
-        sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        sequential: each layer is fitted to inputs that passed through the compressed earlier layers.
         correction: fraction of the errors of these blocks that the fits correct, see `Norms.outputs`; 0 if not sequential.
         shares_factors: the terms of one group share tensors.
     """
@@ -152,4 +152,4 @@ def require_correction(correction: float, sequential: bool) -> None:
     if not isinstance(correction, int | float) or not 0 <= correction <= 1:
         raise UserError(f"method.correction={correction} must be a number from 0 to 1")
     if correction and not sequential:
-        raise UserError("method.correction is about the errors of compressed earlier blocks; add method.sequential=true")
+        raise UserError("method.correction is about the errors of compressed earlier layers; add method.sequential=true")

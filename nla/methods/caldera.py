@@ -18,7 +18,7 @@ class Caldera(RoundedPlusLowRank):
 
     Args:
         rounding: `lattice` (the paper's, as `nla.methods.quip` does) or `gptq`, whose first iteration is EoRA's.
-        sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        sequential: each layer is fitted to inputs that passed through the compressed earlier layers.
         storage: of the linear factors, see `nla.methods.packed_svd`.
 
     Raises:

@@ -13,7 +13,7 @@ class EoRA(RoundedPlusLowRank):
     minimum of the same norm (see `nla.matrix.spectrum.WeightedSpectrum`).
 
     Args:
-        sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        sequential: each layer is fitted to inputs that passed through the compressed earlier layers.
     """
 
     needs = frozenset({"gram"})

@@ -41,7 +41,7 @@ class Fit:
         floor: smallest error of any matrix of the term's largest rank (Eckart-Young); 0 if its rank is not bounded.
         optimum: smallest error that the kernel can reach at this size in the method's norm; None if unknown.
         weighted_error: ||(W' - W) X^T||^2 / ||W X^T||^2 over the calibration tokens X; None without a Gram matrix. If errors of
-            earlier blocks are corrected, the target T of `Norms.outputs` takes the place of W.
+            earlier layers are corrected, the target T of `Norms.outputs` takes the place of W.
         svd_llm_error: weighted error of SVD-LLM with the same bits, the smallest of its rank.
         weighted_floor: floor of the weighted error.
         steps: of gradient descent, or pairs of a grid and linear factors after the first. Steps of a start are not counted.

@@ -13,7 +13,7 @@ class GPTQ(GridMethod):
     """Inputs are rounded one after another; those that follow make up for the error in the layer's outputs.
 
     Args:
-        sequential: each block is rounded for inputs that passed through the compressed earlier blocks.
+        sequential: each layer is rounded for inputs that passed through the compressed earlier layers.
     """
 
     needs = frozenset({"gram"})

@@ -28,7 +28,7 @@ class Hybrid(MatrixMethod):
     Args:
         storage: how the numbers of the kernel term are kept.
         linear_share: fraction of the parameters that the linear term gets.
-        sequential: each block is fitted to inputs that passed through the compressed earlier blocks.
+        sequential: each layer is fitted to inputs that passed through the compressed earlier layers.
         fallback: as in `nla.methods.nla.NLA`.
 
     Raises:

@@ -22,7 +22,7 @@ class NLA(MatrixMethod):
     Args:
         storage: how the numbers of the triplets are kept; the fit knows it.
         loss: `weight` (the paper's, ||W' - W||^2) or `activation` (||(W' - W) X^T||^2 over the calibration tokens X).
-        sequential: X are inputs that passed through the compressed earlier blocks.
+        sequential: X are inputs that passed through the compressed earlier layers.
         correction: fraction of the errors of these blocks that is corrected, see `Norms.outputs`.
         fallback: `linear`: a matrix whose fit has a larger error than linear factors with as many bits gets those. None: it
             is not compared.

@@ -26,7 +26,7 @@ class QuIP(Rounding):
     later vector can make up for their errors.
 
     Args:
-        sequential: each block is rounded for inputs that passed through the compressed earlier blocks.
+        sequential: each layer is rounded for inputs that passed through the compressed earlier layers.
     """
 
     needs = frozenset({"gram"})

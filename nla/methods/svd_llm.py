@@ -18,7 +18,7 @@ class SVDLLM(MatrixMethod):
     No matrix of its rank changes the layer's outputs on these tokens less.
 
     Args:
-        sequential: each block is whitened by inputs that passed through the compressed earlier blocks.
+        sequential: each layer is whitened by inputs that passed through the compressed earlier layers.
         correction: fraction of the errors of these blocks that is corrected, see `Norms.outputs`.
         storage: of the factors, see `nla.methods.packed_svd`.
     """

@@ -16,7 +16,7 @@ class SVDQuant(RoundedPlusLowRank):
     Activations are not quantised here, and weights are not smoothed before.
 
     Args:
-        sequential: errors are those for inputs that passed through the compressed earlier blocks.
+        sequential: errors are those for inputs that passed through the compressed earlier layers.
     """
 
     needs = frozenset({"gram"})

@@ -1,4 +1,4 @@
-"""Fit the matrices block by block, for methods and refinements that read what the compressed earlier blocks produce."""
+"""Fit the matrices block by block, for methods and refinements that read what compressed earlier layers return."""
 
 from collections.abc import Iterable, Iterator
 
