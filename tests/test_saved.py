@@ -62,8 +62,16 @@ def generated(model) -> torch.Tensor:
     return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=50, min_new_tokens=50, do_sample=False)
 
 
-@pytest.mark.parametrize("asked", ["method=hybrid", "bits=4.3 method=rtn", "bits=4.3 method=quip", "bits=3 method=nla_angles"])
-@pytest.mark.parametrize(("own", "other"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("asked", "own", "other"),
+    [
+        ("method=hybrid", "float32", "bfloat16"),
+        ("method=svd_llm", "bfloat16", "float32"),
+        ("bits=4.3 method=rtn", "float32", "bfloat16"),
+        ("bits=4.3 method=quip", "bfloat16", "float32"),
+        ("bits=3 method=nla_angles", "float32", "bfloat16"),
+    ],
+)
 def test_a_folder_loads_in_another_type_than_its_own(asked, own, other, run_here, tmp_path):
     few = ["statistics.windows=4", "statistics.length=32", "solver.steps=2", r"select.include='layers\.1'"]
     ratio = [] if "bits" in asked else ["ratio=0.5"]
