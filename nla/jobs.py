@@ -144,7 +144,7 @@ def show_table() -> None:
     global _exit_code, _sweep
     if _sweep is None:
         return
-    from nla.harness.terminal import show_sweep
+    from nla.harness.show_result import show_sweep
     from nla.stages.draw import draw_sweep
 
     config, _sweep = _sweep, None

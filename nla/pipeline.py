@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 
 from nla.compressed.contents import count_bits, count_parameters
 from nla.compressed.surgery import set_form
-from nla.harness import terminal as report
 from nla.harness.record import MadeFrom, RunRecord, finished_record, make_up, run_name, signature
 from nla.harness.recording import bits, kept_parameters, parameters
 from nla.harness.request import PreparedRun, prepare
+from nla.harness.show_plan import announce, show_plan
+from nla.harness.show_result import show_result
 from nla.harness.unused import tell_unused
 from nla.machine.errors import UserError
 from nla.machine.files import exclusive, naming, reserved, write_atomically
@@ -54,7 +55,7 @@ def answer(settings: dict[str, Any], command: str | None, arguments: Sequence[st
     prepared = prepare(settings)
     tell_unused(arguments, prepared)
     if prepared.values["dry_run"]:
-        report.show_plan(prepared)
+        show_plan(prepared)
         return None
     prepared.model.inspect(prepared.cache)
     made_from = make_up(prepared.values, prepared.inputs)
@@ -71,7 +72,7 @@ def answer(settings: dict[str, Any], command: str | None, arguments: Sequence[st
             if record is None or not is_saved(record, wanted):
                 kept = files_of(folder) if record else {}
                 return carry_out(prepared, name, made_from, command, folder, kept)
-    report.show_result(record, folder, "from the record; delete its folder to run again")
+    show_result(record, folder, "from the record; delete its folder to run again")
     return record
 
 
@@ -94,7 +95,7 @@ def carry_out(
         config=prepared.values,
     )
     record.write(folder)
-    report.announce(prepared)
+    announce(prepared)
     try:
         with naming(folder), reserved(folder / ".reserve"):
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(prepared.values).encode())
@@ -117,7 +118,7 @@ def carry_out(
         raise
     finally:
         prepared.tracker.finish(record, folder)
-    report.show_result(record, folder)
+    show_result(record, folder)
     return record
 
 

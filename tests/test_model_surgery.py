@@ -30,7 +30,7 @@ def target(ratio: float) -> Target:
 
 
 def plan_of(specs: list[LinearSpec], ratio: float) -> Plan:
-    return make_plan(specs, target(ratio), UNIFORM.allocate(specs, target(ratio)), SVD(), torch.float32)
+    return make_plan(specs, target(ratio), UNIFORM.allocate(specs, target(ratio)), 0, SVD(), torch.float32)
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_opt"])

@@ -193,7 +193,7 @@ def test_a_dry_run_counts_three_forward_passes_for_each_token_of_each_epoch(run_
 
 
 def test_the_result_of_a_refined_run_fits_a_terminal_of_80_columns(run_here, caplog):
-    with caplog.at_level("INFO", logger="nla.harness.terminal"):
+    with caplog.at_level("INFO", logger="nla.harness.show_result"):
         run_here(*LLAMA)
     lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
     assert any("refinement: mean error of 2 blocks' outputs" in line for line in lines)

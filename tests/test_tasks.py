@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from nla.harness.terminal import headline
+from nla.harness.headlines import headline
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from nla.models.base import LanguageModel

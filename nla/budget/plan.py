@@ -1,7 +1,6 @@
 """The plan of a run: the bits that every matrix may keep, and the terms that the method makes of them."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +8,7 @@ import torch
 
 from nla.budget.base import Target
 from nla.machine.errors import UserError
+from nla.matrix.triplets import triplet_size
 from nla.methods.base import Method
 from nla.models.select import LinearSpec
 from nla.terms.base import Term, shares
@@ -72,18 +72,20 @@ class Plan:
 
 
 def make_plan(
-    specs: list[LinearSpec], target: Target, allocated: Mapping[str, int], method: Method, dtype: torch.dtype
+    specs: list[LinearSpec], target: Target, allocated: dict[str, int], added: int, method: Method, dtype: torch.dtype
 ) -> Plan:
     """The plan: groups of matrices, and the terms that the method makes of their bits.
 
     Args:
         target: named in the error message.
-        allocated: {matrix: bits}.
+        allocated: {matrix: bits}, with those of the linear term that retraining adds.
+        added: the rank of that linear term; 0 for none.
         dtype: the model's type.
 
     Raises:
         UserError: a matrix gets fewer bits than the smallest term takes; it names the matrix and a setting that works.
     """
+    allocated = without_linear_term(allocated, specs, added, target.width)
     groups, starved = [], []
     for group in method.groups(specs):
         shapes = [(spec.out_features, spec.in_features) for spec in group]
@@ -95,6 +97,24 @@ def make_plan(
     if starved:
         raise UserError(why_starved(*max(starved, key=lambda row: row[0]), target))
     return Plan(tuple(groups))
+
+
+def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int, width: int) -> dict[str, int]:
+    """The bits of every matrix without those of a linear term of this rank, whose numbers have `width` bits.
+
+    Raises:
+        UserError: no bits are left for some matrix.
+    """
+    left = {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) * width for s in specs}
+    for s in specs:
+        if rank and left[s.name] <= 0:
+            numbers = shares[s.name] // width
+            most = (numbers - 1) // triplet_size(s.out_features, s.in_features, 1)
+            raise UserError(
+                f"retrain.linear_term={rank} takes all of the {numbers} parameters of {s.name} "
+                f"({s.out_features}x{s.in_features}); allowed here: below {max(most, 1)}, or a smaller ratio"
+            )
+    return left
 
 
 def why_starved(per_weight: float, least: int, matrix: PlannedMatrix, target: Target) -> str:

@@ -18,10 +18,9 @@ from nla.harness.track import Tracker
 from nla.machine.cache import Cache
 from nla.machine.device import find_device, has_fast_bfloat16
 from nla.machine.errors import UserError
-from nla.matrix.triplets import triplet_size
 from nla.methods.base import Method
 from nla.models.base import DTYPES, Inventory, ModelSource
-from nla.models.select import LinearSpec, select_linears
+from nla.models.select import select_linears
 from nla.refine.settings import Refinement
 from nla.retrain.settings import Retraining
 from tasks.base import Task
@@ -157,8 +156,8 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     retraining: Retraining = build("retrain", values["retrain"] | {"data": sets["retrain"]})
     budget.check_retraining(retraining.steps, retraining.train)
     target = target_of(values)
-    shares = without_linear_term(budget.allocate(chosen, target), chosen, retraining.linear_term, target.width)
-    plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
+    shares = budget.allocate(chosen, target)
+    plan = make_plan(chosen, target, shares, retraining.linear_term, method, DTYPES[values["dtype"]])
     check_masks(method, budget, plan, target.width)
     for task in tasks:
         task.check(inventory)
@@ -224,24 +223,6 @@ def target_of(values: dict[str, Any]) -> Target:
     if values["bits"] >= width:
         raise UserError(f"bits={values['bits']} compress nothing: a weight in {values['dtype']} has {width}; use fewer")
     return Target(values["bits"], width, f"bits={values['bits']}")
-
-
-def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: int, width: int) -> dict[str, int]:
-    """The bits of every matrix without those of a linear term of this rank, whose numbers have `width` bits.
-
-    Raises:
-        UserError: no bits are left for some matrix.
-    """
-    left = {s.name: shares[s.name] - rank * triplet_size(s.out_features, s.in_features, 1) * width for s in specs}
-    for s in specs:
-        if rank and left[s.name] <= 0:
-            numbers = shares[s.name] // width
-            most = (numbers - 1) // triplet_size(s.out_features, s.in_features, 1)
-            raise UserError(
-                f"retrain.linear_term={rank} takes all of the {numbers} parameters of {s.name} "
-                f"({s.out_features}x{s.in_features}); allowed here: below {max(most, 1)}, or a smaller ratio"
-            )
-    return left
 
 
 def build(group: str, node: dict[str, Any]) -> Any:

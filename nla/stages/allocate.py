@@ -10,7 +10,7 @@ from tqdm import tqdm
 from nla.budget.measured import MeasuredBudget
 from nla.budget.plan import Plan, PlannedGroup, PlannedMatrix, make_plan
 from nla.compressed.surgery import get_linear, swap
-from nla.harness.request import PreparedRun, without_linear_term
+from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
 from nla.machine.errors import NonFiniteError
 from nla.machine.provenance import code_digest, target_modules
@@ -32,9 +32,8 @@ def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> 
         view = View(prepared, model, calibration, bar)
         with prepared.cache.lock("sensitivities", view.key):  # jobs of other sizes measure the same
             shares = prepared.budget.look(specs, target, view)
-    shares = without_linear_term(shares, specs, prepared.retraining.linear_term, target.width)
-    dtype = DTYPES[prepared.values["dtype"]]
-    return replace(prepared, plan=make_plan(specs, target, shares, prepared.method, dtype))
+    dtype, added = DTYPES[prepared.values["dtype"]], prepared.retraining.linear_term
+    return replace(prepared, plan=make_plan(specs, target, shares, added, prepared.method, dtype))
 
 
 class View:

@@ -6,9 +6,10 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from nla.harness.headlines import headline, measured_on
 from nla.harness.record import RunRecord, method_names
 from nla.harness.request import PreparedRun
-from nla.harness.terminal import bytes_in_the_end, headline, measured_on
+from nla.harness.sizes import bytes_in_the_end
 from nla.machine.errors import UserError
 from nla.machine.sealed_folder import damage
 from nla.models.base import LanguageModel, Model
