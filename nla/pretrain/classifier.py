@@ -14,6 +14,7 @@ from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError, require_integer
 from nla.machine.provenance import code_digest, computing_packages
 from nla.machine.sealed_folder import sealed_folder
+from nla.machine.seeds import seed_of
 from nla.models.base import Sample, VisionModel
 from nla.models.vision import ImageClassifier, classifier, from_architecture, load_weights
 from nla.training.loop import Recipe, train
@@ -106,7 +107,7 @@ class MicroModel(ImageClassifier):
         """A function: step -> its micro-batches, which depend on the seed and the step alone."""
 
         def batch(step: int) -> list[Sample]:
-            generator = torch.Generator().manual_seed(int(digest([self.weights_seed, step])[:15], 16))
+            generator = torch.Generator().manual_seed(seed_of(self.weights_seed, step))
             chosen = torch.randint(len(items), (self.batch,), generator=generator).tolist()
             shifts = torch.randint(2 * self.shift + 1, (self.batch, 2), generator=generator).tolist()
             drawn = [items[i] for i in chosen]

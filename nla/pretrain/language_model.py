@@ -13,6 +13,7 @@ from nla.machine.cache import Cache, digest
 from nla.machine.errors import UserError, require_integer
 from nla.machine.provenance import code_digest, computing_packages
 from nla.machine.sealed_folder import sealed_folder
+from nla.machine.seeds import seed_of
 from nla.models.base import LanguageModel, Sample
 from nla.models.causal_lm import CausalLM, from_architecture, load_pretrained
 from nla.training.loop import Recipe, train
@@ -103,7 +104,7 @@ class MicroLanguageModel(CausalLM):
         window = self.architecture["max_position_embeddings"]
 
         def batch(step: int) -> list[Sample]:
-            generator = torch.Generator().manual_seed(int(digest([self.weights_seed, step])[:15], 16))
+            generator = torch.Generator().manual_seed(seed_of(self.weights_seed, step))
             begins = torch.randint(len(tokens) - window + 1, (self.batch,), generator=generator)
             windows = tokens[begins[:, None] + torch.arange(window)]
             return [Sample(part, part) for part in windows.split(MICRO_BATCH)]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from nla.compressed.contents import kernel_terms, replace_parameters
-from nla.machine.cache import Cache, digest
+from nla.machine.cache import Cache
 from nla.machine.device import products_in
+from nla.machine.seeds import seed_of
 from nla.models.base import Sample
 from nla.refine.settings import Refinement
 from nla.retrain.constraints import Constraints
@@ -134,7 +135,7 @@ def batches(learnt: list[Sample], size: int, each: int, seed: int) -> Callable[[
 
     def batch(step: int) -> list[Sample]:
         epoch, within = divmod(step, each)
-        generator = torch.Generator().manual_seed(int(digest([seed, epoch])[:15], 16))
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         order = torch.randperm(len(learnt), generator=generator).tolist()
         return [learnt[i] for i in order[within * size : (within + 1) * size]]
 

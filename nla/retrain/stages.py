@@ -15,6 +15,7 @@ from nla.budget.adaptive import Adaptive, Tightening
 from nla.compressed.contents import kernel_terms, matrix_of, matrix_terms
 from nla.machine.cache import Cache, digest
 from nla.machine.device import products_in
+from nla.machine.seeds import seed_of
 from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
 from nla.retrain.constraints import Constraints
@@ -204,7 +205,7 @@ def batches(model: Model, settings: Retraining, seed: int) -> Callable[[int], li
     """A function: step -> its micro-batches. They depend on the seed and the step alone."""
 
     def batch(step: int) -> list[Sample]:
-        step_seed = int(digest([seed, step])[:15], 16)
+        step_seed = seed_of(seed, step)
         samples = settings.data.samples(model, settings.batch, settings.length, step_seed)
         parts = [samples[i : i + settings.micro] for i in range(0, settings.batch, settings.micro)]
         return [Sample(torch.cat([s.inputs for s in part]), torch.cat([s.targets for s in part])) for part in parts]
