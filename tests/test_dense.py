@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import nla
+from analysis.settings import kernel_name
 from nla.methods.svd import SVD
 from nla.terms.dense import Dense
 from nla.terms.state import empty_term, pack, unpack
@@ -37,6 +38,7 @@ def test_a_run_keeps_it_through_refinement_saving_and_inference(run_here, tmp_pa
     record = run_here("model=tiny_llama", *best, *few, f"save={tmp_path / 'kept'}")
     kept = [fit.name for fit in record.fits if fit.status == "dense"]
     assert kept and len(kept) < len(record.fits) and record.parameters.ratio >= 0.1
+    assert kernel_name(record) == "linear"  # which finds the runs with equal settings
     dense, model = make_model("tiny_llama", tmp_path / "cache").module, nla.load_compressed(tmp_path / "kept")
     for name in kept:
         assert torch.equal(model.get_submodule(name).term.dense(), dense.get_submodule(name).weight)
