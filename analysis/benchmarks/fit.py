@@ -4,14 +4,15 @@ The hybrid's fit beside SVD-LLM's, in fp32, with all threads. Weight and inputs 
 depend on their values. Each fit is timed once, since one of the hybrid takes minutes.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 
 from analysis.benchmarks.command import given, main
 from analysis.composed import composed
+from nla.harness.request import build, resolve
 from nla.matrix.inputs import Statistics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +31,7 @@ def fit(m: int = 4096, n: int = 4096, ratio: float = 0.5, steps: int = 200) -> p
     bits = int((1 - ratio) * weight.numel()) * 32
     rows = []
     for settings in (["method=svd_llm"], ["method=hybrid", f"solver.steps={steps}"]):
-        method = instantiate(composed(*settings)["method"], _convert_="all")
+        method = build("method", resolve(deepcopy(composed(*settings)))["method"])
         (found,) = method.compress([weight], bits, [statistics], generator)
         rows.append(
             {
