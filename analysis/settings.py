@@ -50,8 +50,10 @@ def run_settings(record: RunRecord) -> dict[str, Any]:
 
 
 def kernel_name(record: RunRecord) -> str:
-    """The kernels of a run's terms. Of NLA, matrices that fell back to linear factors do not count, unless all did. Nor do
-    matrices that stayed dense."""
+    """The kernels of a run's terms.
+
+    Matrices that stayed dense do not count, nor, of NLA, those that fell back to linear factors, unless all did.
+    """
     names = {term.kernel for text in {fit.terms for fit in record.fits} for term in parse_terms(text)}
     names = names - {"dense"} or names
     if nearest_option("method", record.config["method"])[0] == "nla" and len(names) > 1:

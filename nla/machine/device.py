@@ -1,4 +1,4 @@
-"""The device that a run computes on."""
+"""The device that a run computes on, and the types of its numbers."""
 
 import torch
 
@@ -40,3 +40,8 @@ def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     The parameters stay in fp32, and so do kernels in whose sums terms cancel (`nla.kernels.precision`).
     """
     return torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
+
+
+def type_name(tensor: torch.Tensor) -> str:
+    """The name of a tensor's type, such as `bfloat16`."""
+    return str(tensor.dtype).removeprefix("torch.")

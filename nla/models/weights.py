@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor, nn
 
+from nla.machine.device import type_name
 from nla.machine.errors import NonFiniteError, UserError
 
 NAMED = 3  # names that a message shows
@@ -47,14 +48,9 @@ def shape(size: Size) -> str:
     return "x".join(map(str, size)) or "a number"
 
 
-def short(dtype: torch.dtype) -> str:
-    """The name of a type for messages, such as `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def require_numbers(source: str, tensors: dict[str, Tensor]) -> None:
     """Raise UserError if a weight is not stored as floating-point numbers of 16 bits or more, but for example in int8."""
-    odd = [f"{name} ({short(t.dtype)})" for name, t in tensors.items() if name.endswith("weight") and t.dtype not in FLOATS]
+    odd = [f"{name} ({type_name(t)})" for name, t in tensors.items() if name.endswith("weight") and t.dtype not in FLOATS]
     if odd:
         raise UserError(
             f"the weights in {source} are quantised: {told(odd, 'of other types than floats')}; give them in full precision"
@@ -66,4 +62,4 @@ def require_finite(module: nn.Module, remedy: str) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         # in one pass, and without a copy: the smallest and the largest number are NaN if any number is
         if tensor.is_floating_point() and tensor.numel() and not all(bool(v.isfinite()) for v in tensor.detach().aminmax()):
-            raise NonFiniteError(f"{name} of the model holds NaN or infinite values in {short(tensor.dtype)}; {remedy}")
+            raise NonFiniteError(f"{name} of the model holds NaN or infinite values in {type_name(tensor)}; {remedy}")

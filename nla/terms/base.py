@@ -210,11 +210,6 @@ def shares(terms: Sequence[Term]) -> list[tuple[int, int]]:
     return found
 
 
-def type_name(tensor: Tensor) -> str:
-    """The name of a tensor's type, such as `bfloat16`."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def class_path(value: object) -> str:
     """Dotted name of an object's class, such as `nla.kernels.phase.Phase`."""
     return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from nla.codes.codebook import Codebook, codebook_of, kind_of
 from nla.codes.packed import packed, packed_width, unpacked
 from nla.kernels.factored import FactoredKernel, apply_flops
+from nla.machine.device import type_name
 from nla.matrix.triplets import Triplets
-from nla.terms.base import Factors, Stored, Term, class_path, type_name
+from nla.terms.base import Factors, Stored, Term, class_path
 
 CHUNK = 64  # triplets that a forward pass unpacks at a time
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from nla.terms.base import Stored, Term, class_path, type_name
+from nla.machine.device import type_name
+from nla.terms.base import Stored, Term, class_path
 
 
 class Dense(Term):

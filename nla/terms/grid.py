@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from nla.codes.grid_format import SCALE_BITS, GridFormat
 from nla.codes.packed import packed, packed_width, unpacked
 from nla.codes.rounding import Rounded
+from nla.machine.device import type_name
 from nla.matrix.parts import PANEL, slices, widen
-from nla.terms.base import Stored, Term, class_path, type_name
+from nla.terms.base import Stored, Term, class_path
 
 
 class Grid(Term):

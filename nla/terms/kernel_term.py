@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from nla.kernels.base import Kernel
 from nla.kernels.factored import FactoredKernel
 from nla.kernels.linear import Linear
+from nla.machine.device import type_name
 from nla.matrix.triplets import Triplets
-from nla.terms.base import Factors, Stored, Term, class_path, type_name
+from nla.terms.base import Factors, Stored, Term, class_path
 
 TENSORS = ("A", "B", "mu")
 

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nla.codes.hadamard import random_signs, rotated, rotated_back, rotation_flops
 from nla.codes.lattice_format import BLOCK, WIDTHS, RowFormat, blocks
+from nla.machine.device import type_name
 from nla.matrix.parts import PANEL, slices, widen
-from nla.terms.base import Stored, Term, class_path, type_name
+from nla.terms.base import Stored, Term, class_path
 
 SEED_BITS = 64
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nla.terms.base import Stored, Term, class_path, type_name
+from nla.machine.device import type_name
+from nla.terms.base import Stored, Term, class_path
 
 
 class Pivoted(Term):
