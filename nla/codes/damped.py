@@ -7,7 +7,7 @@ DAMPING = 0.01  # fraction of the mean of the diagonal that is added to it, as i
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """H + damping (n, n), fp64. Without it, rounding buys a little less error with huge errors where inputs are hardly ever."""
+    """H + damping (n, n), fp64. Without it, rounding accepts huge errors in directions that the inputs hardly ever have."""
     return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
 
 
