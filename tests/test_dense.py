@@ -1,5 +1,7 @@
 """A matrix that a budget gives all its bits stays as it is: through the fit, refinement, the saved folder and inference."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -44,3 +46,16 @@ def test_a_run_keeps_it_through_refinement_saving_and_inference(run_here, tmp_pa
         assert torch.equal(model.get_submodule(name).term.dense(), dense.get_submodule(name).weight)
     nla.optimise_for_inference(model)
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in kept)
+
+
+def test_a_block_whose_matrices_all_stay_dense_needs_no_refinement_of_triplets(run_here, tmp_path):
+    few = ["task.window=64", "task.max_windows=1", "track=none", "statistics.windows=80", "statistics.length=32"]
+    one = ["method=svd_llm", "budget=marginal", "ratio=0.02", "refine=block", "refine.epochs=1", "refine.train=triplets"]
+    record = run_here("model=tiny_llama", *one, *few)
+    (compressed,) = [fit.name for fit in record.fits if fit.status != "dense"]
+    lines = (tmp_path / "runs" / record.name / "refine.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for block in map(json.loads, lines):
+        mine = compressed.startswith(f"{block['block']}.")
+        assert (block["trained"] > 0, block["steps"] > 0) == (mine, mine)
+        assert mine or block["before"] == block["after"] < 1e-6

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import nla
 from nla.machine.errors import NonFiniteError, UserError
@@ -65,6 +65,12 @@ def test_a_folder_that_this_version_cannot_make_is_refused(case, load, tmp_path)
     change_config(folder, change)
     with pytest.raises(UserError, match=sentence):
         load(folder)
+
+
+def test_a_model_without_its_head_is_refused_and_the_line_names_the_right_class(tmp_path):
+    _, folder = saved("tiny_llama", tmp_path)
+    with pytest.raises(UserError, match="holds a LlamaForCausalLM, not a LlamaModel; load it with AutoModelForCausalLM"):
+        AutoModel.from_pretrained(folder)
 
 
 def test_a_folder_that_asks_for_code_of_the_hub_is_refused_before_it_is_looked_for(tmp_path):

@@ -90,7 +90,11 @@ def refine_block(
     recipe = Recipe(steps, settings.lr, warmup, settings.weight_decay, settings.clip, checkpoint=steps)  # none on the way
     best = BestEpoch(Constraints(kernel_terms(block.module), {t.name: t for t in trained}), trained, each, measure)
     batch = batches(learnt, size, each, seed)
-    progress = train(trained, loss, batch, recipe, cache, key, f"refine {block.name}", best)
+    if trained:
+        peak_bytes = train(trained, loss, batch, recipe, cache, key, f"refine {block.name}", best).peak_bytes
+    else:  # `refine.train` names triplets alone, and the budget leaves all matrices of the block dense
+        best.begin()
+        steps = peak_bytes = 0
     replace_parameters(block.module, best.tensors_of_best)
     pack_terms(block.module)
     result = Refined(
@@ -100,7 +104,7 @@ def refine_block(
         epoch=best.errors.index(min(best.errors)),
         steps=steps,
         trained=sum(t.parameter.numel() for t in trained),
-        peak_bytes=progress.peak_bytes,
+        peak_bytes=peak_bytes,
         seconds=time.perf_counter() - begun,
     )
     cache.store_tensors("refined", key, best.tensors_of_best, vars(result))

@@ -15,6 +15,7 @@ from nla.budget.adaptive import Adaptive, Tightening
 from nla.compressed.contents import kernel_terms, matrix_of, matrix_terms
 from nla.machine.cache import Cache, digest
 from nla.machine.device import products_in
+from nla.machine.errors import UserError
 from nla.machine.seeds import seed_of
 from nla.matrix.triplets import Triplets
 from nla.models.base import Model, Sample
@@ -120,6 +121,8 @@ class StagedTraining:
     def stage(self, number: int, parts: list[str]) -> None:
         """Train these parts. If the budget tightens, the masked triplets are dropped when the cool-down begins."""
         trained = chosen_parts(self.model.module, parts, self.settings.own_rates)
+        if not trained:
+            raise UserError(f"retrain.train={'+'.join(parts)} names no parameter of this model")
         owned_by_module(trained, self.processes)
         self.trained = max(self.trained, sum(t.parameter.numel() for t in trained))
         masks = self.tightening(trained)

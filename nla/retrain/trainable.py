@@ -10,7 +10,6 @@ from nla.compressed.contents import compressed_layers, kernel_terms
 from nla.compressed.layer import CompressedLinear
 from nla.kernels.base import TRAINING_RATE
 from nla.kernels.linear import Linear
-from nla.machine.errors import UserError
 from nla.matrix.triplets import Triplets
 from nla.models.select import part_of
 from nla.terms.base import Sum, Term
@@ -73,9 +72,6 @@ def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True
     Args:
         parts: names of `nla.retrain.settings.PARTS`.
         own_rates: train triplets at their kernel's own rate (`Kernel.training_rate`).
-
-    Raises:
-        UserError: the model has no such parameter.
     """
     wanted = set(TENSORS) | set(parts) if "triplets" in parts else set(parts)
     terms = {name: m for name, m in module.named_modules() if isinstance(m, Term)}
@@ -95,6 +91,4 @@ def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True
             found.append(TrainedParameter(name, p.requires_grad_(), rate * (root_mean_square(p) or SIZE_OF_ZEROS)))
         else:
             p.requires_grad_(False)
-    if not found:
-        raise UserError(f"retrain.train={'+'.join(parts)} names no parameter of this model")
     return found

@@ -44,7 +44,7 @@ def pivot(model: nn.Module) -> list[str]:
     for name, layer in compressed_layers(model).items():
         factors, before = layer.term.wide_factors(), layer.term.bits()
         if factors is None:
-            lines.append(f"{name}: kept, because its kernel has no thin factors")
+            lines.append(f"{name}: kept, because {layer.term.describe()} has no thin factors")
             continue
         if not before:
             lines.append(f"{name}: kept, because the matrix is zero")

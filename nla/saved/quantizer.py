@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nla.compressed.contents import compressed_layers
 from nla.compressed.surgery import merge
+from nla.machine.errors import UserError
 from nla.models.weights import require_finite
 from nla.saved.description import (
     METHOD,
@@ -41,6 +42,9 @@ class CompressedQuantizer(HfQuantizer):
     quantization_config: CompressedConfig
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        saved, asked = model.config.architectures or [], type(model).__name__
+        if saved and asked not in saved:
+            raise UserError(f"the folder holds a {saved[0]}, not a {asked}; load it with AutoModelForCausalLM")
         description = vars(self.quantization_config)
         put_empty_layers(model, description)
         require_tensors(model, description, names_in(checkpoint_files or []))
