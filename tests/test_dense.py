@@ -48,6 +48,15 @@ def test_a_run_keeps_it_through_refinement_saving_and_inference(run_here, tmp_pa
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in kept)
 
 
+def test_a_linear_term_is_paid_for_by_all_matrices_so_that_the_dense_ones_stay_dense(run_here):
+    few = ["task.window=64", "task.max_windows=1", "track=none", "statistics.windows=80", "statistics.length=32"]
+    added = ["retrain=lora", "retrain.steps=1", "retrain.linear_term=1", "retrain.length=64", "retrain.watch=0"]
+    record = run_here("model=tiny_llama", "method=svd_llm", "budget=marginal", "ratio=0.2", *added, *few)
+    dense = [fit for fit in record.fits if fit.status == "dense"]
+    assert dense and all(fit.fitted == fit.shape[0] * fit.shape[1] for fit in dense)
+    assert 0.2 <= record.parameters.ratio < 0.23
+
+
 def test_a_block_whose_matrices_all_stay_dense_needs_no_refinement_of_triplets(run_here, tmp_path):
     few = ["task.window=64", "task.max_windows=1", "track=none", "statistics.windows=80", "statistics.length=32"]
     one = ["method=svd_llm", "budget=marginal", "ratio=0.02", "refine=block", "refine.epochs=1", "refine.train=triplets"]

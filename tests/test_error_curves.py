@@ -26,11 +26,11 @@ def shares(errors=SIZES, fishers=(1.0, 1.0, 1.0), candidates=(0.5, 1.0, 2.0)):
     def size(name, bits):
         return max((size for size in errors[name] if size <= bits), default=0)
 
-    def fit(name, bits):
-        return SimpleNamespace(weighted_error=errors[name][bits])
+    def fits(name, sizes):
+        return [SimpleNamespace(weighted_error=errors[name][bits]) for bits in sizes]
 
     budget = instantiate(configuration("budget=error_curves", f"budget.candidates={list(candidates)}").budget, _convert_="all")
-    return budget.look(SPECS, TARGET, SimpleNamespace(norms=known.norms, size=size, fit=fit))
+    return budget.look(SPECS, TARGET, SimpleNamespace(norms=known.norms, size=size, fits=fits))
 
 
 @pytest.mark.parametrize("fishers", [(1.0, 1.0, 1.0), (1.0, 9.0, 0.1)])
@@ -65,7 +65,7 @@ def test_no_matrix_is_given_more_bits_than_the_dense_one_has():
     view = SimpleNamespace(
         norms=known.norms,
         size=lambda name, bits: asked.append(bits) or bits,
-        fit=lambda name, bits: SimpleNamespace(weighted_error=1 / bits),
+        fits=lambda name, sizes: [SimpleNamespace(weighted_error=1 / bits) for bits in sizes],
     )
     budget.look(SPECS, Target(12.0, 16, "ratio=0.25"), view)
     assert set(asked) == {6 * 96, 16 * 96}

@@ -71,13 +71,25 @@ def test_no_other_shares_have_a_smaller_expected_loss_where_matrices_can_stay_de
 
 def test_offers_fall_and_lead_to_the_dense_matrix():
     gains = torch.tensor([5.0, 4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4], dtype=torch.float64)
-    found = offers(12, 8, gains, 0)
+    found, instead = offers(12, 8, gains, 0)
     assert [offer.numbers for offer in found] == [COST, 12 * 8 - COST]  # the other 7 ranks are cheaper together
+    assert [offer.numbers for offer in instead] == [COST] * 3  # up to 4 ranks take fewer numbers than the dense matrix
     assert found[1].rate == pytest.approx(float(gains[1:].sum()) / (12 * 8 - COST))
-    falling = offers(12, 8, 0.1 ** torch.arange(8.0), 0)
+    falling, _ = offers(12, 8, 0.1 ** torch.arange(8.0), 0)
     rates = [offer.rate for offer in falling]
     assert rates == sorted(rates, reverse=True) and sum(offer.numbers for offer in falling) == 12 * 8
-    assert [offer.numbers for offer in offers(1, 3, torch.ones(1), 0)] == [5]  # larger than the dense matrix
+    assert [offer.numbers for offer in offers(1, 3, torch.ones(1), 0)[0]] == [5]  # larger than the dense matrix
+
+
+@pytest.mark.parametrize("ranks", range(1, 5))
+def test_a_matrix_that_cannot_become_dense_takes_single_ranks_and_no_numbers_are_left(ranks):
+    flat = view([of_values(12, 8, [3.0] * 8, seed=i) for i in range(3)])  # from the first rank on, dense is the best offer
+    (only,) = (
+        instantiate(configuration("budget=marginal").budget)
+        .look(SPECS[:1], Target(ranks * COST / 3 + 1e-6, 32, ""), flat)
+        .values()
+    )
+    assert only == 32 * ranks * COST
 
 
 def test_every_matrix_gets_a_rank_and_none_more_than_its_dense_size():

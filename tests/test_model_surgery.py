@@ -30,7 +30,7 @@ def target(ratio: float) -> Target:
 
 
 def plan_of(specs: list[LinearSpec], ratio: float) -> Plan:
-    return make_plan(specs, target(ratio), UNIFORM.allocate(specs, target(ratio)), 0, SVD(), torch.float32)
+    return make_plan(specs, target(ratio), UNIFORM.allocate(specs, target(ratio)), SVD(), torch.float32)
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_opt"])
@@ -143,8 +143,8 @@ class View:
 
     slope: ClassVar = {"calm": 1.0, "touchy": 10.0, "calmer": 0.1}
 
-    def loss(self, name: str, bits: int) -> float:
-        return 3 + self.slope[name] * (1 - bits / 32 / 1200)
+    def losses(self, name: str, sizes: list[int]) -> list[float]:
+        return [3 + self.slope[name] * (1 - bits / 32 / 1200) for bits in sizes]
 
 
 def test_a_search_gives_more_to_the_matrices_that_hurt_and_keeps_the_budget():
@@ -155,5 +155,7 @@ def test_a_search_gives_more_to_the_matrices_that_hurt_and_keeps_the_budget():
     assert sum(shares.values()) <= 32 * 0.5 * 3600 < sum(shares.values()) + 32 * (0.25 * 1200 + 1)
     with pytest.raises(UserError, match=r"ratio=0\.9 .*add one of 0\.1"):
         search.allocate(specs, target(0.9))
+    with pytest.raises(UserError, match=r"ratio=0\.9 .*add one of 0\.1"):
+        search.look(specs, target(0.9), View())  # what a linear term leaves of a target
     with pytest.raises(UserError, match=r"budget\.candidates="):
         Sensitivity([1.5], samples=1)

@@ -129,7 +129,7 @@ def test_a_plan_by_bits_is_the_plan_by_the_ratio_that_leaves_as_many(m, n, ratio
     plans = []
     for target in (Target((1 - ratio) * width, width, f"ratio={ratio}"), Target((1 - ratio) * width, width, "bits=...")):
         try:
-            plans.append(make_plan(specs, target, Uniform().allocate(specs, target), 0, SVD(), dtype).kept)
+            plans.append(make_plan(specs, target, Uniform().allocate(specs, target), SVD(), dtype).kept)
         except UserError as error:
             plans.append(str(error).split(" leaves ")[1].split(";")[0])
     assert plans[0] == plans[1]
@@ -141,11 +141,11 @@ def test_a_plan_by_bits_is_the_plan_by_the_ratio_that_leaves_as_many(m, n, ratio
 def test_too_few_bits_name_the_matrix_and_how_many_would_do():
     specs, target = [LinearSpec("fc", 40, 30)], Target(1.0, 32, "bits=1.0")
     with pytest.raises(UserError, match=r"bits=1\.0 leaves fc \(40x30\) 37 parameters.*of 71; use bits=1\.894 at least"):
-        make_plan(specs, target, Uniform().allocate(specs, target), 0, SVD(), torch.float32)
+        make_plan(specs, target, Uniform().allocate(specs, target), SVD(), torch.float32)
     with pytest.raises(UserError, match=r"leaves fc .* 30 parameters.*less than its even share; use budget=uniform"):
-        make_plan(specs, Target(4.0, 32, "bits=4.0"), {"fc": 960}, 0, SVD(), torch.float32)
+        make_plan(specs, Target(4.0, 32, "bits=4.0"), {"fc": 960}, SVD(), torch.float32)
     enough = Target(1.894, 32, "bits=1.894")
-    assert make_plan(specs, enough, Uniform().allocate(specs, enough), 0, SVD(), torch.float32).kept == {"fc": 71}
+    assert make_plan(specs, enough, Uniform().allocate(specs, enough), SVD(), torch.float32).kept == {"fc": 71}
 
 
 def hybrid(*overrides: str):

@@ -206,7 +206,7 @@ def attention() -> nn.Module:
 def shared_fits(module: nn.Module) -> dict[str, Fit]:
     specs = [LinearSpec(name, m, n) for name, (m, n) in SHAPES.items()]
     target = Target(16.0, 32, "bits=16.0")
-    plan = make_plan(specs, target, {s.name: 16 * s.n_params for s in specs}, 0, SharedRight(), torch.float32)
+    plan = make_plan(specs, target, {s.name: 16 * s.n_params for s in specs}, SharedRight(), torch.float32)
     assert [[m.spec.name for m in group.matrices] for group in plan.groups] == [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
     fits = {}
     for group in plan.groups:

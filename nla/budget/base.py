@@ -1,6 +1,7 @@
 """The interface of a budget, which decides how many bits each matrix may keep."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,11 +39,11 @@ class ModelView(Protocol):
     def size(self, name: str, bits: int) -> int:
         """The bits of the largest term of one matrix within `bits`; 0 if that is less than the smallest term."""
 
-    def fit(self, name: str, bits: int) -> Fit:
-        """The method's fit of one matrix in `bits` bits, with its errors."""
+    def fits(self, name: str, sizes: Sequence[int]) -> list[Fit]:
+        """The method's fits of one matrix in each of these sizes (bits), with their errors."""
 
-    def loss(self, name: str, bits: int) -> float:
-        """The model's mean loss (nats) on calibration samples if only this matrix is compressed, to `bits` bits."""
+    def losses(self, name: str, sizes: Sequence[int]) -> list[float]:
+        """The model's mean loss (nats) on calibration samples, if only this matrix is compressed, for each of these sizes."""
 
 
 class Budget(ABC):
@@ -50,7 +51,7 @@ class Budget(ABC):
 
     Attributes:
         needs: statistics of inputs that the shares depend on.
-        samples: number of calibration samples for `ModelView.loss`.
+        samples: number of calibration samples for `ModelView.losses`.
         tightens: the shares are those at the start of retraining, which ends within the target.
     """
 

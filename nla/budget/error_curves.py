@@ -1,6 +1,5 @@
 """Shares by the method's own error curves: bits go where they lower the model's expected loss most for each bit."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,17 +54,15 @@ class ErrorCurves(MeasuredBudget):
         """
         norms = view.norms(spec.name)
         weight = (gradient_of_outputs(norms) / len(norms.weight)) ** self.emphasis * norms.outputs.spectrum.energy
-        points: dict[int, float] = {}
-        for candidate in self.candidates:
-            bits = view.size(spec.name, int(min(candidate * target.bits, target.width) * spec.n_params))
-            if bits:
-                points[bits] = weight * weighted_error(view.fit(spec.name, bits), norms)
-        if min(points, default=math.inf) > target.bits * spec.n_params:
+        asked = (int(min(candidate * target.bits, target.width) * spec.n_params) for candidate in self.candidates)
+        sizes = sorted({view.size(spec.name, bits) for bits in asked} - {0})
+        if not sizes or sizes[0] > target.bits * spec.n_params:
             raise UserError(
                 f"budget.candidates={self.candidates} of {target.asked} buy nothing for {spec.name} up to its uniform share; "
                 "ask for more bits"
             )
-        return sorted(points.items())
+        fits = view.fits(spec.name, sizes)
+        return [(bits, weight * weighted_error(fit, norms)) for bits, fit in zip(sizes, fits, strict=True)]
 
 
 def weighted_error(fit: Fit, norms: Norms) -> float:

@@ -51,29 +51,44 @@ class MarginalGain(MeasuredBudget):
         self.emphasis, self.least = emphasis, least
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
-        offered = []
+        offered = {}
         for spec in specs:
             gains = gain_of_each_rank(view.norms(spec.name), self.emphasis)
             least = int(self.least * target.kept * spec.n_params)
-            offered += [(offer, spec.name) for offer in offers(spec.out_features, spec.in_features, gains, least)]
-        offered = [pair for pair in offered if pair[0].rate > 0]
-        offered.sort(key=lambda pair: -pair[0].rate)  # stable: the offers of a matrix stay in order
-        left = int(target.bits * sum(spec.n_params for spec in specs)) // target.width
-        bought, closed = dict.fromkeys((spec.name for spec in specs), 0), set()
-        for offer, name in offered:
-            if name in closed or offer.numbers > left:
-                closed.add(name)  # a later offer of a matrix needs the earlier ones
-                continue
-            bought[name] += offer.numbers
-            left -= offer.numbers
-        return {name: numbers * target.width for name, numbers in bought.items()}
+            offered[spec.name] = offers(spec.out_features, spec.in_features, gains, least)
+        total = int(target.bits * sum(spec.n_params for spec in specs)) // target.width
+        bought, refused = buy({name: first for name, (first, _) in offered.items()}, total)
+        # a matrix that cannot become dense takes single ranks instead
+        more, _ = buy({name: offered[name][1] for name in refused}, total - sum(bought.values()))
+        return {name: (numbers + more.get(name, 0)) * target.width for name, numbers in bought.items()}
 
 
-def offers(out_features: int, in_features: int, gains: Tensor, least: int) -> list[Offer]:
+def buy(offered: dict[str, list[Offer]], left: int) -> tuple[dict[str, int], list[str]]:
+    """{matrix: numbers bought} from `left` numbers, the highest rates first, and the matrices with an offer that did not fit.
+
+    Args:
+        offered: the offers of each matrix in falling order. None is bought without those before it.
+    """
+    pairs = [(offer, name) for name, found in offered.items() for offer in found if offer.rate > 0]
+    pairs.sort(key=lambda pair: -pair[0].rate)  # stable: the offers of a matrix stay in order
+    bought, refused = dict.fromkeys(offered, 0), dict[str, None]()  # in the order of the matrices, unlike a set
+    for offer, name in pairs:
+        if name in refused or offer.numbers > left:
+            refused[name] = None
+            continue
+        bought[name] += offer.numbers
+        left -= offer.numbers
+    return bought, list(refused)
+
+
+def offers(out_features: int, in_features: int, gains: Tensor, least: int) -> tuple[list[Offer], list[Offer]]:
     """What a matrix can get, in falling order: one rank after the other, and then, in one step, all that makes it dense.
 
     The step to the dense matrix comes after the rank R from which it gains least for each number. So the points (numbers, loss)
     after each offer are the lower convex hull of those of all ranks and of the dense matrix.
+
+    Returns:
+        these offers, and the single ranks that can be had instead of the step to the dense matrix.
 
     Args:
         gains: of each rank (ranks,), as `gain_of_each_rank` gives them.
@@ -86,10 +101,11 @@ def offers(out_features: int, in_features: int, gains: Tensor, least: int) -> li
     left = gains.sum() - gains.cumsum(0)[:ranks]  # after each rank
     further = dense - cost * torch.arange(1, len(left) + 1).to(left)
     if further[0] <= 0:
-        return [Offer(torch.inf, cost)]  # one rank takes as many numbers as the dense matrix
+        return [Offer(torch.inf, cost)], []  # one rank takes as many numbers as the dense matrix
     last = max(first, int((left / further).argmin()) + 1)
     step = Offer(float(left[last - 1] / further[last - 1]), int(further[last - 1]))
-    return [*(Offer(rate, cost) for rate in rates[:last].tolist()), step]
+    single = [Offer(rate, cost) for rate in rates.tolist()]
+    return [*single[:last], step], single[last:]
 
 
 def gain_of_each_rank(norms: Norms, emphasis: float) -> Tensor:

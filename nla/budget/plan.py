@@ -1,7 +1,7 @@
 """The plan of a run: the bits that every matrix may keep, and the terms that the method makes of them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -71,21 +71,17 @@ class Plan:
         return Plan(tuple(g for g in self.groups if all(m.spec.name in layers for m in g.matrices)))
 
 
-def make_plan(
-    specs: list[LinearSpec], target: Target, allocated: dict[str, int], added: int, method: Method, dtype: torch.dtype
-) -> Plan:
+def make_plan(specs: list[LinearSpec], target: Target, allocated: dict[str, int], method: Method, dtype: torch.dtype) -> Plan:
     """The plan: groups of matrices, and the terms that the method makes of their bits.
 
     Args:
         target: named in the error message.
-        allocated: {matrix: bits}, with those of the linear term that retraining adds.
-        added: the rank of that linear term; 0 for none.
+        allocated: {matrix: bits}, without those of the linear term that retraining adds.
         dtype: the model's type.
 
     Raises:
         UserError: a matrix gets fewer bits than the smallest term takes; it names the matrix and a setting that works.
     """
-    allocated = without_linear_term(allocated, specs, added, target.width)
     groups, starved = [], []
     for group in method.groups(specs):
         shapes = [(spec.out_features, spec.in_features) for spec in group]
@@ -115,6 +111,12 @@ def without_linear_term(shares: dict[str, int], specs: list[LinearSpec], rank: i
                 f"({s.out_features}x{s.in_features}); allowed here: below {max(most, 1)}, or a smaller ratio"
             )
     return left
+
+
+def target_without_linear_term(target: Target, specs: list[LinearSpec], rank: int) -> Target:
+    """The target of all that is not the linear terms of this rank."""
+    added = rank * target.width * sum(triplet_size(s.out_features, s.in_features, 1) for s in specs)
+    return replace(target, bits=target.bits - added / sum(s.n_params for s in specs))
 
 
 def why_starved(per_weight: float, least: int, matrix: PlannedMatrix, target: Target) -> str:

@@ -29,16 +29,21 @@ class Sensitivity(MeasuredBudget):
 
     def allocate(self, specs: list[LinearSpec], target: Target) -> dict[str, int]:
         """Raises UserError if all candidates exceed the target."""
+        self.require_one_within(target)
+        return super().allocate(specs, target)
+
+    def require_one_within(self, target: Target) -> None:
+        """Raise UserError if all candidates exceed the target."""
         if self.candidates[0] > target.kept:
             raise UserError(
                 f"budget.candidates={self.candidates} keep more than {target.asked} leaves; "
                 f"add one of {target.kept:.3g} at most"
             )
-        return super().allocate(specs, target)
 
     def look(self, specs: list[LinearSpec], target: Target, view: ModelView) -> dict[str, int]:
+        self.require_one_within(target)
         sizes = {s.name: [target.width * int(c * s.n_params) for c in self.candidates] for s in specs}
-        losses = {name: [view.loss(name, bits) for bits in options] for name, options in sizes.items()}
+        losses = {name: view.losses(name, options) for name, options in sizes.items()}
         for spec in specs:
             sizes[spec.name].append(target.width * spec.n_params)  # dense
         most = target.bits * sum(s.n_params for s in specs)

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 
 from nla.budget.base import Budget, Target
 from nla.budget.measured import MeasuredBudget
-from nla.budget.plan import Plan, make_plan
+from nla.budget.plan import Plan, make_plan, without_linear_term
 from nla.harness.checks import check_gradients, check_masks, check_refinement, check_retraining, check_samples
 from nla.harness.track import Tracker
 from nla.machine.cache import Cache
@@ -156,8 +156,8 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     retraining: Retraining = build("retrain", values["retrain"] | {"data": sets["retrain"]})
     budget.check_retraining(retraining.steps, retraining.train)
     target = target_of(values)
-    shares = budget.allocate(chosen, target)
-    plan = make_plan(chosen, target, shares, retraining.linear_term, method, DTYPES[values["dtype"]])
+    shares = without_linear_term(budget.allocate(chosen, target), chosen, retraining.linear_term, target.width)
+    plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
     check_masks(method, budget, plan, target.width)
     for task in tasks:
         task.check(inventory)

@@ -1,6 +1,7 @@
 """Distribute the budget over the matrices, if it depends on measurements of the model."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -8,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from nla.budget.measured import MeasuredBudget
-from nla.budget.plan import Plan, PlannedGroup, PlannedMatrix, make_plan
+from nla.budget.plan import PlannedGroup, PlannedMatrix, make_plan, target_without_linear_term
 from nla.compressed.surgery import get_linear, swap
 from nla.harness.request import PreparedRun
 from nla.machine.cache import digest
@@ -27,13 +28,13 @@ def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> 
     """The run with its final plan. The plan changes only if the budget measures the model."""
     if not isinstance(prepared.budget, MeasuredBudget):
         return prepared
-    specs, target = [matrix.spec for matrix in prepared.plan.matrices], prepared.target
+    specs = [matrix.spec for matrix in prepared.plan.matrices]
+    target = target_without_linear_term(prepared.target, specs, prepared.retraining.linear_term)  # of what is fitted
     with tqdm(desc="budget", unit="look", dynamic_ncols=True) as bar:
         view = View(prepared, model, calibration, bar)
         with prepared.cache.lock("sensitivities", view.key):  # jobs of other sizes measure the same
             shares = prepared.budget.look(specs, target, view)
-    dtype, added = DTYPES[prepared.values["dtype"]], prepared.retraining.linear_term
-    return replace(prepared, plan=make_plan(specs, target, shares, added, prepared.method, dtype))
+    return replace(prepared, plan=make_plan(specs, target, shares, prepared.method, DTYPES[prepared.values["dtype"]]))
 
 
 class View:
@@ -77,31 +78,28 @@ class View:
             term = self.planned(name, bits)
         return bits if term.count() else 0
 
-    def fit(self, name: str, bits: int) -> Fit:
+    def fits(self, name: str, sizes: Sequence[int]) -> list[Fit]:
         method, values = self.prepared.method, self.prepared.values
-        group = PlannedGroup((PlannedMatrix(self.specs[name], self.planned(name, bits), bits),))
+        planned = [PlannedMatrix(self.specs[name], self.planned(name, bits), bits) for bits in sizes]
+        groups = [PlannedGroup((matrix,)) for matrix in planned]
         with tqdm(disable=True) as silent:
-            (fits,) = fit_groups(
-                self.model.module,
-                Plan((group,)).groups,
-                method,
-                values["method"],
-                values["seed"],
-                method.needs,
-                self.store,
-                silent,
+            found = fit_groups(
+                self.model.module, groups, method, values["method"], values["seed"], method.needs, self.store, silent
             )
-        return fits[name]
+            return [fits[name] for fits in found]
 
-    def loss(self, name: str, bits: int) -> float:
+    def losses(self, name: str, sizes: Sequence[int]) -> list[float]:
         self.bar.update()
-        if (name, bits) not in self.known:
-            loss = self.loss_with(name, self.fit(name, bits)) if self.planned(name, bits).count() else float("inf")
+        missing = [bits for bits in sizes if (name, bits) not in self.known]
+        possible = [bits for bits in missing if self.planned(name, bits).count()]
+        fits = dict(zip(possible, self.fits(name, possible), strict=True))
+        for bits in missing:
+            loss = self.loss_with(name, fits[bits]) if bits in fits else float("inf")
             number = max(self.parts, default=-1) + 1  # not how many there are: a damaged line is none of them
             self.parts[number] = {"matrix": name, "bits": bits, "loss": loss}
             self.journal.append(number, self.parts[number])
             self.known[name, bits] = loss
-        return self.known[name, bits]
+        return [self.known[name, bits] for bits in sizes]
 
     def loss_with(self, name: str, fit: Fit) -> float:
         """Mean loss of the model over the samples (nats) with only this matrix compressed."""
