@@ -94,10 +94,10 @@ def carry_out(
         environment=environment(prepared.device),
         config=prepared.values,
     )
-    record.write(folder)
-    announce(prepared)
     try:
         with naming(folder), reserved(folder / ".reserve"):
+            record.write(folder)
+            announce(prepared)
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(prepared.values).encode())
             prepared.tracker.begin(record, prepared.plan, Path(prepared.values["outputs_dir"]))
             model = stages(prepared, record, folder)
@@ -131,7 +131,8 @@ def stages(prepared: PreparedRun, record: RunRecord, folder: Path) -> Model:
         require_finite(model.module, "get the weights again, or use a wider dtype=")
         dense = state_of(prepared, model)
         calibration = sample(prepared, model, dense)
-        for data in filter(None, (prepared.training_data, prepared.watched)):  # a text that is too short is refused now
+        watched = prepared.watched.data if prepared.watched else None
+        for data in filter(None, (prepared.retraining.data, watched)):  # a text that is too short is refused now
             data.samples(model, 1, prepared.retraining.length, 0)
     before, dense_bits = count_parameters(model.module), count_bits(model.module)
 

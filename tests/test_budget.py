@@ -191,23 +191,23 @@ def two_matrices() -> list[Triplets]:
 def test_the_budget_holds_at_every_step_and_a_large_budget_masks_no_triplet():
     triplets = two_matrices()
     total = sum(t.count() for t in triplets)
-    run(adaptive().tightening(triplets, total // 2, 20), range(20), lambda step: (1.0, 1.0))
+    run(Tightening(adaptive(), triplets, total // 2, 20), range(20), lambda step: (1.0, 1.0))
     assert sum(t.count() for t in triplets) <= total // 2
     whole = two_matrices()
-    masks = run(adaptive().tightening(whole, total, 5), range(5), lambda step: (1.0, 1.0))
+    masks = run(Tightening(adaptive(), whole, total, 5), range(5), lambda step: (1.0, 1.0))
     assert all(bool(mask.all()) for masks_of_step in masks for mask in masks_of_step)
 
 
 def test_all_triplets_of_one_matrix_may_be_masked():
     triplets = two_matrices()
-    run(adaptive().tightening(triplets, triplets[0].count(), 10), range(10), lambda step: (1.0, 0.0))
+    run(Tightening(adaptive(), triplets, triplets[0].count(), 10), range(10), lambda step: (1.0, 0.0))
     assert triplets[1].count() == 0 and bool((triplets[0].mu != 0).all())
 
 
 def test_a_masked_triplet_comes_back_with_its_mu_before_the_cool_down_and_never_after():
     triplets = two_matrices()
     mus = [t.mu.clone() for t in triplets]
-    tightening = adaptive(schedule=Constant(2.0, 0.0, 0.4, 1)).tightening(triplets, triplets[0].count(), 20)
+    tightening = Tightening(adaptive(schedule=Constant(2.0, 0.0, 0.4, 1)), triplets, triplets[0].count(), 20)
     masks = run(tightening, range(6), lambda step: (1.0, 0.0))
     assert not masks[-1][1].any()
     masks = run(tightening, range(6, 12), lambda step: (0.0, 100.0))
@@ -220,10 +220,10 @@ def test_a_masked_triplet_comes_back_with_its_mu_before_the_cool_down_and_never_
 def test_a_restored_tightening_continues_with_the_same_masks():
     whole, halves = two_matrices(), two_matrices()
     final = whole[0].count()
-    quiet = run(adaptive().tightening(whole, final, 12), range(12), lambda step: (1.0, 2.0))
-    first = adaptive().tightening(halves, final, 12)
+    quiet = run(Tightening(adaptive(), whole, final, 12), range(12), lambda step: (1.0, 2.0))
+    first = Tightening(adaptive(), halves, final, 12)
     run(first, range(5), lambda step: (1.0, 2.0))
-    second = adaptive().tightening(halves, final, 12)
+    second = Tightening(adaptive(), halves, final, 12)
     second.restore({name: t.clone() for name, t in first.tensors().items()})
     later = run(second, range(5, 12), lambda step: (1.0, 2.0))
     assert all(torch.equal(a, b) for x, y in zip(quiet[5:], later, strict=True) for a, b in zip(x, y, strict=True))
@@ -234,7 +234,7 @@ def test_a_triplet_that_costs_more_competes_by_score_or_by_score_per_parameter()
     triplets = [random_triplets(4, 4, 1, 1, seed=0), random_triplets(40, 40, 1, 1, seed=1)]
     by_rank = {}
     for rank in ("score", "score_per_parameter"):
-        tightening = adaptive(rank=rank).tightening(triplets, 90, 4)
+        tightening = Tightening(adaptive(rank=rank), triplets, 90, 4)
         tightening.importance.scores = lambda: [torch.tensor([1.0]), torch.tensor([2.0])]
         by_rank[rank] = tightening.ranking().argmax().item()
     assert by_rank == {"score": 1, "score_per_parameter": 0}

@@ -114,7 +114,7 @@ def test_text_is_learnt_from_the_calibration_set_and_its_own_path(tmp_path):
     for part in ("test", "train"):
         (tmp_path / f"wiki.{part}.raw").write_text(f" {part} \n")
     found = request(tmp_path, "model=tiny_llama", "calibration=wikitext2", f"calibration.path={tmp_path}", "retrain.steps=1")
-    for data in (found.calibration, found.training_data):
+    for data in (found.calibration, found.retraining.data):
         assert data.documents() == [" train \n"]
     assert found.tasks[0].data.name == "sotu" and found.values["statistics"]["data"]["name"] == "wikitext2"
     assert found.values["statistics"]["data"] == found.values["retrain"]["data"]
@@ -126,7 +126,7 @@ def test_text_is_learnt_from_the_calibration_set_and_its_own_path(tmp_path):
 def test_images_are_learnt_from_the_training_split_of_the_data_unless_another_set_is_chosen(tmp_path, model):
     def names(*overrides: str) -> set[tuple[str, str, str]]:
         found = request(tmp_path, f"model={model}", f"data.path={tmp_path}", "retrain.steps=1", *overrides)
-        learnt = [found.calibration, found.training_data, *([found.model.training] if "micro" in model else [])]
+        learnt = [found.calibration, found.retraining.data, *([found.model.training] if "micro" in model else [])]
         assert (found.tasks[0].data.name, found.tasks[0].data.split) == ("fashion_mnist", "test")
         return {(data.name, data.split, str(getattr(data, "path", ""))) for data in learnt}
 

@@ -119,7 +119,7 @@ def test_a_published_language_model_is_measured_on_the_papers_data_by_default(tm
     request = prepare(check_settings(configuration(*asked)))
     (task,) = request.tasks
     assert (task.name, task.data.name, task.data.split, task.max_windows) == ("language_modelling", "wikitext2", "test", None)
-    for data in (request.calibration, request.training_data):
+    for data in (request.calibration, request.retraining.data):
         assert (data.name, data.split) == ("wikitext2", "train")
     (task,) = prepare(check_settings(configuration(*asked, "task=commonsense"))).tasks
     assert task.data.name == "commonsense"

@@ -202,6 +202,35 @@ def test_a_retraining_that_was_stopped_near_its_end_goes_on_to_the_same_weights(
     assert [row["step"] for row in rows_of(tmp_path / "stopped")] == list(range(1, 13))
 
 
+def test_a_finished_stage_is_not_trained_again_and_other_measuring_trains_nothing(tmp_path, monkeypatch):
+    arguments = [*TINY, "solver.steps=0", "ratio=0.5", "retrain.length=64", "retrain.steps=4", "retrain.train=[A,B]"]
+    batches, asked = stages.batches, []
+
+    def finish(*others: str) -> None:
+        run(check_settings(configuration(*arguments, "retrain.watch=2", f"outputs_dir={tmp_path}", *others)))
+
+    def counted(*arguments):
+        batch = batches(*arguments)
+
+        def note(step: int):
+            asked.append(step)
+            if asked.count(3) == 1 and step == 3:
+                raise StoppedError
+            return batch(step)
+
+        return note
+
+    monkeypatch.setattr(stages, "batches", counted)
+    with pytest.raises(StoppedError):
+        finish()
+    finish()
+    assert asked == [0, 1, 2, 3, 2, 3]  # the second stage is begun again: fewer than retrain.checkpoint steps are lost
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and [r["step"] for r in rows if "watched" in r] == [0, 2, 4]
+    finish("task.max_windows=1")
+    assert len(asked) == 6
+
+
 def test_the_optimiser_keeps_two_numbers_of_four_bytes_for_each_that_it_trains(run_here):
     record = run_here(*SHORT, "retrain.steps=1", "retrain.watch=0")
     norms = 5 * 48  # of the tiny LLaMA: two in each of its two layers, and the last one

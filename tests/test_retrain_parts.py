@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from nla.budget.adaptive import Adaptive
+from nla.budget.adaptive import Adaptive, Tightening
 from nla.budget.schedule import Cubic
 from nla.compressed.contents import kernel_terms
 from nla.compressed.layer import LAYERS, CompressedLinear
@@ -79,7 +79,8 @@ def test_dropping_masked_triplets_does_not_change_the_rest_of_a_training(tmp_pat
         layer = CompressedLinear(KernelTerm(Linear(), start), None)
         moved, terms = chosen_parts(layer, ["triplets"]), kernel_terms(layer)
         masters = Triplets(*(t.master for t in moved))
-        masks = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score", "loss").tightening([masters], 3 * 19, recipe.steps)
+        budget = Adaptive(Cubic(2.0, 0.1, 0.5, 1), 0.85, 0.85, "score", "loss")
+        masks = Tightening(budget, [masters], 3 * 19, recipe.steps)
 
         def train_until(moved, masks, key, progress=None, until=None):
             history = History(Constraints({}, {}), dict.fromkeys(terms, ""), masks, 57, 57, 0, None, recipe, lambda row: None)
@@ -201,6 +202,23 @@ def test_distillation_from_an_equal_model_adds_no_loss(tmp_path):
     model, dense = (request.model.load("cpu", "float32", request.cache) for _ in range(2))
     loss = Distillation(model, dense, request.plan.layers, request.retraining)
     torch.testing.assert_close(loss(sample()), model.loss(sample()))
+
+
+def test_the_features_of_a_model_that_is_one_block_are_its_logits(tmp_path):
+    own_head = ["model.architecture.tie_word_embeddings=false", "select.include='layers|lm_head'"]
+    request = request_of(tmp_path, *SHORT, "retrain.steps=2", "retrain.features=1", *own_head)
+    model, dense = (request.model.load("cpu", "float32", request.cache) for _ in range(2))
+    torch.nn.init.zeros_(model.module.lm_head.weight)
+    loss = Distillation(model, dense, request.plan.layers, request.retraining)
+    torch.testing.assert_close(loss(sample()), model.loss(sample()) + 2)  # 2 |f - w|^2 / (|f|^2 + |w|^2) with f = 0
+
+
+def test_a_loss_that_compares_weights_alone_does_not_run_the_dense_model(tmp_path):
+    request, model = compressed(tmp_path, "retrain.steps=2", "retrain.perturbation=1")
+    dense, ran = request.model.load("cpu", "float32", request.cache), []
+    dense.module.register_forward_hook(lambda *_: ran.append(1))
+    loss = Distillation(model, dense, request.plan.layers, request.retraining)(sample())
+    assert loss > model.loss(sample()) and not ran and request.retraining.distils
 
 
 def test_distillation_is_the_sum_of_its_parts_by_hand(tmp_path):

@@ -7,7 +7,7 @@ fitted self-terms.
 import pytest
 import torch
 
-from nla.budget.adaptive import Adaptive
+from nla.budget.adaptive import Adaptive, Tightening
 from nla.budget.schedule import Constant
 from nla.compressed.contents import kernel_terms
 from nla.compressed.layer import CompressedLinear
@@ -138,7 +138,7 @@ def test_importance_is_that_of_the_losss_gradient_unless_the_constrained_one_is_
     surface.project(on_the_surface)
     scored = {"loss": {name: g.clone() for name, g in found.items()}, "constrained": on_the_surface}[gradient]
     budget = Adaptive(Constant(2.0, 0.0, 0.5, 1), 0.0, 0.0, "score", gradient)
-    masks = budget.tightening([Triplets(term.A.detach(), term.B.detach(), term.mu.detach())], 10, 4)
+    masks = Tightening(budget, [Triplets(term.A.detach(), term.B.detach(), term.mu.detach())], 10, 4)
     recipe = Recipe(steps=4, lr=0.1, warmup=0, weight_decay=0.0, clip=1.0)
     history = History(surface, {"t": "t"}, masks, 10, 10, 0, None, recipe, lambda row: None)
     history.after_gradient(0, found)

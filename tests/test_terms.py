@@ -15,6 +15,7 @@ from nla.kernels.gaussian import Gaussian
 from nla.kernels.linear import Linear
 from nla.kernels.phase import Phase
 from nla.machine.cache import Cache
+from nla.machine.errors import UserError
 from nla.matrix.inputs import Statistics
 from nla.matrix.objective import Norms, Objective
 from nla.matrix.triplets import Triplets, triplet_size
@@ -257,6 +258,10 @@ def test_a_method_that_shares_factors_runs_end_to_end(run_here, tmp_path, monkey
     monkeypatch.setattr(
         request, "build", lambda group, node, *rest: own.SharedRight() if group == "method" else build(group, node, *rest)
     )
+    sequential = type("Sequential", (own.SharedRight,), {"sequential": True})
+    with pytest.raises(UserError, match="layers share factors"), monkeypatch.context() as patch:
+        patch.setattr(own, "SharedRight", sequential)
+        run_here(*TINY, "ratio=0.5")
     record = run_here(*TINY, "ratio=0.5", "retrain.steps=2", "retrain.length=32", "retrain.watch=0")
     assert record.status == "done" and record.parameters.ratio >= 0.5
     assert sum(fit.n_params for fit in record.fits) == record.parameters.selected_after

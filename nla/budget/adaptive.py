@@ -60,17 +60,6 @@ class Adaptive(Budget):
             )
         self.schedule.phases(steps)
 
-    def tightening(
-        self,
-        triplets: Sequence[Triplets],
-        final: int,
-        steps: int,
-        processes: OneProcess | None = None,
-        owners: Sequence[int] | None = None,
-    ) -> "Tightening":
-        """The masks of one retraining; the arguments are those of `Tightening`."""
-        return Tightening(self, triplets, final, steps, processes or OneProcess(), owners or [0] * len(triplets))
-
 
 class Tightening:
     """The masks of the triplets during one retraining. A masked triplet has mu = 0.
@@ -82,7 +71,8 @@ class Tightening:
         triplets: the numbers that the optimiser updates, one container per term. mu is masked in place.
         final: the final budget b_f, in parameters.
         steps: number of steps of the retraining.
-        owners: for each term, rank of the process that trains it and scores its importance. Every process has all masks.
+        owners: for each term, rank of the process that trains it and scores its importance. Every process has all masks. None:
+            this process, which must be the only one.
     """
 
     def __init__(
@@ -91,13 +81,13 @@ class Tightening:
         triplets: Sequence[Triplets],
         final: int,
         steps: int,
-        processes: OneProcess,
-        owners: Sequence[int],
+        processes: OneProcess | None = None,
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.schedule, self.rank, self.gradient = budget.schedule, budget.rank, budget.gradient
-        self.final, self.steps, self.processes = final, steps, processes
+        self.final, self.steps, self.processes = final, steps, processes or OneProcess()
         self.triplets = list(triplets)
-        self.own = [i for i, owner in enumerate(owners) if owner == processes.rank]
+        self.own = [i for i, owner in enumerate(owners or [0] * len(triplets)) if owner == self.processes.rank]
         self.importance = Importance([self.triplets[i] for i in self.own], budget.beta1, budget.beta2)
         self.masks = [torch.ones_like(t.mu, dtype=torch.bool) for t in self.triplets]
         self.waiting = {i: self.triplets[i].mu.detach().clone() for i in self.own}  # mu of masked triplets

@@ -85,6 +85,12 @@ def check_parts(setting: str, parts: list[str], plan: Plan, inventory: Inventory
         raise UserError(f"{setting}={'+'.join(parts)} names no part of the model or of {term}; name triplets instead")
 
 
+def check_sharing(method: Method) -> None:
+    """Raise UserError if a sequential method shares factors between matrices: they may be of several parts of the model."""
+    if method.shares_factors and method.sequential:
+        raise UserError("method.sequential=true fits one layer after the other, and this method's layers share factors")
+
+
 def check_masks(method: Method, budget: Budget, plan: Plan, width: int) -> None:
     """Raise UserError if the budget would mask triplets, and they are shared or stored in fewer bits than `width` a number."""
     if not budget.tightens:

@@ -11,6 +11,7 @@ from nla.budget.plan import PlannedMatrix
 from nla.compressed.layer import LAYERS
 from nla.harness.request import PreparedRun
 from nla.matrix.triplets import triplet_size
+from nla.models.base import DTYPES
 from nla.terms.coded import CodedTerm
 from nla.terms.triplet_terms import triplet_terms
 
@@ -58,7 +59,7 @@ def retraining_cost(prepared: PreparedRun) -> RetrainingCost:
     kept = prepared.inventory.parameters - prepared.plan.selected + triplets
     stages = [sum(moved(matrix, set(parts), settings.linear_term) for matrix in matrices) for parts in settings.train]
     trained = kept if any("everything" in parts for parts in settings.train) else max(stages)
-    width = torch.finfo(getattr(torch, prepared.values["dtype"])).bits // 8
+    width = DTYPES[prepared.values["dtype"]].itemsize
     held = kept + (prepared.inventory.parameters if settings.distils else 0)
     own = trained // settings.processes
     masters = 0 if width == FP32 else FP32 * own
@@ -66,7 +67,7 @@ def retraining_cost(prepared: PreparedRun) -> RetrainingCost:
         samples=samples,
         tokens=samples * settings.length if prepared.inventory.reads == "text" else None,
         forward=forward,
-        flops=samples * (mean * (4 if settings.recompute else 3) + (dense if settings.distils else 0)),
+        flops=samples * (mean * (4 if settings.recompute else 3) + (dense if settings.compares else 0)),
         weights_bytes=held * width + masters,
         gradient_bytes=width * trained + FP32 * own,
         optimiser_bytes=MOMENTS * own,

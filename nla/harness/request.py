@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from nla.budget.base import Budget, Target
 from nla.budget.measured import MeasuredBudget
 from nla.budget.plan import Plan, make_plan, without_linear_term
-from nla.harness.checks import check_gradients, check_masks, check_refinement, check_retraining, check_samples
+from nla.harness.checks import check_gradients, check_masks, check_refinement, check_retraining, check_samples, check_sharing
 from nla.harness.track import Tracker
 from nla.machine.cache import Cache
 from nla.machine.device import find_device, has_fast_bfloat16
@@ -39,7 +39,6 @@ class PreparedRun:
         values: the settings for the record, resolved for this machine and without groups that this request does not use.
         calibration: data from which method, budget and refinement get samples; None if they need none.
         refinement: how blocks are refined after their fits; None for refine=none.
-        training_data: data for retraining; None without retraining.
     """
 
     settings: dict[str, Any]
@@ -54,7 +53,6 @@ class PreparedRun:
     calibration: Data | None
     refinement: Refinement | None
     retraining: Retraining
-    training_data: Data | None
     tracker: Tracker
     cache: Cache
 
@@ -70,11 +68,11 @@ class PreparedRun:
         return self.budget.needs | self.method.needs
 
     @property
-    def watched(self) -> Data | None:
-        """The data on which retraining shows its progress: those of the first task that the model can read, or None."""
+    def watched(self) -> Task | None:
+        """The task on whose data retraining shows its progress: the first with data that the model can read, or None."""
         if not self.retraining.steps or not self.retraining.watch:
             return None
-        return next((task.data for task in self.tasks if task.data.kind == self.inventory.reads), None)
+        return next((task for task in self.tasks if task.data.kind == self.inventory.reads), None)
 
     @property
     def final_numbers(self) -> int:
@@ -87,8 +85,8 @@ class PreparedRun:
         files = {f"data.{task.name}": task.data.identity(self.cache) for task in self.tasks}
         if self.calibration is not None:
             files["calibration"] = self.calibration.identity(self.cache)
-        if self.training_data is not None:
-            files["retrain"] = self.training_data.identity(self.cache)
+        if self.retraining.data is not None:
+            files["retrain"] = self.retraining.data.identity(self.cache)
         return files | {"model": self.model.identity(self.cache)}
 
     def check_inputs(self) -> None:
@@ -105,7 +103,7 @@ class PreparedRun:
                 "takes the first ones (CUDA_VISIBLE_DEVICES chooses them)"
             )
         self.cache.check()
-        sets = [*(task.data for task in self.tasks), self.calibration, self.training_data]
+        sets = [*(task.data for task in self.tasks), self.calibration, self.retraining.data]
         checks: list[Callable[[], None]] = [partial(self.model.check, self.values["dtype"], self.cache)]
         checks += [data.check for data in sets if data]
         refusals = []
@@ -117,7 +115,7 @@ class PreparedRun:
         if refusals:
             raise UserError("\n".join(dict.fromkeys(refusals)))
         for task in self.tasks:
-            for learnt in filter(None, (self.calibration, self.training_data, self.model.training)):
+            for learnt in filter(None, (self.calibration, self.retraining.data, self.model.training)):
                 require_apart(task.data, learnt)
 
 
@@ -158,6 +156,7 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
     target = target_of(values)
     shares = without_linear_term(budget.allocate(chosen, target), chosen, retraining.linear_term, target.width)
     plan = make_plan(chosen, target, shares, method, DTYPES[values["dtype"]])
+    check_sharing(method)
     check_masks(method, budget, plan, target.width)
     for task in tasks:
         task.check(inventory)
@@ -179,7 +178,6 @@ def prepare(settings: dict[str, Any]) -> PreparedRun:
         calibration=sets["statistics"],
         refinement=refinement,
         retraining=retraining,
-        training_data=retraining.data,
         tracker=build("track", values["track"]),
         cache=cache,
     )

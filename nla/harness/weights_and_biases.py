@@ -9,6 +9,7 @@ from typing import Any
 from nla.budget.plan import Plan
 from nla.harness.fits_table import COLUMNS, FitRecord
 from nla.harness.record import RunRecord, method_names
+from nla.harness.track import Tracker
 from nla.harness.tracked_figures import (
     Losses,
     kept_rows,
@@ -26,7 +27,7 @@ CURVES = 10  # matrices in the chart of loss curves
 POINTS = 200  # largest number of losses of one matrix in the table of losses
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Weights & Biases: online with an account (WANDB_API_KEY or `wandb login`), else offline. It never prompts.
 
     An error of W&B ends the tracking, but not the run.

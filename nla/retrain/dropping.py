@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from nla.compressed.contents import kernel_terms, replace_parameters
+from nla.compressed.contents import kernel_terms
 from nla.terms.kernel_term import TENSORS, KernelTerm
 from nla.training.checkpoints import Progress
 from nla.training.parameters import TrainedParameter
@@ -51,9 +51,3 @@ def drop_from_training(
 def chosen(tensor: Tensor, mask: Tensor) -> Tensor:
     """The part of A or B (n, h, r), or of mu (h,), that belongs to the triplets where the mask (h,) is true."""
     return tensor[:, mask] if tensor.ndim == 3 else tensor[mask]
-
-
-def load_retrained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load retrained parameters, which may have fewer triplets, into a prepared model, in place, and drop masked triplets."""
-    replace_parameters(module, tensors)
-    drop_masked(module)

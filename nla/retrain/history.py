@@ -23,7 +23,8 @@ class History(Observer):
 
     A row has: step (number of steps done), loss, lr, norm (of the gradient), budget and kept (parameters), seconds. A step
     that chooses the kept triplets again adds importance (IMPORTANCE_QUANTILES of their scores) and matrices ({matrix: kept
-    parameters}). A checkpoint adds watched (nats) and, for text, watched_perplexity. GPUs add vram_bytes, their peak memory.
+    parameters}). A checkpoint adds watched (nats) and, for text, watched_perplexity. GPUs add vram_bytes: the peak memory
+    of the first process, on all of its GPUs, since this process began.
 
     Args:
         constraints: applied to the gradients and to every step.
@@ -56,8 +57,8 @@ class History(Observer):
         self.ranking: Tensor | None = None
 
     def begin(self) -> None:
-        if self.watch:
-            self.add({"step": self.recipe.begin} | self.watch())
+        if self.watch and not self.recipe.begin:  # a later stage begins where the one before it was measured
+            self.add({"step": 0} | self.watch())
         self.since = time.perf_counter()
 
     def after_gradient(self, done: int, gradients: dict[str, Tensor]) -> None:

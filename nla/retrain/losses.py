@@ -36,14 +36,14 @@ class Distillation:
         self.model, self.dense, self.settings = model, dense, settings
         self.compressed = {name: model.module.get_submodule(name) for name in layers}
         self.weights = {name: get_linear(dense.module, name).weight for name in layers}
-        pairs = ((model, chain(model, layers)), (dense, chain(dense, layers)))
-        self.features = [Features(blocks) if settings.features else None for _, blocks in pairs]
+        self.features = [Features(chain(m, layers)) if settings.features else None for m in (model, dense)]
 
     def __call__(self, sample: Sample) -> Tensor:
         with products_in(self.settings.products, sample.inputs.device):
             logits, seen = self.run(self.model, sample, self.features[0])
-            with torch.no_grad():
-                wanted, shown = self.run(self.dense, sample, self.features[1])
+            if self.settings.compares:
+                with torch.no_grad():
+                    wanted, shown = self.run(self.dense, sample, self.features[1])
         loss = self.model.loss_of(logits, sample)
         if self.settings.logits:
             loss = loss + self.settings.logits * softened_divergence(logits, wanted, self.settings.temperature)
@@ -130,7 +130,7 @@ class Features:
     def catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         caught = getattr(self.local, "caught", None)
         if caught is not None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
+            caught.append(output if isinstance(output, Tensor) else output[0])  # a tuple, or the output class of a whole model
 
     def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The result of `run()`, and the outputs of the blocks that it called, in order."""

@@ -121,11 +121,16 @@ class Retraining:
         self.products = PRODUCTS[products]
         self.linear_term = linear_term if steps else 0
         self.logits, self.features, self.perturbation, self.temperature = logits, features, perturbation, temperature
-        self.watch, self.processes, self.checkpoint = watch, processes, checkpoint
+        self.watch, self.processes = watch, processes
         each = steps // len(train)
         self.recipe = Recipe(each, lr, int(warmup * each), weight_decay, clip, checkpoint, spike)
 
     @property
     def distils(self) -> bool:
-        """Whether the loss compares with the dense model, which is then loaded too."""
-        return max(self.logits, self.features, self.perturbation) > 0
+        """Whether the loss compares with the dense model, its outputs or its weights, so that it is loaded too."""
+        return self.compares or self.perturbation > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares with outputs of the dense model, which then reads every sample too."""
+        return max(self.logits, self.features) > 0

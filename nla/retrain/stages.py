@@ -74,7 +74,6 @@ def train_in_stages(
     with loss_function(model, layers, settings, load_dense) as loss, recomputed:
         batch = batches(model, settings, seed)
         keys = checkpoint_keys(key, len(settings.train))
-        watch = watch if processes.rank == 0 else None
         training = StagedTraining(model, settings, loss, batch, watch, budget, final, cache, keys, show, processes)
         for number, parts in enumerate(settings.train):
             training.stage(number, parts)
@@ -150,7 +149,10 @@ class StagedTraining:
         progress: Progress | None = None,
         budget: int | None = None,
     ) -> Progress:
-        """Train to the end of the recipe or, if there are masks, to the beginning of the cool-down, when they are final."""
+        """Train to the end of the recipe or, if there are masks, to the beginning of the cool-down, when they are final.
+
+        A checkpoint ends every part of the training but the last, which ends with the result.
+        """
 
         def shown(row: Row) -> None:
             self.rows.append(row)
@@ -161,7 +163,7 @@ class StagedTraining:
         kept = beside + sum(term.count() for term in self.terms.values())
         asked = kept if budget is None else beside + budget
         history = History(constraints, self.matrices, masks, asked, kept, beside, self.watch, recipe, shown)
-        until = masks.cool_down if masks else None
+        until = masks.cool_down if masks else recipe.end if recipe.end < self.settings.steps else None
         return train(trained, self.loss, self.batch, recipe, self.cache, key, label, history, self.processes, progress, until)
 
     def tightening(self, trained: list[TrainedParameter]) -> Tightening | None:
@@ -174,7 +176,7 @@ class StagedTraining:
             Triplets(*(by_name[f"{name}.{part}"].master for part in TENSORS)) if owner == self.processes.rank else term.triplets
             for (name, term), owner in zip(self.terms.items(), owners, strict=True)
         ]
-        return self.budget.tightening(moved, self.final - self.beside, self.settings.steps, self.processes, owners)
+        return Tightening(self.budget, moved, self.final - self.beside, self.settings.steps, self.processes, owners)
 
     @property
     def beside(self) -> int:

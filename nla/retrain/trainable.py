@@ -14,7 +14,7 @@ from nla.matrix.triplets import Triplets
 from nla.models.select import part_of
 from nla.terms.base import Sum, Term
 from nla.terms.dense import Dense
-from nla.terms.kernel_term import TENSORS, KernelTerm
+from nla.terms.kernel_term import KernelTerm
 from nla.terms.rounded import RoundedTerm
 from nla.training.parameters import TrainedParameter
 
@@ -73,7 +73,7 @@ def chosen_parts(module: nn.Module, parts: Sequence[str], own_rates: bool = True
         parts: names of `nla.retrain.settings.PARTS`.
         own_rates: train triplets at their kernel's own rate (`Kernel.training_rate`).
     """
-    wanted = set(TENSORS) | set(parts) if "triplets" in parts else set(parts)
+    wanted = set(parts)
     terms = {name: m for name, m in module.named_modules() if isinstance(m, Term)}
     term_of = {f"{name}.{part}": term for name, term in terms.items() for part, _ in term.named_parameters(recurse=False)}
     found = []

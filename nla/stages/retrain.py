@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nla.compressed.contents import replace_parameters
 from nla.harness.estimate_retraining import MOMENTS
 from nla.harness.record import RetrainRecord, RunRecord, write_line
 from nla.harness.recording import kept_parameters
@@ -16,7 +17,7 @@ from nla.machine.cache import digest
 from nla.machine.files import write_atomically
 from nla.machine.provenance import code_digest, computing_packages, target_modules
 from nla.models.base import LanguageModel, Model
-from nla.retrain import dropping
+from nla.retrain.dropping import drop_masked
 from nla.retrain.history import Row
 from nla.retrain.stages import checkpoint_keys
 from nla.retrain.trainable import pack_terms, prepare_terms
@@ -67,12 +68,14 @@ def key_of(prepared: PreparedRun, compressed: str, dense: str) -> str:
     Args:
         compressed, dense: digests of both models' states.
     """
-    names = ("retrain", "budget", "ratio", "bits", "seed", "task")
+    names = ("retrain", "budget", "ratio", "bits", "seed")
+    task = prepared.watched
+    watched = task and [prepared.values["task"][task.name]["data"], prepared.inputs[f"data.{task.name}"]]
     return digest(
         {
             "states": [compressed, dense],
             "settings": {name: prepared.values[name] for name in names},
-            "inputs": prepared.inputs,
+            "data": [prepared.inputs["retrain"], watched],
             "code": code_digest("nla.retrain.stages", *target_modules([prepared.values["budget"], prepared.values["retrain"]])),
             "packages": computing_packages(),
         }
@@ -85,7 +88,8 @@ def load_retrained(prepared: PreparedRun, model: Model, key: str) -> Retrained |
     if entry is None:
         return None
     tensors, notes = entry
-    dropping.load_retrained(model.module, tensors)
+    replace_parameters(model.module, tensors)  # they may have fewer triplets
+    drop_masked(model.module)
     for checkpoint_key in checkpoint_keys(key, len(prepared.retraining.train)):
         prepared.cache.remove("trainings", checkpoint_key)
     return Retrained(**notes)
@@ -95,8 +99,7 @@ def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[
     """Retrain the model in place, or load the result from the cache. Masked triplets are dropped."""
     together = prepared.retraining.processes > 1
     with prepared.cache.lock("retrained", key):
-        if together:
-            prepared.cache.store_tensors("compressed", key, *hand_over(model.module))
+        handed = hand_over(model.module) if together else None
         prepare_terms(model.module, prepared.retraining.linear_term, prepared.values["seed"])
         try:
             result = load_retrained(prepared, model, key)
@@ -104,11 +107,13 @@ def train_or_load(prepared: PreparedRun, model: Model, key: str, show: Callable[
                 for row in result.rows:
                     show(row)
                 return result
-            if together:
+            if handed is None:
+                train_here(prepared, model, key, show, OneProcess())
+            else:
+                prepared.cache.store_tensors("compressed", key, *handed)
+                handed = None  # frees the terms as they were
                 with on_the_cpu(model.module, prepared.device):
                     train_together(prepared, key, show, [type(model).__module__, type(model.module).__module__])
-            else:
-                train_here(prepared, model, key, show, OneProcess())
             result = load_retrained(prepared, model, key)
             assert result is not None
             return result

@@ -15,7 +15,7 @@ def train_here(prepared: PreparedRun, model: Model, key: str, show: Callable[[Ro
     settings, values = prepared.retraining, prepared.values
     watch = None
     if prepared.watched is not None and processes.rank == 0:
-        watch = watched_loss(model, prepared.watched, settings.watch, settings.length, values["seed"])
+        watch = watched_loss(model, prepared.watched.data, settings.watch, settings.length, values["seed"])
     train_in_stages(
         model,
         prepared.plan.layers,

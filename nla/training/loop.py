@@ -102,7 +102,7 @@ def train(
     device = parameters[0].device
     optimiser = torch.optim.AdamW(groups(own, recipe), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     checkpoints = Checkpoints(cache, key, own, observer, processes)
-    kept, until = checkpoints.restore(), until or recipe.end
+    kept = checkpoints.restore()
     progress = kept or progress or Progress(recipe.begin)
     for t in own:
         optimiser.state[t.master] = progress.moments.setdefault(t.name, {})
@@ -116,7 +116,7 @@ def train(
         value = loss(sample.to(device))
         return float(value.detach()), torch.autograd.grad(value, parameters)
 
-    steps, quiet = range(progress.done, until), processes.rank > 0
+    steps, quiet = range(progress.done, until or recipe.end), processes.rank > 0
     before = progress.done - recipe.begin
     bar = tqdm(steps, label, recipe.steps, initial=before, unit="step", dynamic_ncols=True, disable=quiet)
     for step in bar:
@@ -150,7 +150,7 @@ def train(
         observer.after_step(step + 1, {"loss": total, "lr": recipe.rate(step), "norm": norm})
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
         progress.done = step + 1
-        if recipe.checkpoints(step + 1) or step + 1 == until < recipe.end:
+        if recipe.checkpoints(step + 1) or step + 1 == until:
             checkpoints.save(progress)
     return progress
 
