@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla.codes.feedback import BLOCK, Hessian, blocks, feedback, gptq, static_groups
-from nla.codes.grid_format import WIDTHS, GridFormat, fitting, formats, least_grid_bits
+from nla.codes.grid_format import WIDTHS, GridFormat, formats, largest, least_grid_bits
 from nla.codes.levels import NormalFloat
 from nla.codes.packed import packed, packed_width, unpacked
 from nla.codes.rounding import best_scaling, rounded_to_nearest
@@ -122,15 +122,15 @@ def test_important_inputs_get_a_smaller_error():
 @settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0.5, 9))
 def test_the_chosen_width_and_group_never_exceed_the_bits(m, n, per_weight):
-    found = fitting(m, n, int(per_weight * m * n))
-    sizes = [form.bits(m, n) for form in found]
-    assert sizes == sorted(sizes, reverse=True) and all(size <= per_weight * m * n for size in sizes)
-    assert sizes[0] if sizes else least_grid_bits(m, n) > int(per_weight * m * n)
+    bits = int(per_weight * m * n)
+    found = largest(formats(n), m, n, bits)
+    sizes = [form.bits(m, n) for form in formats(n) if form.bits(m, n) <= bits]
+    assert found.bits(m, n) == max(sizes) if found else not sizes
     assert least_grid_bits(m, n) == min(form.bits(m, n) for form in formats(n))
 
 
 def test_two_bits_in_groups_of_64_take_2_28_bits_a_weight():
-    assert fitting(576, 576, int(2.2813 * 576 * 576))[0] == GridFormat(2, 64)
+    assert largest(formats(576), 576, 576, int(2.2813 * 576 * 576)) == GridFormat(2, 64)
     assert GridFormat(2, 64).bits(576, 576) / 576**2 == 2 + 18 / 64
 
 

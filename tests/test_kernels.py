@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from nla.compressed.layer import CompressedLinear
 from nla.kernels.base import Kernel
 from nla.kernels.spline import Spline
 from nla.machine.peak_memory import PeakMemory
 from nla.matrix.objective import Factor, Objective
 from nla.matrix.triplets import Triplets, triplet_size
 from nla.solvers.squared_error import squared_error
+from nla.terms.kernel_term import KernelTerm
 from tests.conftest import KERNELS, make_kernel
 
 CPU = torch.device("cpu")
@@ -149,15 +151,22 @@ def test_a_fitted_matrix_in_bf16_is_applied_as_precisely_as_a_linear_one(name):
     weight = torch.randn(96, 128, generator=generator)
     x = (torch.randn(64, 128, generator=generator) + 0.5) * torch.ones(128).index_fill(0, torch.tensor(3), 20.0)
 
-    def forward_error(kernel) -> float:
+    def errors(kernel) -> tuple[float, float]:
         h, r = kernel.size(96, 128, 96 * 128 // 2)
         t = kernel.canonical(kernel.warm_start(Objective(weight), h, r, generator)[0]).map(torch.Tensor.bfloat16)
-        exact = kernel.apply(t.map(torch.Tensor.double), x.bfloat16().double())
-        rounded = kernel.apply(t, x.bfloat16())
-        assert rounded.dtype == torch.bfloat16
-        return float((rounded.double() - exact).norm() / exact.norm())
+        wide = t.map(torch.Tensor.double)
+        layer = CompressedLinear(KernelTerm(kernel, t), None)
+        pairs = (
+            (layer(x.bfloat16()).detach(), kernel.apply(wide, x.bfloat16().double())),
+            (layer.dense().weight, kernel.dense(wide)),
+        )
+        assert all(rounded.dtype == torch.bfloat16 for rounded, _ in pairs)
+        applied, dense = (float((rounded.double() - exact).norm() / exact.norm()) for rounded, exact in pairs)
+        return applied, dense
 
-    assert forward_error(ALL[name]) < 4 * forward_error(ALL["linear"])
+    applied, dense = errors(ALL[name])
+    assert applied < 4 * errors(ALL["linear"])[0]
+    assert dense < 2**-8  # of rounding the exact matrix
 
 
 def test_gradients_of_tiled_kernels_in_bf16_are_added_up_in_fp32():
@@ -178,7 +187,7 @@ def test_mu_scales_the_matrix_and_a_zero_mu_can_be_pruned(kernel):
     pruned = masked.prune(masked.mu != 0)
     x = torch.randn(3, 5, dtype=torch.float64)
     torch.testing.assert_close(kernel.apply(pruned, x), kernel.apply(masked, x))
-    assert pruned.count() == masked.count() == 2 * triplet_size(6, 5, 2)
+    assert KernelTerm(kernel, pruned).count() == KernelTerm(kernel, masked).count() == 2 * triplet_size(6, 5, 2)
 
 
 def test_without_triplets_the_matrix_is_zero(kernel):

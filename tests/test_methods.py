@@ -20,6 +20,7 @@ from nla.storage.base import Float
 from nla.terms.kernel_term import KernelTerm
 from nla.terms.state import pack, unpack
 from tests.conftest import QUANTISED, configuration, options
+from tests.samples import normal
 
 METHODS = options("method")
 
@@ -162,6 +163,15 @@ def test_svd_llm_reaches_the_smallest_output_error_of_its_rank(m, n, tokens, ran
     repair = 4e-6 * float(weight.square().sum() / s.square().sum())  # the error that repairing G may add
     assert fit.weighted_error == pytest.approx(best, rel=1e-2, abs=1e-5 + repair)
     assert fit.svd_llm_error == pytest.approx(fit.weighted_error, rel=1e-3, abs=1e-6) == fit.weighted_floor
+
+
+def test_svd_llm_fits_float16_however_many_tokens_there_were_and_however_large_an_input_is():
+    x = normal(600, 64, seed=3)
+    x[:, 5] *= 1000
+    weight = (0.02 * normal(256, 64)).half()
+    few, many = (compress(SVDLLM(False, 0.0, Float()), weight, 8_000, statistics=Statistics(gram=t * x.T @ x)) for t in (1.0, 2.0**12))
+    assert torch.equal(few.term.dense(), many.term.dense())
+    assert many.weighted_error == pytest.approx(many.svd_llm_error, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])

@@ -69,8 +69,10 @@ def test_a_grid_gets_the_most_bits_that_fit_and_a_pair_keeps_a_sixteenth_for_its
     assert plan("gptq", 2.29) == "int2 group=64" and plan("gptq", 2.27) == "int2 group=128"
     assert plan("gptq", 1.6) == "int1 group=32" and plan("rtn", 5) == "int4 group=32"
     assert plan("eora", 2.5) == "int2 group=64 + linear h=3 r=1"
+    assert plan("eora", 4.1).startswith("int4 group=576 + linear h=")  # not int3: narrower codes lose more than ranks gain
     assert plan("eora", 2.29, rank=1) == "int2 group=128 + linear h=1 r=1"
-    assert plan("lq_lora", 4.8).startswith("nf4 group=64") and plan("lq_lora", 4.8, levels="uniform").startswith("int4")
+    assert RTN("nf4").plan_matrix(512, 512, int(4.25 * 512**2), torch.bfloat16).describe() == "nf4 group=64"  # no zero points
+    assert plan("lq_lora", 4.8).startswith("nf4 group=32") and plan("lq_lora", 4.8, levels="uniform").startswith("int4")
 
 
 def test_gptq_changes_the_outputs_less_than_rtn_and_rtn_the_weights():

@@ -130,6 +130,35 @@ def test_blocks_that_are_never_called_are_refused(tmp_path):
         collected(model, ["blocks.0.fc", "blocks.1.fc"], [Sample(torch.randn(1, 512, 4), torch.zeros(1))], tmp_path)
 
 
+class Calls(nn.Module):
+    """A block that calls its layer `fc` so many times, or once for some inputs and never for others."""
+
+    def __init__(self, times: int | None) -> None:
+        super().__init__()
+        self.times, self.fc, self.last = times, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        for _ in range(int(x[0, 0, 0] > 0) if self.times is None else self.times):
+            x = self.fc(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(("times", "said"), [(0, "called 0 times"), (2, "called 2 times"), (None, "called 0 times"), (1, None)])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_layer_of_whose_inputs_some_would_be_missing_is_refused(times, said, sequential, tmp_path):
+    module = nn.Module()
+    module.blocks = nn.ModuleList([Calls(times), Calls(1)])
+    model = SimpleNamespace(module=module, logits=lambda x: module.blocks[1](module.blocks[0](x)))
+    samples = [Sample(sign * torch.ones(1, 512, 4), torch.zeros(1)) for sign in (1, 1, -1, -1)]
+    layers = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("fc", "last")]
+    stream = StatisticsStream(model, layers, BOTH, samples, StatisticsStore(Cache(tmp_path), "key"), offload=False)
+    with pytest.raises(UserError, match=rf"blocks\.0\.fc is {said} .*exclude='blocks") if said else nullcontext():
+        for block in stream.blocks():
+            for part in stream.parts(block) if sequential else [block.layers]:
+                stream.measure(block, part)
+            stream.advance(block)
+
+
 def test_outputs_that_no_block_reads_are_not_kept(tmp_path):
     """Of a model that is its only block, they are logits."""
     model, _, samples = tiny("tiny_llama", tmp_path)

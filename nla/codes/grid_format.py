@@ -1,5 +1,6 @@
 """The format of a grid, its size in bits, and the formats that fit into a budget."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,10 +54,10 @@ def formats(in_features: int) -> list[GridFormat]:
     return [GridFormat(width, group) for width in WIDTHS for group in groups]
 
 
-def fitting(out_features: int, in_features: int, bits: int) -> list[GridFormat]:
-    """The uniform formats that take at most `bits` bits, from the most bits to the least; of equals, the wider codes first."""
-    sizes = [(f.bits(out_features, in_features), f.width, f.group, f) for f in formats(in_features)]
-    return [row[-1] for row in sorted(sizes, key=lambda row: row[:3], reverse=True) if row[0] <= bits]
+def largest(found: Iterable[GridFormat], out_features: int, in_features: int, bits: int) -> GridFormat | None:
+    """The format that takes most of `bits` bits; of equals, that with the wider codes. None if all take more."""
+    sizes = [(f.bits(out_features, in_features), f.width, f.group, f) for f in found]
+    return max((row for row in sizes if row[0] <= bits), key=lambda row: row[:3], default=(None,))[-1]
 
 
 def least_grid_bits(out_features: int, in_features: int) -> int:

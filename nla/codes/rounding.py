@@ -53,7 +53,7 @@ def best_scaling(weight: Tensor, form: GridFormat, importance: Tensor | None = N
     missing = (0, -n % form.group)
     groups = pad(weight, missing).view(m, -1, form.group)
     counts = pad(counts, missing).view(-1, form.group)
-    parts = [best_of_rows(groups[rows], form, counts) for rows in slices(m, TILE["cpu"] // (STARTS * n))]
+    parts = [best_of_rows(groups[rows], form, counts) for rows in slices(m, TILE[weight.device.type] // (STARTS * n))]
     return Scaling(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 

@@ -29,8 +29,9 @@ class CompressedLinear(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> nn.Linear:
-        """The dense layer with the same matrix."""
-        weight = self.term.dense()
+        """The dense layer with the same matrix, which is computed in fp32 and rounded once."""
+        dtype = next(self.term.parameters()).dtype
+        weight = self.term.as_stored(torch.promote_types(dtype, torch.float32)).dense().to(dtype)
         dense = nn.Linear(weight.shape[1], weight.shape[0], self.bias is not None, weight.device, weight.dtype)
         dense.weight.copy_(weight)
         if self.bias is not None:

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from nla.kernels.base import Kernel
 from nla.matrix.objective import Objective
+from nla.matrix.parts import widen
 from nla.matrix.triplets import Triplets
 
 
@@ -46,8 +47,9 @@ class FactoredKernel(Kernel):
         return self.columns(h, r)
 
     def dense(self, t: Triplets) -> Tensor:
-        left, right = self.factors(t)
-        return left @ right.T
+        """Computed in fp32 at least: terms of the sum may cancel."""
+        left, right = self.factors(t.map(widen))
+        return (left @ right.T).to(t.mu.dtype)
 
     def apply(self, t: Triplets, x: Tensor) -> Tensor:
         left, right = self.factors(t)

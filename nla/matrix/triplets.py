@@ -54,10 +54,6 @@ class Triplets:
     def in_features(self) -> int:
         return self.B.shape[0]
 
-    def count(self) -> int:
-        """Number of parameters of the triplets with mu != 0. The others are masked and not stored."""
-        return int((self.mu != 0).sum()) * triplet_size(self.out_features, self.in_features, self.r)
-
     def prune(self, keep: Tensor) -> "Triplets":
         """The triplets where the boolean mask `keep` (h,) is true."""
         return Triplets(self.A[:, keep], self.B[:, keep], self.mu[keep])

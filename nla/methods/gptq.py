@@ -32,5 +32,5 @@ class GPTQ(GridMethod):
 
 
 def gptq_flops(out_features: int, in_features: int) -> int:
-    """Floating-point operations of the Cholesky factors and the feedback in three passes."""
-    return 4 * in_features**3 // 3 + 3 * out_features * in_features**2
+    """Floating-point operations: two orders of inputs, feedback in three passes, and the errors of four roundings."""
+    return 8 * in_features**3 // 3 + (3 + 8) * out_features * in_features**2

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nla.codes.grid_format import GridFormat, fitting, least_grid_bits
+from nla.codes.grid_format import GridFormat, formats, largest, least_grid_bits
 from nla.codes.rounding import Rounded
 from nla.matrix.objective import Objective
 from nla.methods.base import Shape
@@ -30,10 +30,9 @@ class GridMethod(Rounding):
         return form
 
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
-        found = fitting(out_features, in_features, bits)
-        if not found:
+        form = largest(map(self.levels, formats(in_features)), out_features, in_features, bits)
+        if form is None:
             return nothing(out_features, in_features, dtype)
-        form = self.levels(found[0])
         return Grid.empty(out_features, in_features, form.width, form.group, form.kind, dtype)
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ from nla.matrix.objective import Objective
 from nla.matrix.spectrum import balanced_factors, spectrum_flops
 from nla.methods.base import MatrixMethod, Shape
 from nla.methods.gptq import gptq_flops
+from nla.methods.grid_method import RTN_FLOPS
 from nla.methods.rounding import hessian, relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
@@ -97,4 +98,5 @@ class PackedSVD(MatrixMethod):
 
     def start_flops(self, term: Term) -> int:
         m, n, k = term.out_features, term.in_features, term.rank_bound() or 0
-        return spectrum_flops(m, n) + gptq_flops(k, n) + ROUNDS * (4 * m * n * k + 4 * n * n * k)
+        each = gptq_flops(k, n) + RTN_FLOPS * k * (m + n) + 4 * m * n * k + 4 * n * n * k
+        return spectrum_flops(m, n) + ROUNDS * each

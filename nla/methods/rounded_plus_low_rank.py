@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -15,6 +16,7 @@ from nla.methods.rounding import relative_error
 from nla.methods.svd import SVD
 from nla.solvers.base import Solution, Start, Status
 from nla.terms.base import Sum, Term
+from nla.terms.grid import Grid
 from nla.terms.kernel_term import nothing
 
 LOW_RANK_SHARE = 1 / 16  # fraction of the bits that the linear factors get at least, if no rank is given
@@ -27,7 +29,7 @@ class RoundedPlusLowRank(MatrixMethod):
 
     Args:
         rank: of the linear factors; Q is the largest that fits beside them. None: Q is the largest that leaves LOW_RANK_SHARE
-            of the bits, and the factors get all that are left.
+            of the bits, and the factors get all that are left. A grid does not have narrower codes for that.
         iterations: the largest number of pairs.
         rounding: the method that rounds a matrix to Q.
         factors: the method that fits the linear factors.
@@ -80,12 +82,22 @@ class RoundedPlusLowRank(MatrixMethod):
     def plan_matrix(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Term:
         least = self.factors.bits_of(out_features, in_features, self.rank or 1, dtype)
         share = least if self.rank else max(least, int(LOW_RANK_SHARE * bits))
-        for beside in (share, least):
-            rounded = self.rounding.plan_matrix(out_features, in_features, bits - beside, dtype)
-            if rounded.count():
-                left = least if self.rank else bits - rounded.bits()
-                return Sum([rounded, self.factors.plan_matrix(out_features, in_features, left, dtype)])
-        return nothing(out_features, in_features, dtype)
+        rounded = self.plan_rounded(out_features, in_features, bits - share, bits - least, dtype)
+        if not rounded.count():
+            return nothing(out_features, in_features, dtype)
+        left = least if self.rank else bits - rounded.bits()
+        return Sum([rounded, self.factors.plan_matrix(out_features, in_features, left, dtype)])
+
+    def plan_rounded(self, out_features: int, in_features: int, bits: int, most: int, dtype: torch.dtype) -> Term:
+        """Q with at most `bits` bits, unless a grid with at most `most` bits has wider codes.
+
+        Then it is the smallest grid with these codes: narrower codes lose more than a few ranks gain.
+        """
+        wanted, largest = (self.rounding.plan_matrix(out_features, in_features, b, dtype) for b in (bits, most))
+        if isinstance(largest, Grid) and not (isinstance(wanted, Grid) and wanted.form.width == largest.form.width):
+            form = replace(largest.form, group=in_features)  # the smallest with such codes
+            return Grid.empty(out_features, in_features, form.width, form.group, form.kind, dtype)
+        return wanted if wanted.count() else largest
 
     def least_bits(self, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
         beside = sum(self.factors.bits_of(m, n, self.rank or 1, dtype) for m, n in shapes)

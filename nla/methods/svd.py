@@ -18,8 +18,9 @@ from nla.terms.kernel_term import KernelTerm
 class SVD(MatrixMethod):
     """W' = U_R U_R^T W, where U_R are the first R left singular vectors of W S. S is the identity here.
 
-    No matrix of rank R has a smaller ||(W' - W) S||. The term is the linear kernel with h = R triplets of r = 1; mu are the
-    singular values.
+    No matrix of rank R has a smaller ||(W' - W) S||. The term is the linear kernel with h = R triplets of r = 1. A are the
+    vectors U_R. B are the columns of W^T U_R, each divided by a power of two that brings its norm near 1, with the rest in mu:
+    the singular values of W S would grow with the number of tokens, out of the range of 16 bits.
     """
 
     def __init__(self) -> None:
@@ -38,8 +39,11 @@ class SVD(MatrixMethod):
     def start(self, objective: Objective, planned: Term, generator: torch.Generator) -> Start:
         assert isinstance(planned, KernelTerm)
         h = planned.triplets.h
-        left, s, right = (factor.to(objective.weight.dtype) for factor in objective.spectrum.truncated(h))
-        term = KernelTerm(self.kernel, Triplets(left[:, :, None], right[:, :, None], s))
+        left, s, right = objective.spectrum.truncated(h)
+        size = torch.linalg.vector_norm(right, dim=0)
+        size = torch.where(size > 0, size.log2().round().exp2(), 1.0)  # a power of two, so that no digit changes
+        left, right, mu = (p.to(objective.weight.dtype) for p in (left, right / size, s * size))
+        term = KernelTerm(self.kernel, Triplets(left[:, :, None], right[:, :, None], mu))
         return Start(term, objective.spectrum.tail(h))
 
     def start_flops(self, term: Term) -> int:

@@ -2,6 +2,7 @@
 are in memory."""
 
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -217,7 +218,10 @@ def same(first: Any, second: Any) -> bool:
 
 
 class Inputs:
-    """Context that records the inputs (rows, in) of some layers, each once: for the first layer that reads it."""
+    """Context that records the inputs (rows, in) of some layers, each once: for the first layer that reads it.
+
+    Every run must call each of the layers once. Otherwise some of their inputs would be missing.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers = layers
@@ -235,6 +239,7 @@ class Inputs:
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].detach()
+            self.local.calls.append(name)
             for other, tensor in self.local.caught.items():
                 if tensor is x or (tensor.data_ptr(), tensor.shape) == (x.data_ptr(), x.shape):
                     self.source[name] = other
@@ -245,7 +250,18 @@ class Inputs:
         return catch
 
     def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The result of `run()`, and {layer: input (rows, in)} of the layers that it called in this thread."""
-        self.local.caught = {}
+        """The result of `run()`, and {layer: input (rows, in)} of the layers that it called in this thread.
+
+        Raises:
+            UserError: it did not call one of the layers, or called one twice.
+        """
+        self.local.caught, self.local.calls = {}, []
         output = run()
+        for name in self.layers:
+            count = self.local.calls.count(name)
+            if count != 1:
+                raise UserError(
+                    f"{name} is called {count} times while the model reads a batch of samples, so that its inputs cannot be "
+                    f"measured: once is allowed; leave it out with select.exclude='{re.escape(name)}'"
+                )
         return output, {name: x.flatten(0, -2) for name, x in self.local.caught.items()}

@@ -99,8 +99,7 @@ class StatisticsStream:
         found: dict[str, list[str]] = {}
         for layer, first in inputs.source.items():
             found.setdefault(first, []).append(layer)
-        uncalled = [layer for layer in block.layers if layer not in inputs.source]
-        return [*found.values(), *([uncalled] if uncalled else [])]
+        return list(found.values())
 
     def measure(self, block: Block, layers: Sequence[str] | None = None, replaced: bool = False) -> None:
         """Compute and store those statistics of the block's layers that the store lacks.
