@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nla.harness.fits_table import FitRecord
 
@@ -24,7 +26,7 @@ def weighted_loss_by_layer(fits: pd.DataFrame) -> Figure:
 
 
 def by_layer(fits: pd.DataFrame, error: str, rival: str, floor: str, label: str) -> Figure:
-    """A figure with one panel per kind of matrix, and in it one line per kernel or method.
+    """A figure with one panel per kind of matrix, and in it one line per run.
 
     Args:
         fits: rows of `fits_frame`, of one model at one ratio.
@@ -32,7 +34,7 @@ def by_layer(fits: pd.DataFrame, error: str, rival: str, floor: str, label: str)
         rival: the method whose error at equal parameters is a reference: its column is <rival>_error.
         label: of the vertical axes.
     """
-    kinds = list(dict.fromkeys(fits["kind"]))
+    kinds, names = list(dict.fromkeys(fits["kind"])), names_of_runs(fits)
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
@@ -42,13 +44,18 @@ def by_layer(fits: pd.DataFrame, error: str, rival: str, floor: str, label: str)
         reference = of_kind.drop_duplicates("layer")
         name = f"{rival.upper().replace('_', '-')}, equal parameters"
         axis.plot(reference["layer"], reference[f"{rival}_error"], "k--", linewidth=1, label=name)
-        names = of_kind["kernel"].where(of_kind["method"] == "nla", of_kind["method"])
-        for name, line in of_kind[of_kind["method"] != rival].groupby(names, sort=True):
-            drawn = axis.plot(line["layer"], line[error], marker=".", markersize=3, linewidth=1, label=name)
-            if name == "piecewise":
+        for signature, run in names.items():
+            line = of_kind[of_kind["signature"] == signature]
+            if np.allclose(line[error], line[f"{rival}_error"], rtol=0.01):
+                continue  # it is the reference
+            drawn = axis.plot(line["layer"], line[error], marker=".", markersize=3, linewidth=1, label=run)
+            if run.partition(" ")[0] == "piecewise":
                 colour = drawn[0].get_color()
                 axis.plot(line["layer"], line[floor], ":", color=colour, linewidth=1, label="floor of piecewise")
         axis.set_title(kind, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[len(kinds) - columns : len(kinds)]:
+        axis.tick_params(labelbottom=True)  # of panels with an invisible one below
     highest = max(float(fits[key].max()) for key in (error, f"{rival}_error"))
     axes[0].set_ylim(0, 1.05 * highest)  # shared by all panels
     for axis in axes[len(kinds) :]:
@@ -58,6 +65,17 @@ def by_layer(fits: pd.DataFrame, error: str, rival: str, floor: str, label: str)
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel(label, fontsize=9)
     return figure
+
+
+def names_of_runs(fits: pd.DataFrame) -> dict[str, str]:
+    """{signature: method or kernel, and the settings in which runs of the same one differ}, by name."""
+    runs = fits.drop_duplicates("signature").set_index("signature")
+    found = {}
+    for name, same in runs.groupby(runs["kernel"].where(runs["method"] == "nla", runs["method"]), sort=True):
+        shared = set.intersection(*(set(changed.split()) for changed in same["changed"]))
+        for signature, changed in same["changed"].items():
+            found[signature] = " ".join([name, *(part for part in changed.split() if part not in shared)])
+    return found
 
 
 def retraining(history: list[dict[str, Any]]) -> Figure:

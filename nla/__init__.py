@@ -2,6 +2,8 @@
 
 `import nla` is light: it imports neither torch nor transformers. It makes transformers able to load compressed folders
 (`AutoModelForCausalLM.from_pretrained(folder)`), as soon as transformers itself is imported.
+
+The functions `save_compressed`, `load_compressed` and `optimise_for_inference` are imported when they are used.
 """
 
 import sys
@@ -19,6 +21,13 @@ FUNCTIONS = {
 }
 REGISTRY = "transformers.quantizers.auto"  # transformers' table of storage formats
 OURS = "nla.saved.quantizer"  # adds the format of this project to it
+
+
+__all__ = [*FUNCTIONS]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,11 @@ from typing import Any
 
 from nla.machine.errors import NonFiniteError, UserError
 
+FORMS = {
+    "dense": "its linear layers are ordinary matrices again, which the terms were multiplied out to.",
+    "pairs": "each compressed layer is two linear layers.",
+    "pivoted": "low-rank terms are stored by pivot rows where these take fewer bits.",
+}
 OWN_FILES = {"README.md", "config.json", "digests.json"}  # written anew
 
 
@@ -30,6 +35,8 @@ def main(arguments: list[str]) -> None:
     asked = parser.parse_args(arguments)
     if asked.multiple < 1:
         parser.error(f"--multiple {asked.multiple} must be 1 or more")
+    if asked.multiple > 1 and asked.to != "pairs":
+        parser.error(f"--multiple {asked.multiple} is for --to pairs, not --to {asked.to}")
     export(asked.folder.expanduser(), asked.to, asked.out.expanduser().absolute(), asked.multiple)
 
 
@@ -67,7 +74,7 @@ def export(folder: Path, to: str, out: Path, multiple: int) -> None:
 def converted_card(text: str, to: str, loading: str | None) -> str:
     """The model card of a converted folder: the one it was made from, with a note and its own way of loading."""
     about, heading, old = text.partition("## Loading\n\n")
-    note = f"This folder was converted to `{to}`. Sizes above are those before it.\n\n"
+    note = f"This folder was converted to `{to}`: {FORMS[to]} What stands above is of the folder that it was made from.\n\n"
     return about + note + heading + (old if loading is None else f"{loading}\n")
 
 

@@ -10,7 +10,7 @@ from nla.harness import estimate_fits
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
 from nla.pipeline import run
-from tests.conftest import TINY, configuration, options, records
+from tests.conftest import QUANTISED, TINY, configuration, options, records
 
 
 @pytest.mark.parametrize("model", options("model"))
@@ -23,6 +23,17 @@ def test_a_dry_run_prints_the_plan_of_any_model_without_weights(tmp_path, caplog
         assert text in caplog.text
     assert max(len(line) for message in caplog.messages for line in message.splitlines()) <= 80
     assert not records(tmp_path)
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_the_plan_of_any_method_fits_a_terminal_of_80_columns(tmp_path, caplog, monkeypatch, method):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(estimate_fits, "LARGEST", 128)
+    size = "bits=3.3" if method in QUANTISED else "ratio=0.5"
+    asked = ["model=smollm2_135m", "dry_run=true", "budget=marginal", size, f"method={method}"]
+    assert run(check_settings(configuration(*asked, "track=none", f"outputs_dir={tmp_path}"))) is None
+    assert max(len(line) for message in caplog.messages for line in message.splitlines()) <= 80
+    assert "keeping at most" in caplog.text and "These are equal shares" in caplog.text
 
 
 def test_a_dry_run_measures_a_term_of_the_same_size_whatever_the_models_type():

@@ -169,7 +169,9 @@ def test_svd_llm_fits_float16_however_many_tokens_there_were_and_however_large_a
     x = normal(600, 64, seed=3)
     x[:, 5] *= 1000
     weight = (0.02 * normal(256, 64)).half()
-    few, many = (compress(SVDLLM(False, 0.0, Float()), weight, 8_000, statistics=Statistics(gram=t * x.T @ x)) for t in (1.0, 2.0**12))
+    few, many = (
+        compress(SVDLLM(False, 0.0, Float()), weight, 8_000, statistics=Statistics(gram=t * x.T @ x)) for t in (1.0, 2.0**12)
+    )
     assert torch.equal(few.term.dense(), many.term.dense())
     assert many.weighted_error == pytest.approx(many.svd_llm_error, rel=0.01)
 

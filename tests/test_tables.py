@@ -128,6 +128,17 @@ def test_the_figure_has_a_panel_per_kind_of_matrix(fits):
     assert len([axis for axis in figure.axes if axis.get_visible()]) == 7
 
 
+def test_runs_that_differ_in_a_setting_have_lines_of_their_own_and_the_reference_has_one(fits):
+    whole = fits[(fits["ratio"] == 0.7) & (fits["matrices"] == 210)]
+    one = whole[whole["kernel"] == "piecewise"].drop_duplicates(["name"])
+    other = one.assign(signature="other", changed="steps=5", relative_error=one["relative_error"] + 0.1)
+    reference = one.assign(signature="svd", method="svd", kernel="linear", relative_error=one["svd_error"])
+    axis = loss_by_layer(pd.concat([one.assign(changed=""), other, reference])).axes[0]
+    drawn = {line.get_label(): len(line.get_xdata()) for line in axis.get_lines()}
+    names = {"SVD, equal parameters", "piecewise", "piecewise steps=5", "floor of piecewise"}
+    assert set(drawn) == names and set(drawn.values()) == {30}
+
+
 def test_forms_of_the_forward_are_compared_on_equal_terms():
     torch.manual_seed(0)
     table = compare_forms(Piecewise(r=4), 256, 192, 0.7, 32).set_index("form")

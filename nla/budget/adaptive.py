@@ -50,7 +50,7 @@ class Adaptive(Budget):
         if steps == 0:
             raise UserError(
                 "budget=adaptive shares parameters out while retraining; "
-                "set retrain.steps, or use budget=uniform or sensitivity"
+                "set retrain.steps, or use another budget, such as uniform"
             )
         parts = set(train[0])
         if len(train) > 1 or not ({"triplets", "everything"} & parts or {"A", "B", "mu"} <= parts):

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from tabulate import tabulate
 
+from nla.budget.measured import MeasuredBudget
 from nla.budget.plan import PlannedMatrix
 from nla.harness.estimate_fits import estimate
 from nla.harness.estimate_retraining import retraining_cost
@@ -15,6 +16,7 @@ from nla.harness.units import duration, flop, millions
 from nla.models.base import DTYPES
 
 log = logging.getLogger(__name__)
+TERMS = 3  # the column of the plan whose texts may take several lines
 
 
 def announce(prepared: PreparedRun) -> None:
@@ -22,6 +24,16 @@ def announce(prepared: PreparedRun) -> None:
     selected = prepared.plan.selected
     fitted, kept = sum(prepared.plan.kept.values()), kept_in_the_end(prepared)
     total = prepared.inventory.parameters
+    if isinstance(prepared.budget, MeasuredBudget):
+        log.info(
+            "keeping at most %.2f of %d bits for each of %s parameters in %d matrices;\n"
+            "the budget divides them when it has measured the model",
+            prepared.target.bits,
+            prepared.target.width,
+            millions(selected),
+            len(prepared.plan.matrices),
+        )
+        return
     if kept >= selected or prepared.values["bits"] is not None:  # the number of codes of few bits says nothing
         log.info(
             "keeping %.2f of %d bits for each of %s parameters in %d matrices",
@@ -60,7 +72,13 @@ def show_plan(prepared: PreparedRun) -> None:
         for (kind, m, n, terms), same in kinds.items()
     ]
     announce(prepared)
-    log.info("\n%s", tabulate(rows, ["matrix", "count", "shape", "terms", "before", "after"], disable_numparse=True))
+    header = ["matrix", "count", "shape", "terms", "before", "after"]
+    # tabulate makes a column two wider than its name, at least, and puts two spaces between columns
+    wide = [max(len(name) + 2, *(len(str(row[i])) for row in rows)) + 2 for i, name in enumerate(header)]
+    widths = [80 - sum(wide) + wide[TERMS] if i == TERMS else None for i in range(len(header))]
+    log.info("\n%s", tabulate(rows, header, disable_numparse=True, maxcolwidths=widths))
+    if isinstance(prepared.budget, MeasuredBudget):
+        log.info("These are equal shares; the budget has not measured the model.")
     size = DTYPES[prepared.values["dtype"]].itemsize
     cost = estimate(prepared)
     step = cost.step / cost.step_rate if cost.step_rate else 0.0

@@ -55,7 +55,7 @@ def pivot(model: nn.Module) -> list[str]:
         error = float((stored.as_stored(torch.float64).dense() - matrix).norm() / matrix.norm().clamp(min=1e-300))
         most = LARGEST_ERROR * torch.finfo(dtype).eps
         if stored.bits() >= before:
-            lines.append(f"{name}: kept, because pivot rows would take {stored.bits() / before:.2f} of its bits")
+            lines.append(f"{name}: kept, because pivot rows would take {stored.bits() / before:.2f} times its bits")
         elif not error <= most:
             large = float(term.coefficients.abs().max())
             lines.append(

@@ -30,7 +30,7 @@ def allocated(prepared: PreparedRun, model: Model, calibration: Calibration) -> 
         return prepared
     specs = [matrix.spec for matrix in prepared.plan.matrices]
     target = target_without_linear_term(prepared.target, specs, prepared.retraining.linear_term)  # of what is fitted
-    with tqdm(desc="budget", unit="look", dynamic_ncols=True) as bar:
+    with tqdm(desc="budget", unit="matrix", dynamic_ncols=True) as bar:
         view = View(prepared, model, calibration, bar)
         with prepared.cache.lock("sensitivities", view.key):  # jobs of other sizes measure the same
             shares = prepared.budget.look(specs, target, view)

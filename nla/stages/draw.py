@@ -31,9 +31,10 @@ def draw_sweep(runs: list[Path], folder: Path) -> None:
     from analysis import plots
     from analysis.frames import fits_frame
 
-    if len(runs) < 2:
+    different = list(dict.fromkeys(runs))  # two jobs of one request are one run
+    if len(different) < 2:
         return
-    fits = fits_frame([read_record(run) for run in runs])
+    fits = fits_frame([read_record(run) for run in different])
     if len(fits.drop_duplicates(["model", "ratio", "asked_bits"])) > 1:
         return
     weighted = bool(fits["weighted_error"].notna().all())
