@@ -74,7 +74,7 @@ def names_of_runs(fits: pd.DataFrame) -> dict[str, str]:
     for name, same in runs.groupby(runs["kernel"].where(runs["method"] == "nla", runs["method"]), sort=True):
         shared = set.intersection(*(set(changed.split()) for changed in same["changed"]))
         for signature, changed in same["changed"].items():
-            found[signature] = " ".join([name, *(part for part in changed.split() if part not in shared)])
+            found[str(signature)] = " ".join([name, *(part for part in changed.split() if part not in shared)])
     return found
 
 

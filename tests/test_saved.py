@@ -226,7 +226,7 @@ def test_without_this_project_the_folder_is_refused_and_its_dense_form_and_its_p
     for name in TEXTS:
         _, folder = saved(name, tmp_path / name, KERNELS[:3])
         for to in ("dense", "pairs"):
-            export(folder, "--to", to, str(tmp_path / name / to), "--multiple", "32")
+            export(folder, "--to", to, str(tmp_path / name / to), *(["--multiple", "32"] if to == "pairs" else []))
     run = settings({"PYTHONPATH": str(ROOT)}) | {"cwd": tmp_path}
     result = subprocess.run([sys.executable, "-c", FRESH.replace("NAMES", repr(TEXTS))], **run)
     assert result.returncode == 0 and result.stdout.split() == ["refused", TEXTS[0], "refused", TEXTS[1]], result.stderr

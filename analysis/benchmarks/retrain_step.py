@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.benchmarks.command import given, main
-from nla.budget.adaptive import Adaptive
+from nla.budget.adaptive import Adaptive, Tightening
 from nla.budget.schedule import Cubic
 from nla.compressed.contents import kernel_terms
 from nla.compressed.layer import CompressedLinear
@@ -113,8 +113,9 @@ def compare(steps: int, kernel: Kernel, adaptive: bool, cache: Cache) -> dict[st
     terms = kernel_terms(model.module)
     names = list(terms)
     masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
-    kept = sum(t.count() for t in masters)
-    tightening = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score", "loss").tightening(masters, kept * 2 // 3, steps)
+    kept = sum(term.count() for term in kernel_terms(model.module).values())
+    budget = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score", "loss")
+    tightening = Tightening(budget, masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
     masks = tightening if adaptive else None
     clock = Clock(
