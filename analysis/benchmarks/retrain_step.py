@@ -113,7 +113,7 @@ def compare(steps: int, kernel: Kernel, adaptive: bool, cache: Cache) -> dict[st
     terms = kernel_terms(model.module)
     names = list(terms)
     masters = [Triplets(*(by_name[f"{name}.{part}"].master for part in ("A", "B", "mu"))) for name in names]
-    kept = sum(term.count() for term in kernel_terms(model.module).values())
+    kept = sum(term.count() for term in terms.values())
     budget = Adaptive(Cubic(1.5, 0.0, 0.1, 1), 0.85, 0.85, "score", "loss")
     tightening = Tightening(budget, masters, kept * 2 // 3, steps)
     recipe = Recipe(steps, 1e-4, 0, 0.0, 1.0, checkpoint=steps)
