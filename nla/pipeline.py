@@ -95,9 +95,9 @@ def carry_out(
         config=prepared.values,
     )
     try:
+        record.write(folder)
+        announce(prepared)
         with naming(folder), reserved(folder / ".reserve"):
-            record.write(folder)
-            announce(prepared)
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(prepared.values).encode())
             prepared.tracker.begin(record, prepared.plan, Path(prepared.values["outputs_dir"]))
             model = stages(prepared, record, folder)
