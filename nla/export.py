@@ -15,7 +15,7 @@ from typing import Any
 from nla.machine.errors import NonFiniteError, UserError
 
 FORMS = {
-    "dense": "its linear layers are ordinary matrices again, which the terms were multiplied out to.",
+    "dense": "its terms are multiplied out, so that its linear layers are ordinary ones again.",
     "pairs": "each compressed layer is two linear layers.",
     "pivoted": "low-rank terms are stored by pivot rows where these take fewer bits.",
 }

@@ -58,7 +58,8 @@ class MarginalGain(MeasuredBudget):
             offered[spec.name] = offers(spec.out_features, spec.in_features, gains, least)
         total = int(target.bits * sum(spec.n_params for spec in specs)) // target.width
         bought, refused = buy({name: first for name, (first, _) in offered.items()}, total)
-        # a matrix that cannot become dense takes single ranks instead
+        # A matrix that cannot become dense takes single ranks instead. One that was refused a rank is refused all later ones,
+        # which cost as much.
         more, _ = buy({name: offered[name][1] for name in refused}, total - sum(bought.values()))
         return {name: (numbers + more.get(name, 0)) * target.width for name, numbers in bought.items()}
 
