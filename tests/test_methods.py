@@ -68,7 +68,7 @@ def test_a_fit_keeps_its_budget_and_reports_its_true_error(name, m, n, spare, ki
     budget = -(-method.least_bits([(m, n)], dtype) // width) + spare
     fit = compress(method, weight, budget)
     assert fit.bits <= width * budget
-    if name not in QUANTISED:
+    if name not in QUANTISED | {"pifa"}:  # which also stores the places of rows
         assert fit.bits == width * fit.n_params
     assert all(p.dtype == dtype for p in fit.term.parameters())
     energy = float(weight.double().square().sum())
@@ -122,6 +122,16 @@ def test_svd_reaches_eckart_young_with_the_singular_values_as_mu():
     assert fit.relative_error == pytest.approx(float(s[7:].square().sum() / s.square().sum()), rel=1e-4)
     assert fit.svd_error == pytest.approx(fit.relative_error, rel=1e-4) == fit.floor
     assert fit.n_params == 7 * 51
+
+
+def test_pifa_is_the_matrix_of_svd_llm_of_the_rank_that_pivot_rows_have_room_for():
+    weight, statistics = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)), known_inputs(12)
+    fit = compress(make_method("pifa"), weight, 182, statistics=statistics)
+    assert fit.term.describe() == "pivoted rank=7"  # 7 (20 + 12 - 7) numbers of 32 bits, and 7 places of 32 bits, are 182
+    assert (fit.n_params, fit.bits) == (175, 32 * 182)
+    best = compress(make_method("svd_llm"), weight, 7 * 33, statistics=statistics)
+    assert fit.weighted_error == pytest.approx(best.weighted_error, rel=1e-4)
+    torch.testing.assert_close(dense(fit), dense(best), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(96, 288), (192, 96)])

@@ -74,3 +74,18 @@ def test_terms_that_pivot_rows_would_not_keep_stay_as_they_are(monkeypatch):
     assert module[0].term is wide and "would take" in line
     swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": nothing(8, 8, torch.float32)})
     assert pivot(module) == ["0: kept, because the matrix is zero"]
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (7, 9), (4, 9)])
+def test_pivot_rows_are_trained_as_two_factors_of_one_size_and_lead_back(shape):
+    stored = pivoted(normal(shape[0], 4), 30 * normal(shape[1], 4, seed=1))
+    trained, x = stored.trainable(), normal(5, shape[1], seed=2)
+    assert (trained.bits(), trained.config(), trained.rank_bound()) == (stored.bits(), stored.config(), 4)
+    left, right = trained.factors()
+    torch.testing.assert_close(left.T @ left, right.T @ right)
+    torch.testing.assert_close(trained(x), stored(x))
+    with torch.no_grad():
+        trained.left += 0.1 * normal(shape[0], 4, seed=3)
+    again = trained.packed()
+    torch.testing.assert_close(again.dense(), trained.dense())
+    assert not again.dense().allclose(stored.dense()) and again.config() == stored.config()

@@ -27,7 +27,8 @@ class SVDLLM(MatrixMethod):
 
     def __init__(self, sequential: bool, correction: float, storage: Storage) -> None:
         require_correction(correction, sequential)
-        self.sequential, self.correction, self.factors = sequential, correction, svd_with(storage)
+        self.sequential, self.correction = sequential, correction
+        self.factors: MatrixMethod = svd_with(storage)
 
     def objective(self, norms: Norms) -> Objective:
         return norms.outputs

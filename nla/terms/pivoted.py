@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nla.machine.device import type_name
-from nla.terms.base import Stored, Term, class_path
+from nla.terms.base import Factors, Stored, Term, class_path
 
 
 class Pivoted(Term):
@@ -83,6 +83,70 @@ class Pivoted(Term):
 
     def rank_bound(self) -> int:
         return len(self.rows)
+
+    def trainable(self) -> "Unpivoted":
+        rows, R = self.rows.detach().double(), len(self.rows)
+        triangle = torch.linalg.qr(rows.T)  # rows = scale.T @ basis.T
+        one = torch.eye(R, dtype=rows.dtype, device=rows.device)
+        left = self.in_order(one, self.coefficients.detach().double().T).T @ triangle.R.T  # (out, R)
+        U, s, V = torch.linalg.svd(left, full_matrices=False)
+        balanced = (U * s.sqrt(), triangle.Q @ (V.T * s.sqrt()))
+        return Unpivoted(*(factor.to(self.rows.dtype) for factor in balanced))
+
+
+class Unpivoted(Term):
+    """A pivoted matrix in training, as the product L R^T. The coefficients of pivot rows would be hard to train.
+
+    Args:
+        left: L (out, R).
+        right: R (in, R).
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        # a fused optimiser needs its moments in the same memory order, and checkpoints restore them row by row
+        self.left, self.right = (nn.Parameter(factor.detach().contiguous()) for factor in (left, right))
+        self.out_features, self.in_features = len(left), len(right)
+
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> "Unpivoted":  # type: ignore[override]
+        return cls(*(torch.empty(size, rank, dtype=dtype, device="meta") for size in (out_features, in_features)))
+
+    def factors(self) -> Factors:
+        return self.left, self.right
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.right) @ self.left.T  # (..., in) -> (..., R) -> (..., out)
+
+    def dense(self) -> Tensor:
+        return self.left @ self.right.T
+
+    def packed(self) -> Pivoted:
+        return pivoted(self.left, self.right)
+
+    def stored(self) -> list[Stored]:
+        return self.packed().stored()
+
+    def config(self) -> dict[str, Any]:
+        return self.packed().config()
+
+    def describe(self) -> str:
+        return f"pivoted rank={self.rank_bound()}"
+
+    def forward_flops(self, tokens: int) -> int:
+        return 2 * tokens * (self.left.numel() + self.right.numel())
+
+    def dense_flops(self) -> int:
+        return 2 * self.out_features * self.right.numel()
+
+    def scaled(self, factor: float) -> "Unpivoted":
+        return Unpivoted(self.left * factor, self.right)
+
+    def as_stored(self, dtype: torch.dtype) -> Pivoted:
+        return self.packed().as_stored(dtype)
+
+    def rank_bound(self) -> int:
+        return self.left.shape[1]
 
 
 def pivoted(left: Tensor, right: Tensor) -> Pivoted:
