@@ -8,7 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from nla import jobs
-from nla.harness.unknown_settings import check_arguments, explain_unknown_keys
+from nla.harness.unknown_settings import check_arguments
 from nla.machine.ending import Stopped, leave, stoppable
 
 
@@ -30,10 +30,8 @@ if __name__ == "__main__":
         leave(stopped)
     except Exception as error:
         jobs.refuse(error)
-    except SystemExit as ended:
+    except SystemExit:
         jobs.show_table()
-        if ended.code:
-            explain_unknown_keys(sys.argv[1:])
         raise
     jobs.show_table()
     sys.exit(jobs.exit_code())

@@ -75,7 +75,9 @@ def converted_card(text: str, to: str, loading: str | None) -> str:
     """The model card of a converted folder: the one it was made from, with a note and its own way of loading."""
     about, heading, old = text.partition("## Loading\n\n")
     note = f"This folder was converted to `{to}`: {FORMS[to]} What stands above is of the folder that it was made from.\n\n"
-    return about + note + heading + (old if loading is None else f"{loading}\n")
+    if loading is None:
+        return about + note + heading + old
+    return about.replace("library_name: nla\n", "", 1) + note + heading + f"{loading}\n"  # nla does not load the folder
 
 
 def weight_bytes(folder: Path) -> int:

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nla.harness.settings import check_settings
-from nla.harness.unknown_settings import explain_unknown_keys
+from nla.harness.unknown_settings import print_errors, unknown_settings
 from nla.machine.ending import Stopped, die_with_parent, leave, stoppable
 from nla.machine.errors import NonFiniteError, UserError
 from nla.machine.files import reserved, write_atomically
@@ -53,7 +53,7 @@ def attempt(cfg: DictConfig) -> None:
     try:
         outcome["folder"] = run_job(cfg, settings, sweeping)
     except (UserError, NonFiniteError) as error:
-        log.error("error: %s", error)
+        print_errors([str(error)])
         outcome["error"], _exit_code = str(error), FAILED
     except Stopped as error:
         outcome["error"], stopped = str(error), error
@@ -110,8 +110,7 @@ def refuse(error: Exception) -> None:
         sys.exit(FAILED)
     # Hydra's advice to add a setting with + is left out, see check_arguments()
     reason = "\n".join(line for line in str(error).strip().splitlines() if "To append to your config" not in line)
-    print(f"error: the settings {shlex.join(sys.argv[1:])} cannot be read: {reason}", file=sys.stderr)
-    explain_unknown_keys(sys.argv[1:])
+    print_errors(unknown_settings(sys.argv[1:]) or [f"the settings {shlex.join(sys.argv[1:])} cannot be read: {reason}"])
     sys.exit(1)
 
 
@@ -135,7 +134,7 @@ class SweepTable(Callback):
             with reserved(folder / ".reserve"):  # there is space for what Hydra writes, whose errors it shows as tracebacks
                 _sweep = config
         except UserError as error:
-            print(f"error: {error}")
+            print_errors([str(error)])
             sys.exit(FAILED)
 
 

@@ -37,7 +37,7 @@ class ForwardCost(Task):
 
     def __init__(self, data: Data | None, samples: int, length: int, repeats: int, seed: int) -> None:
         if data is None:
-            raise UserError(f"task=forward_cost needs text or images: data={SETS['text']}, {SETS['images']}")
+            raise UserError(f"task=forward_cost needs text or images: data={SETS['text']}, or data={SETS['images']}")
         for setting, value, least in (("samples", samples, 1), ("length", length, 2), ("repeats", repeats, 1)):
             require_integer(f"task.{setting}", value, least)
         self.data, self.samples, self.length, self.repeats, self.seed = data, samples, length, repeats, seed

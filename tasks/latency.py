@@ -72,7 +72,7 @@ class Latency(Task):
         seed: int,
     ) -> None:
         if data is None:
-            raise UserError(f"task=latency needs text or images: data={SETS['text']}, {SETS['images']}")
+            raise UserError(f"task=latency needs text or images: data={SETS['text']}, or data={SETS['images']}")
         for setting, values in (("prompts", prompts), ("batches", batches)):
             if not isinstance(values, list | tuple) or not values:
                 raise UserError(f"task.{setting}={values} must be a list of whole numbers, such as [1,16]")

@@ -11,7 +11,7 @@ from nla.harness.settings import check_settings
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from nla.models.base import LanguageModel
-from tasks.data import SETS
+from tasks.data import LEARNT, SETS
 from tasks.data.base import Data
 from tasks.data.manual import PythonTopics
 from tests.conftest import CONF, configuration, options
@@ -29,9 +29,11 @@ def test_a_set_is_described_once_and_has_the_two_splits_that_its_kind_has(name):
     cfg = configuration(f"data={name}", f"calibration={name}")
     assert cfg.data == cfg.calibration == cfg.statistics.data
     (data,) = (value for value in instantiate(cfg.data, _convert_="all").values() if isinstance(value, Data))
-    assert data.name == name and name.removesuffix("_since_1960") in SETS[data.kind].replace(",", "").split()
+    listed = name.removesuffix("_since_1960")
+    assert data.name == name and listed in SETS[data.kind].replace(",", "").split()
+    assert ("train" in data.splits) == (listed in LEARNT.get(data.kind, "").replace(",", "").split())
     if "train" not in data.splits:
-        with pytest.raises(UserError, match=f"calibration={name} has no training split; choose another of "):
+        with pytest.raises(UserError, match=f"calibration={name} has no training split; choose calibration="):
             data.training()
     else:
         assert (data.split, data.training().split) == ("test", "train") and type(data.training()) is type(data)

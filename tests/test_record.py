@@ -34,6 +34,14 @@ def test_a_runs_folder_is_named_after_model_method_and_ratio(method):
     assert run_name(asked, "0123456789abcdef") == f"_a_model_of_mine-{method}{kernel}-2.28bits-retrained-01234567"
 
 
+def test_a_runs_folder_names_the_width_of_few_bits():
+    shown = {"svd_llm storage=int3": "svd_llm-int3", "nla_angles": "nla-phase-angle", "nla_levels": "nla-linear-int"}
+    for asked, named in shown.items():
+        arguments = f"method={asked} bits=2".split()
+        config = resolve(check_settings(configuration("model=tiny_llama", *arguments)))
+        assert run_name(config | {"retrain": {}}, "0123456789") == f"tiny_llama-{named}-2bits-retrained-01234567"
+
+
 def test_a_record_stays_valid_when_later_versions_have_more_fields(run_here, tmp_path):
     """An older version wrote a record without the latest field, and its seal with it."""
     run_here(*TINY, "method=svd")

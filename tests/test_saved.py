@@ -255,7 +255,9 @@ def test_the_dense_form_and_the_pairs_of_a_swin_are_ordinary_timm_models(tmp_pat
         export(folder, "--to", to, tmp_path / to)
     dense = timm.create_model(f"local-dir:{tmp_path / 'dense'}", pretrained=True).eval()
     names = {"FOLDER": str(tmp_path / "pairs")}
-    exec((tmp_path / "pairs" / "README.md").read_text().partition("```python")[2].partition("```")[0], names)
+    cards = {to: (tmp_path / to / "README.md").read_text() for to in ("dense", "pairs")}
+    assert not any("library_name" in card for card in cards.values()) and "library_name" in (folder / "README.md").read_text()
+    exec(cards["pairs"].partition("```python")[2].partition("```")[0], names)
     with torch.no_grad():
         for other in (dense, names["model"]):
             torch.testing.assert_close(other(images), model.module(images), rtol=1e-4, atol=1e-5)

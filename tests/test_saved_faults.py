@@ -197,8 +197,8 @@ def test_a_target_that_cannot_be_written_is_one_line_before_the_work_begins(targ
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     result = cli(*TINY, "ratio=0.5", f"save={tmp_path / target}", check=False)
-    said = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2 and len(said) == 1 and target in said[0], result.stdout
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(said) == 1 and target in said[0], result.stderr
     assert not (tmp_path / "cache" / "fits").exists() and "Traceback" not in result.stderr
 
 

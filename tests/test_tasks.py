@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from nla.harness.headlines import headline
+from nla.harness.headlines import headlines
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from nla.models.base import LanguageModel
@@ -141,7 +141,7 @@ def test_one_window_without_a_finite_loss_makes_the_perplexity_infinite_and_is_c
     ],
 )
 def test_a_figure_is_shown_with_two_digits_of_its_standard_error_where_that_is_known(figures, shown):
-    assert headline(figures) == (next(iter(figures)), shown)
+    assert headlines(figures) == [(next(iter(figures)), shown)]
 
 
 def test_text_shorter_than_a_window_is_an_error_with_both_lengths(tiny, tmp_path):

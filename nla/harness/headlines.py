@@ -4,11 +4,13 @@ from nla.harness.record import RunRecord
 from nla.harness.units import number, with_error
 from tasks.base import STDERR
 
+COSTS = ("inference_seconds", "inference_peak_bytes", "training_seconds", "training_peak_bytes")  # of forward_cost
 
-def headline(figures: dict[str, float]) -> tuple[str, str]:
-    """The name of a task's first metric, and its figure with the standard error if there is one."""
-    name, value = next(iter(figures.items()))
-    return name, with_error(value, name, figures.get(name + STDERR))
+
+def headlines(figures: dict[str, float]) -> list[tuple[str, str]]:
+    """Names and figures of what a task is about: seconds and memory, or its first metric, with its standard error if known."""
+    names = [name for name in COSTS if name in figures] or list(figures)[:1]
+    return [(name, with_error(figures[name], name, figures.get(name + STDERR))) for name in names]
 
 
 def measured_on(figures: dict[str, float]) -> str:

@@ -216,9 +216,11 @@ def run_name(config: dict[str, Any], signature: str) -> str:
 
 
 def method_names(config: dict[str, Any]) -> list[str]:
-    """The name of the method, and that of its kernel if it has one: `["nla", "piecewise"]`."""
+    """The names of the method, of its kernel and of its storage in few bits, if it has them: `["nla", "phase", "angle3"]`."""
     method = config["method"]
-    return [module_name(settings) for settings in (method, method.get("kernel")) if settings]
+    names = [module_name(settings) for settings in (method, method.get("kernel")) if settings]
+    storage = method.get("storage") or {}
+    return [*names, f"{storage['kind']}{storage['width'] or ''}"] if "kind" in storage else names
 
 
 def module_name(settings: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from nla.harness.estimate_fits import estimate
 from nla.harness.estimate_retraining import retraining_cost
 from nla.harness.request import PreparedRun
 from nla.harness.sizes import bytes_in_the_end, kept_in_the_end
-from nla.harness.units import duration, flop, millions
+from nla.harness.units import duration, flop, millions, size
 from nla.models.base import DTYPES
 
 log = logging.getLogger(__name__)
@@ -79,14 +79,15 @@ def show_plan(prepared: PreparedRun) -> None:
     log.info("\n%s", tabulate(rows, header, disable_numparse=True, maxcolwidths=widths))
     if isinstance(prepared.budget, MeasuredBudget):
         log.info("These are equal shares; the budget has not measured the model.")
-    size = DTYPES[prepared.values["dtype"]].itemsize
+    width = DTYPES[prepared.values["dtype"]].itemsize
     cost = estimate(prepared)
     step = cost.step / cost.step_rate if cost.step_rate else 0.0
     starts = cost.starts / cost.start_rate if cost.start_rate else 0.0
-    before, after = prepared.inventory.parameters * size, bytes_in_the_end(prepared)
+    before, after = prepared.inventory.parameters * width, bytes_in_the_end(prepared)
+    forward = f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"
     rows = [
-        ["bytes of the model", f"{before / 1e9:.2f} GB -> {after / 1e9:.2f} GB ({prepared.values['dtype']})"],
-        ["forward, per token", f"{cost.dense_forward / 1e6:.1f} -> {cost.forward / 1e6:.1f} MFLOP in the selected layers"],
+        ["bytes of the model", f"{size(before)} -> {size(after)} ({prepared.values['dtype']})"],
+        ["forward, " + ("per token" if prepared.inventory.reads == "text" else "a row each"), forward],
     ]
     if cost.starts:
         rows.append(["starts of all fits", f"{flop(cost.starts)}, {duration(starts)} at {flop(cost.start_rate)}/s measured"])
@@ -121,6 +122,6 @@ def cost_of_retraining(prepared: PreparedRun) -> list[list[str]]:
     return [
         ["retraining", f"{prepared.retraining.steps:,} steps, {what}, {flop(cost.flops)}"],
         ["... takes", f"{duration(seconds / processes)} at {100 * device['used']:.0f} % of {devices}"],
-        ["... holds", f"{sum(parts.values()) / 1e9:.2f} GB and activations{' in each' if processes > 1 else ''}:"],
-        ["", ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)],
+        ["... holds", f"{size(sum(parts.values()))} and activations{' in each' if processes > 1 else ''}:"],
+        *(["", f"{size(count)} {name}"] for name, count in parts.items() if count),
     ]

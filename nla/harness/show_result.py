@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from nla.harness.headlines import headline, measured_on, stage_headline
+from nla.harness.headlines import headlines, measured_on, stage_headline
 from nla.harness.latency_table import latency_table
 from nla.harness.record import RunRecord, read_record
 from nla.harness.told import told_of_continuations, told_of_endings, told_of_refinement, told_of_retraining
@@ -18,14 +18,18 @@ log = logging.getLogger(__name__)
 
 def show_result(record: RunRecord, folder: Path, note: str = "") -> None:
     """Log the figures of a finished run, and the path of its record."""
+    latencies = latency_table(record)
     rows = [
-        [stage, data, *headline(figures), measured_on(figures)]
+        [stage, data, name, figure, measured_on(figures)]
         for stage, tasks in record.metrics.items()
-        for sets in tasks.values()
+        for task, sets in tasks.items()
         for data, figures in sets.items()
+        for name, figure in headlines(figures)
+        if not (latencies and task == "latency")  # those of the dense model alone were not measured in turns
     ]
-    log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
-    if latencies := latency_table(record):
+    if rows:
+        log.info("\n%s", tabulate(rows, ["model", "data", "measure", "figure", "of"], disable_numparse=True))
+    if latencies:
         log.info("\n%s", latencies)
     if record.continuations:
         log.info("%s", told_of_continuations(record))

@@ -6,6 +6,8 @@ import math
 def number(value: float, metric: str) -> str:
     if not math.isfinite(value):
         return "infinite"
+    if metric.endswith("_bytes"):
+        return f"{value / 1e6:,.1f} MB"
     if metric != "perplexity":
         return f"{value:.4f}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e9 else f"{value:.3e}"
@@ -23,7 +25,12 @@ def with_error(value: float, metric: str, error: float | None) -> str:
 
 
 def millions(count: int) -> str:
-    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def size(count: float) -> str:
+    """A number of bytes."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def flop(count: float) -> str:

@@ -2,7 +2,9 @@
 
 import difflib
 import sys
+import textwrap
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -14,25 +16,29 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 FREE = ("model.architecture.", "hydra")  # what keys that may be added begin with
 
 
+def print_errors(said: Iterable[str]) -> None:
+    """Print these texts to stderr as errors."""
+    for text in said:
+        print(f"error: {text}", file=sys.stderr)
+
+
 def check_arguments(arguments: list[str]) -> None:
     """End with exit code 1 for what Hydra would accept and this program would not read as it is meant."""
     _, unknown = get_args_parser().parse_known_args(arguments)
     if unknown:
-        print(f"error: {unknown[0]} is no option; settings are written as key=value, such as ratio=0.5", file=sys.stderr)
+        print_errors([f"{unknown[0]} is no option; settings are written as key=value, such as ratio=0.5"])
         sys.exit(1)
     for argument in arguments:
         setting = argument.lstrip("+")
         if setting != argument and not setting.startswith(FREE):
-            print(f"error: {argument}: nothing would read a setting that is added with +; write {setting}", file=sys.stderr)
+            plus = f"{argument}: nothing would read a setting that is added with +; write {setting}"
+            print_errors([plus, *unknown_settings([setting])])
             sys.exit(1)
         group, _, value = argument.partition("=")
         names = [name.strip() for name in value.strip("[]").split(",")]
         if group in ("data", "calibration") and max(kinds_of(group, names).values(), default=0) > 1 and "[" in value:
-            print(
-                f"error: {argument}: two sets of the same kind, and a run takes one; "
-                f"-m {group}={','.join(names)} makes a run for each",
-                file=sys.stderr,
-            )
+            several = f"-m {group}={','.join(names)} makes a run for each"
+            print_errors([f"{argument}: two sets of the same kind, and a run takes one; {several}"])
             sys.exit(1)
 
 
@@ -43,8 +49,8 @@ def kinds_of(group: str, names: list[str]) -> Counter[str]:
     return Counter(str(kind) for found in sets for kind, value in found.items() if isinstance(value, DictConfig))
 
 
-def explain_unknown_keys(arguments: list[str]) -> None:
-    """Print, for each unknown setting of a command line, which option of its group has it, or the settings that exist."""
+def unknown_settings(arguments: list[str]) -> list[str]:
+    """For each unknown setting of a command line, a text: which option of its group has it, or the settings that exist."""
     keys = [a.lstrip("+").partition("=")[0] for a in arguments if "=" in a and a[0] not in "~-"]
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     chosen = [a for a in arguments if a.partition("=")[0] in groups and "," not in a]
@@ -53,7 +59,8 @@ def explain_unknown_keys(arguments: list[str]) -> None:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", overrides=chosen)
     except Exception:  # what Hydra raises is not known
-        return  # an option of a group is wrong, and Hydra has listed the allowed ones
+        return []  # an option of a group is wrong, and Hydra lists the allowed ones
+    said = []
     for key in keys:
         parent, _, name = key.rpartition(".")
         section = OmegaConf.select(cfg, parent) if parent else cfg
@@ -61,11 +68,12 @@ def explain_unknown_keys(arguments: list[str]) -> None:
             continue
         options = options_with(parent, name) if parent in groups else []
         if options:
-            print(f"\n{key} needs {' or '.join(options)} on the command line", file=sys.stderr)
+            said.append(f"{key} needs {' or '.join(options)} on the command line")
         elif isinstance(section, DictConfig):
-            explain(name, f"{parent}." if parent else "", section)
+            said.append(explained(name, f"{parent}." if parent else "", section))
         elif parent.partition(".")[0] in groups:
-            print(f"\n{key} is not a setting while no {parent} is chosen; choose one, {parent}=<option>", file=sys.stderr)
+            said.append(f"{key} is not a setting while no {parent} is chosen; choose one, {parent}=<option>")
+    return said
 
 
 def options_with(group: str, name: str) -> list[str]:
@@ -79,9 +87,10 @@ def options_with(group: str, name: str) -> list[str]:
     return found
 
 
-def explain(name: str, prefix: str, section: DictConfig) -> None:
-    """Print the settings of a section of the configuration, which has none of this name, and the nearest one."""
+def explained(name: str, prefix: str, section: DictConfig) -> str:
+    """The settings of a section of the configuration, which has none of this name, and the nearest one."""
     allowed = sorted(k for k in map(str, section) if not k.startswith("_"))
     near = difflib.get_close_matches(name, allowed, 1)
-    meant = f"; did you mean {prefix}{near[0]}?" if near else "."
-    print(f"\n{prefix}{name} is not a setting{meant} Allowed: {', '.join(prefix + k for k in allowed)}", file=sys.stderr)
+    meant = f"; did you mean {prefix}{near[0]}?" if near else ""
+    listed = textwrap.fill(f"allowed: {', '.join(prefix + k for k in allowed)}", 80, break_on_hyphens=False)
+    return f"{prefix}{name} is not a setting{meant}\n{listed}"

@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from nla.harness.headlines import headline, measured_on
+from nla.harness.headlines import headlines, measured_on
 from nla.harness.record import RunRecord, method_names
 from nla.harness.request import PreparedRun
 from nla.harness.sizes import bytes_in_the_end
@@ -86,10 +86,11 @@ def figures(record: RunRecord) -> str:
     """The metrics of all stages as a table in Markdown, with the settings of the tasks, and the continuations."""
     lines = ["| model | task | data | measure | figure | of |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {stage} | {task} | {data} | {' | '.join(headline(found))} | {measured_on(found)} |"
+        f"| {stage} | {task} | {data} | {name} | {figure} | {measured_on(found)} |"
         for stage, tasks in record.metrics.items()
         for task, sets in tasks.items()
         for data, found in sets.items()
+        for name, figure in headlines(found)
     ]
     settings = ", ".join(f"{name}={value}" for name, value in record.config["task"].items() if not isinstance(value, dict))
     lines += ["", f"Settings of the tasks: {settings}. `record.json` of run {record.name} has all figures."]

@@ -5,3 +5,4 @@ SETS = {  # {kind: names of its data sets}, for error messages
     "images": "digits, fashion_mnist or imagenet",
     "questions": "everyday or commonsense",
 }
+LEARNT = {"text": "sotu, wikitext2, ptb or c4", "images": SETS["images"]}  # those with a training split

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from nla.machine.cache import Cache
 from nla.machine.errors import UserError
 from nla.models.base import Model, Sample
-from tasks.data import SETS
+from tasks.data import LEARNT
 
 
 class Data(ABC):
@@ -40,7 +40,8 @@ class Data(ABC):
             UserError: the data set has no training split.
         """
         if "train" not in self.splits:
-            raise UserError(f"calibration={self.name} has no training split; choose another of {SETS[self.kind]}")
+            others = LEARNT.get(self.kind, "text or images")
+            raise UserError(f"calibration={self.name} has no training split; choose calibration={others}")
         other = copy(self)
         other.split = "train"
         for name in vars(self):
@@ -85,5 +86,5 @@ def training_set(setting: str, node: dict[str, Any], kind: str) -> Any:
     chosen = next((data for data in sets if data.kind == kind), None)
     if chosen is None:
         names, kinds = (",".join(getattr(data, word) for data in sets) for word in ("name", "kind"))
-        raise UserError(f"{setting}={names} holds {kinds}, the model reads {kind}; choose calibration={SETS[kind]}")
+        raise UserError(f"{setting}={names} holds {kinds}, the model reads {kind}; choose calibration={LEARNT[kind]}")
     return chosen.training()
