@@ -56,13 +56,13 @@ def test_a_full_disk_ends_a_run_in_one_sentence_with_a_failed_record(tmp_path, w
     pattern, free, named, status = FULL[what]
     end = forked.finish(run_on(f"full({pattern!r}, {free})", tmp_path, command(tmp_path, *QUICK)))
     assert not faults(end, tmp_path, 2, named, status)
-    assert "No space left on device" in end.stdout
+    assert "No space left on device" in end.stderr
 
 
 def test_a_disk_that_gets_full_at_the_fits_ends_a_run_and_given_space_it_goes_on_to_the_same_figures(quiet, tmp_path):
     end = forked.finish(run_on("full('/fits/', 20_000)", tmp_path, command(tmp_path, *QUICK)))
     # fits are written by two threads, and their losses by a third: any of them may meet the full disk first
-    assert not faults(end, tmp_path, 2, "/cache/fits/|/losses.jsonl: ", "failed") and "No space left" in end.stdout
+    assert not faults(end, tmp_path, 2, "/cache/fits/|/losses.jsonl: ", "failed") and "No space left" in end.stderr
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/fits/*")}
     end = finish(tmp_path, *QUICK)
     assert not faults(end, tmp_path, 0, None, "done")
@@ -70,15 +70,17 @@ def test_a_disk_that_gets_full_at_the_fits_ends_a_run_and_given_space_it_goes_on
     assert figures(only_record(tmp_path)) == figures(only_record(quiet))
 
 
-FULL_SWEEP = [("full('', 3_000)", "error: "), ("full('.record.json', 0)", "failed: "), ("full('/fits/', 20_000)", "failed: ")]
+# The second: the stream that tells it. One failed run is a row of the sweep's table; a sweep that cannot begin is an error.
+FULL_SWEEP = [("full('', 3_000)", "stderr"), ("full('.record.json', 0)", "stdout"), ("full('/fits/', 20_000)", "stdout")]
 
 
-@pytest.mark.parametrize("disk, told", FULL_SWEEP)
-def test_a_sweep_on_a_full_disk_ends_with_its_table_if_it_began(tmp_path, disk, told):
+@pytest.mark.parametrize("disk, stream", FULL_SWEEP)
+def test_a_sweep_on_a_full_disk_ends_with_its_table_if_it_began(tmp_path, disk, stream):
     sweep = ["-m", *TINY, "method=svd", "ratio=0.5,0.6"]
     end = forked.finish(run_on(disk, tmp_path, command(tmp_path, *sweep)))
     assert end.returncode == 2 and "Traceback" not in end.stdout + end.stderr and not drafts(tmp_path)
-    assert told in end.stdout and "No space left on device" in end.stdout
+    told = {"stderr": "error: ", "stdout": "failed: "}[stream]
+    assert re.search(f"{told}.*No space left on device", getattr(end, stream), re.DOTALL)
     assert not {record["status"] for record in records(tmp_path)} & {"running"}
 
 
@@ -262,7 +264,7 @@ def test_a_changed_record_ends_the_command_in_one_sentence(finished):
     path.write_text(re.sub(r'"parameters": \{[^}]*\}', '"parameters": null', path.read_text()))
     end = finish(finished, *QUICK)
     assert end.returncode == 2 and "Traceback" not in end.stdout + end.stderr
-    assert str(path) in end.stdout and "perplexity" not in end.stdout
+    assert str(path) in end.stderr and "perplexity" not in end.stdout
 
 
 def test_an_unfinished_record_that_is_damaged_does_not_stop_the_next_run(finished):
