@@ -8,7 +8,8 @@ WHOLE = ["layers", "blocks"]  # selections of all linear layers in the blocks of
 OF_EVERY_ROW = ("steps=", "max_windows=", "windows=", "calibration=", "storage=scaled", "loss=activation")  # of error_by_steps
 PAPERS_NAMES = {
     "svd": "SVD", "fwsvd": "FWSVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "pela": "PELA", "pifa": "PIFA",
-    "rtn": "RTN", "gptq": "GPTQ", "quip": "QuIP#", "caldera": "CALDERA", "eora": "EoRA", "lq_lora": "LQ-LoRA", "svdquant": "SVDQuant",
+    "rtn": "RTN", "gptq": "GPTQ", "quip": "QuIP#", "caldera": "CALDERA", "eora": "EoRA", "lq_lora": "LQ-LoRA",
+    "svdquant": "SVDQuant",
 }  # fmt: skip
 
 
