@@ -5,9 +5,10 @@ import os
 import sys
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nla import jobs
+from nla.harness.help import listed_options
 from nla.harness.unknown_settings import check_arguments
 from nla.machine.ending import Stopped, leave, stoppable
 
@@ -19,6 +20,7 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()  # a crash of compiled code says in which line
+    OmegaConf.register_new_resolver("listed_options", listed_options)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors arrive below, and are told in words
     try:
         with stoppable():

@@ -48,7 +48,8 @@ def test_help_is_a_page_with_every_option_and_needs_no_heavy_import():
         "schedule",
         "experiment",
     ):
-        assert f"\n{group}: {', '.join(options(group))}\n" in result.stdout
+        assert f" {group}: {', '.join(options(group))} " in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert "python run.py model=llama7b ratio=0.7" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "wandb", "datasets", "pandas"}

@@ -194,11 +194,13 @@ def learnt_from(values: dict[str, Any], used: dict[str, bool], kind: str) -> tup
         the values, in which `data` of each used group is that set's configuration, and the set of each group (or None).
 
     Raises:
-        UserError: no set of this kind was chosen.
+        UserError: no set of this kind was chosen, or a set was named where its settings belong.
     """
     sets: dict[str, Data | None] = dict.fromkeys(used)
     for group in (group for group, needed in used.items() if needed):
         node = values[group]["data"]
+        if not isinstance(node, dict):
+            raise UserError(f"{group}.data={node} is no data set; choose one by calibration=, for statistics and retraining")
         sets[group] = training_set("calibration", build("calibration", node), kind)
         values = values | {group: values[group] | {"data": node[kind]}}
     return values, sets

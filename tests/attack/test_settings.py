@@ -56,6 +56,7 @@ TYPED = {
     "nothing before the sign": ["=0.5"],
     "no option": ["task=null"],
     "no method": ["method=null"],
+    "the name of a data set for its settings": ["retrain.steps=1", "retrain.data=sotu"],
     "a bracket": ["select.include=["],
     "a setting without value": ["ratio"],
     "an empty folder": ["cache_dir=nowhere", "outputs_dir="],
