@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> None:
 
 def export(folder: Path, to: str, out: Path, multiple: int) -> None:
     """Write the new folder, and print the size of both."""
+    from nla.compressed.contents import count_bits
     from nla.saved.convert import pivot, write_dense, write_pairs
     from nla.saved.load import load_compressed
     from nla.saved.save import require_new, write, write_model
@@ -49,7 +50,11 @@ def export(folder: Path, to: str, out: Path, multiple: int) -> None:
     require_new(out)
     model = load_compressed(folder)
     if to == "pivoted":
-        print("\n".join(pivot(model)))
+        before = count_bits(model)
+        for said in pivot(model):
+            print(said, flush=True)
+        if count_bits(model) == before:
+            raise UserError(f"{out} is not written, because pivot rows would make no layer of {folder} smaller")
     writers: dict[str, Callable[[Any, Path], str | None]] = {
         "dense": write_dense,
         "pairs": lambda model, draft: write_pairs(model, draft, multiple),

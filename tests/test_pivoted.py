@@ -73,7 +73,7 @@ def test_terms_that_pivot_rows_would_not_keep_stay_as_they_are(monkeypatch):
     (line,) = pivot(module)
     assert module[0].term is wide and "would take" in line
     swap(module := nn.Sequential(nn.Linear(8, 8)), {"0": nothing(8, 8, torch.float32)})
-    assert pivot(module) == ["0: kept, because the matrix is zero"]
+    assert list(pivot(module)) == ["0: kept, because the matrix is zero"]
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (7, 9), (4, 9)])

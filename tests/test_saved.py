@@ -308,3 +308,5 @@ def test_pivot_rows_have_fewer_bits_and_the_same_matrices(tmp_path):
     assert len(re.findall(r"kept, because gaussian h=\d+ r=2 has no thin factors", said)) == 4
     assert said.count("relative error") == said.count("would take") == 5
     assert "pivoted rank=4" in str(again.model.layers[0].self_attn.q_proj.term)
+    refused = export(tmp_path / "pivoted", "--to", "pivoted", tmp_path / "smaller", code=1)
+    assert "would make no layer of" in refused.stderr and not (tmp_path / "smaller").exists()

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,15 @@ BUILD = {
 
 
 @torch.no_grad()
-def pivot(model: nn.Module) -> list[str]:
-    """Replace terms by pivot rows, in place, where these have fewer bits and are precise enough. Returns a line per layer."""
-    lines = []
+def pivot(model: nn.Module) -> Iterator[str]:
+    """Replace terms by pivot rows, in place, where these have fewer bits and are precise enough. Says a line per layer."""
     for name, layer in compressed_layers(model).items():
         factors, before = layer.term.wide_factors(), layer.term.bits()
         if factors is None:
-            lines.append(f"{name}: kept, because {layer.term.describe()} has no thin factors")
+            yield f"{name}: kept, because {layer.term.describe()} has no thin factors"
             continue
         if not before:
-            lines.append(f"{name}: kept, because the matrix is zero")
+            yield f"{name}: kept, because the matrix is zero"
             continue
         dtype = next(layer.term.parameters()).dtype
         term = pivoted(*factors)
@@ -55,17 +55,16 @@ def pivot(model: nn.Module) -> list[str]:
         error = float((stored.as_stored(torch.float64).dense() - matrix).norm() / matrix.norm().clamp(min=1e-300))
         most = LARGEST_ERROR * torch.finfo(dtype).eps
         if stored.bits() >= before:
-            lines.append(f"{name}: kept, because pivot rows would take {stored.bits() / before:.2f} times its bits")
+            yield f"{name}: kept, because pivot rows would take {stored.bits() / before:.2f} times its bits"
         elif not error <= most:
             large = float(term.coefficients.abs().max())
-            lines.append(
+            yield (
                 f"{name}: kept, because pivot rows with coefficients up to {large:.3g} "
                 f"would have a relative error of {error:.1e} in {dtype}, above {most:.1e}"
             )
         else:
             layer.term = stored
-            lines.append(f"{name}: {stored.bits() / before:.3f} of its bits, relative error {error:.1e}")
-    return lines
+            yield f"{name}: {stored.bits() / before:.3f} of its bits, relative error {error:.1e}"
 
 
 def write_dense(model: Any, folder: Path) -> str:
