@@ -1,6 +1,7 @@
 """Tests of `dry_run=true`: the plan that it prints, and how it measures the machine's speed."""
 
 import itertools
+import re
 from threading import Barrier
 
 import pytest
@@ -35,6 +36,15 @@ def test_the_plan_of_any_method_fits_a_terminal_of_80_columns(tmp_path, caplog, 
     assert max(len(line) for message in caplog.messages for line in message.splitlines()) <= 80
     for said in ("keeping at most", "These are equal shares"):
         assert caplog.text.count(said) == len(options("method"))
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "hybrid", "pifa", "gptq", "quip"])
+def test_the_plan_of_a_refinement_has_its_operations_and_its_time(tmp_path, caplog, method):
+    caplog.set_level("INFO")
+    size = "bits=4.5" if method in QUANTISED else "ratio=0.5"
+    asked = [*TINY, "dry_run=true", "refine=block", "refine.batch=64", size, f"method={method}", f"outputs_dir={tmp_path}"]
+    assert run(check_settings(configuration(*asked))) is None
+    assert re.search(r"refinement +[\d.]+ .?FLOP in the selected layers, for [\d,]+ tokens\n\.\.\. takes +about ", caplog.text)
 
 
 def test_a_dry_run_measures_a_term_of_the_same_size_whatever_the_models_type():

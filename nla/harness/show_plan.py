@@ -97,10 +97,10 @@ def show_plan(prepared: PreparedRun) -> None:
             ["a step of all fits", f"{flop(cost.step)}, {duration(step)} at {flop(cost.step_rate)}/s measured"],
             ["fits altogether", f"{most}, if all {cost.steps} steps run"],
         ]
-    if prepared.refinement and prepared.inventory.reads == "text":
-        asked = prepared.values["statistics"]
-        passes = asked["windows"] * asked["length"] * prepared.refinement.epochs
-        rows.append(["refinement", f"{flop(3 * cost.forward * passes)} in the selected layers, for {passes:,} tokens"])
+    if cost.tokens:
+        rows.append(["refinement", f"{flop(cost.refining)} in the selected layers, for {cost.tokens:,} tokens"])
+        if cost.refining_rate:
+            rows.append(["... takes", f"{duration(cost.refining / cost.refining_rate)} at {flop(cost.refining_rate)}/s measured"])
     if prepared.retraining.steps:
         rows += cost_of_retraining(prepared)
     log.info("\n%s\n\nNothing was fitted: dry_run=true.", tabulate(rows, tablefmt="plain"))
