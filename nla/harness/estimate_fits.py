@@ -101,7 +101,7 @@ def refining_rate(prepared: PreparedRun, method: MatrixMethod) -> float:
     norms = random_norms(planned.out_features, planned.in_features, device)
     term = method.start(method.objective(norms), planned, torch.Generator()).term.trainable()
     layer = LAYERS[prepared.values["forward"]](term, None)
-    x = torch.randn(settings.batch, planned.in_features, device=device, dtype=DTYPES[prepared.values["dtype"]], requires_grad=True)
+    x = torch.randn(settings.batch, planned.in_features, device=device, dtype=DTYPES[prepared.values["dtype"]]).requires_grad_()
 
     def step() -> None:
         with products_in(settings.products, device):

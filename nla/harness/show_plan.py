@@ -100,7 +100,8 @@ def show_plan(prepared: PreparedRun) -> None:
     if cost.tokens:
         rows.append(["refinement", f"{flop(cost.refining)} in the selected layers, for {cost.tokens:,} tokens"])
         if cost.refining_rate:
-            rows.append(["... takes", f"{duration(cost.refining / cost.refining_rate)} at {flop(cost.refining_rate)}/s measured"])
+            took = duration(cost.refining / cost.refining_rate)
+            rows.append(["... takes", f"{took} at {flop(cost.refining_rate)}/s measured"])
     if prepared.retraining.steps:
         rows += cost_of_retraining(prepared)
     log.info("\n%s\n\nNothing was fitted: dry_run=true.", tabulate(rows, tablefmt="plain"))
