@@ -40,7 +40,7 @@ BUILD = {
 
 @torch.no_grad()
 def pivot(model: nn.Module) -> Iterator[str]:
-    """Replace terms by pivot rows, in place, where these have fewer bits and are precise enough. Says a line per layer."""
+    """Replace terms by pivot rows, in place, where these have fewer bits and are precise enough. Yields a line per layer."""
     for name, layer in compressed_layers(model).items():
         factors, before = layer.term.wide_factors(), layer.term.bits()
         if factors is None:
