@@ -10,6 +10,7 @@ import torch
 from nla.harness import estimate_fits
 from nla.harness.request import prepare
 from nla.harness.settings import check_settings
+from nla.methods.svd_llm import SVDLLM
 from nla.pipeline import run
 from tests.conftest import QUANTISED, TINY, configuration, options, records
 
@@ -45,6 +46,19 @@ def test_the_plan_of_a_refinement_has_its_operations_and_its_time(tmp_path, capl
     asked = [*TINY, "dry_run=true", "refine=block", "refine.batch=64", size, f"method={method}", f"outputs_dir={tmp_path}"]
     assert run(check_settings(configuration(*asked))) is None
     assert re.search(r"refinement +[\d.]+ .?FLOP in the selected layers, for [\d,]+ tokens\n\.\.\. takes +about ", caplog.text)
+
+
+def test_a_dry_run_measures_starts_of_which_nothing_is_known_yet(monkeypatch):
+    begun, start = [], SVDLLM.start
+
+    def noted(self, objective, planned, generator):
+        begun.append(objective)
+        return start(self, objective, planned, generator)
+
+    monkeypatch.setattr(SVDLLM, "start", noted)
+    prepared = prepare(check_settings(configuration(*TINY, "method=svd_llm", "ratio=0.5")))
+    estimate_fits.measured_rates(prepared, prepared.method)
+    assert len({id(objective) for objective in begun}) == len(begun) > 1  # an objective keeps its spectrum
 
 
 def test_a_dry_run_measures_a_term_of_the_same_size_whatever_the_models_type():
